@@ -1,0 +1,37 @@
+"""Train the CIFAR-10 ResNets and PlainNets of He et al. (CVPR 2016), fast and faithfully.
+
+    import fastres
+
+    result = fastres.train(fastres.make_config("smoke"))
+    print(result.test_error)
+
+Names are imported on first use, so that `import fastres` and the command line stay quick.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastres.config import RunConfig as RunConfig
+    from fastres.config import make_config as make_config
+    from fastres.errors import FastresError as FastresError
+    from fastres.loop import train as train
+    from fastres.result import RunResult as RunResult
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "RunConfig": "config",
+    "make_config": "config",
+    "FastresError": "errors",
+    "RunResult": "result",
+    "train": "loop",
+}
+__all__ = ["FastresError", "RunConfig", "RunResult", "__version__", "make_config", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastres' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"fastres.{_HOME[name]}"), name)

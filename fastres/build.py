@@ -1,0 +1,139 @@
+"""From a config to the things it names: data, network, optimizer, schedule, loader. Used by train, eval and bench."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastres import config as cfg
+from fastres.config import RunConfig
+from fastres.data.imageset import ImageSet
+from fastres.errors import MachineError
+from fastres.models.cifar import CifarNet, init_he_
+from fastres.optim import LrSchedule, make_sgd
+from fastres.runtime import Runtime, seeded_generator
+from fastres.step import Loader
+
+Mean = npt.NDArray[np.float32]
+EVALUATION_BATCH = 1_000  # images; fits any machine that trains
+
+
+def load_images(
+    data: cfg.Data,
+    execution: cfg.Execution,
+    *,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageSet:
+    """The data set that a config names, split as it says.
+
+    Args:
+        data, execution: Which set, and where it may be found.
+        say: Takes one-line notices.
+        progress: Takes bytes done and bytes in all, of a download.
+
+    Raises:
+        InputError: The data at `data_dir` is not CIFAR-10.
+        MachineError: No data and no network.
+    """
+    if data.dataset == "synthetic":
+        from fastres.data.synthetic import make_synthetic
+
+        return make_synthetic()
+    from fastres.data.cifar import load_cifar10
+
+    folder = Path(execution.data_dir) if execution.data_dir else None
+    images = load_cifar10(folder, urls=execution.data_urls, progress=progress, say=say)
+    return images.validation_split() if data.val_split else images
+
+
+def build_net(config: RunConfig, runtime: Runtime, *, num_classes: int) -> CifarNet:
+    """The network on its device with initial weights, which depend on the seed alone."""
+    net = empty_net(config.model, num_classes=num_classes)
+    init_he_(net, mode=config.model.init, generator=seeded_generator(config.seed))
+    return place(net, config.execution, runtime)
+
+
+def empty_net(model: cfg.Model, *, num_classes: int) -> CifarNet:
+    """The network that a config names, on the CPU, weights not yet set."""
+    return CifarNet(model.depth, residual=model.arch == "resnet", shortcut=model.shortcut, num_classes=num_classes)
+
+
+def place(net: CifarNet, execution: cfg.Execution, runtime: Runtime) -> CifarNet:
+    """Move a network to its device, its 4-d weights to channels-last where the config says so."""
+    layout = torch.channels_last if execution.channels_last else torch.preserve_format
+    return net.to(runtime.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
+
+
+def build_optimizer(net: CifarNet, recipe: cfg.Recipe) -> torch.optim.SGD:
+    """SGD as the recipe has it."""
+    return make_sgd(
+        net,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        weight_decay_on=recipe.weight_decay_on,
+        fused=True,
+    )
+
+
+def lr_schedule(recipe: cfg.Recipe) -> LrSchedule:
+    """The learning rate as a function of the step."""
+    return LrSchedule(
+        schedule=recipe.schedule,
+        lr=recipe.lr,
+        milestones=recipe.milestones,
+        lr_decay=recipe.lr_decay,
+        num_steps=recipe.steps,
+        warmup=recipe.warmup,
+        warmup_steps=recipe.warmup_steps,
+        warmup_lr=recipe.warmup_lr,
+    )
+
+
+def build_loader(config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime) -> Loader:
+    """The loader that a config names. "auto": DALI on a GPU where it is installed, else resident.
+
+    Raises:
+        MachineError: DALI was asked for by name and is not installed.
+    """
+    from fastres.data.dali import DaliLoader, dali_available
+    from fastres.data.plan import EpochPlan
+    from fastres.data.resident import ResidentLoader
+
+    execution, batch_size = config.execution, config.recipe.batch_size
+    plan = EpochPlan(config.seed, len(images.train_images), augment=config.data.augment)
+    kind = execution.loader
+    if kind == "auto":
+        kind = "dali" if runtime.device.type == "cuda" and dali_available() else "resident"
+    where = {"batch_size": batch_size, "device": runtime.device, "dtype": runtime.dtype}
+    if kind == "resident":
+        return ResidentLoader(images, plan, mean=mean, channels_last=execution.channels_last, **where)
+    if kind == "dali":
+        if not dali_available():
+            raise MachineError("--loader dali needs NVIDIA DALI, which is not installed; use --loader resident")
+        layout = execution.channels_last
+        return DaliLoader(images, plan, mean=mean, channels_last=layout, num_threads=runtime.threads, **where)
+    from fastres.data.torchvision import TorchvisionLoader
+
+    return TorchvisionLoader(images, plan, mean=mean, channels_last=execution.channels_last, **where)
+
+
+def evaluation_set(
+    config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """The test images (or the validation images, under `val_split`): the plain single view, in batches."""
+    from fastres.data.resident import evaluation_batches
+
+    return evaluation_batches(
+        images.test_images,
+        images.test_labels,
+        mean,
+        batch_size=EVALUATION_BATCH,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        channels_last=config.execution.channels_last,
+    )

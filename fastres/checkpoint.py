@@ -1,0 +1,166 @@
+"""Atomic save and load of a run's state: one safetensors file, its metadata and a digest in the header.
+
+It does not decide when. Tensors of the network have their common names (`conv1.weight`), so the file is also a plain
+weights file; what else a run needs is named with a slash (`momentum/conv1.weight`, `log/losses`, `data/mean`).
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastres.errors import InputError, MachineError
+
+NEWEST = "checkpoint.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
+FORMAT = 1  # of the file; a reader refuses what it does not know
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors on the CPU, and metadata as JSON values."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    path: Path
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors named `prefix/...`, without the prefix."""
+        return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(prefix + "/")}
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The network's own state dict."""
+        return {name: t for name, t in self.tensors.items() if "/" not in name}
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+    """Write a checkpoint so that a crash at any moment leaves a whole one; the one before is kept as `PREVIOUS`.
+
+    A temporary file in the same folder is written, fsynced and renamed, then the folder is fsynced.
+
+    Raises:
+        MachineError: The disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    full = {"format": FORMAT, **meta}
+    header = {"fastres": json.dumps(full, sort_keys=True), "digest": _digest(on_cpu, full)}
+    content = safetensors.torch.save(on_cpu, metadata=header)
+    newest, temporary = folder / NEWEST, folder / f".{NEWEST}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if newest.exists():
+            newest.replace(folder / PREVIOUS)
+        temporary.replace(newest)
+        fsync_folder(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(error, folder, len(content)) from error
+    return newest
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint file and prove it whole.
+
+    Raises:
+        InputError: The file is missing, truncated, altered, or of another format.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} is not a readable checkpoint: {error}") from error
+    if "fastres" not in header:
+        raise InputError(f"{path} is a safetensors file, but not a checkpoint of a run: it has no metadata of fastres")
+    try:
+        meta = json.loads(header["fastres"])
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: its metadata is not JSON") from error
+    if meta.get("format") != FORMAT:
+        raise InputError(f"{path} has checkpoint format {meta.get('format')}; this version reads format {FORMAT}")
+    if header.get("digest") != _digest(tensors, meta):
+        raise InputError(f"{path} is damaged: its content does not match its digest")
+    return Checkpoint(tensors, meta, path)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is safetensors and says that it is a checkpoint of a run."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return "fastres" in (file.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
+def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint of a run folder, and a line for each that had to be passed over.
+
+    `None` without a line means that none was written yet.
+
+    Raises:
+        InputError: Checkpoints exist, but none of them is whole.
+    """
+    problems: list[str] = []
+    for path in (folder / NEWEST, folder / PREVIOUS):
+        if path.exists():
+            try:
+                return load(path), problems
+            except InputError as error:
+                problems.append(str(error))
+    if problems:
+        raise InputError("no whole checkpoint is left: " + "; ".join(problems))
+    return None, []
+
+
+def set_damaged_aside(folder: Path, used: Path) -> None:
+    """After falling back to `used`, rename the damaged newest file: the next save must not push out the good one."""
+    newest = folder / NEWEST
+    if used != newest and newest.exists():
+        newest.replace(folder / "checkpoint.damaged.safetensors")
+
+
+def all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether every floating-point tensor holds neither NaN nor Inf. Waits for the device."""
+    return all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut. Only POSIX can; elsewhere nothing is done."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def disk_error(error: OSError, folder: Path, num_bytes: int) -> MachineError:
+    """What to tell a user whose disk refused a write of `num_bytes` in `folder`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(
+            f"no room on the disk for {num_bytes:,} bytes in {folder}; free some, or give another --out"
+        )
+    return MachineError(f"cannot write in {folder}: {error.strerror or error}")
+
+
+def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return "sha256:" + digest.hexdigest()

@@ -1,0 +1,346 @@
+"""The command line: flags to a config, one call, an exit code. torch is imported only inside commands."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastres import __version__
+from fastres.clock import Clocks
+from fastres.config import RunConfig, merge, preset_tree, with_dependent_defaults
+from fastres.errors import FastresError, InputError
+
+app = typer.Typer(
+    name="fastres",
+    help="Train the CIFAR-10 ResNets and PlainNets of He et al. (CVPR 2016), fast and faithfully.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MODEL, RECIPE, DATA, EXECUTION, OUTPUT = "Model", "Recipe", "Data", "How it runs", "What is kept and shown"
+
+
+def main() -> None:
+    """Run the command line and exit with its code (`fastres.errors` lists them)."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code. A bug's traceback is left to propagate."""
+    debug = "--debug" in argv
+    try:
+        code = app(args=[arg for arg in argv if arg != "--debug"], prog_name="fastres", standalone_mode=False)
+    except FastresError as error:
+        if debug:
+            raise
+        print(f"fastres: {error}", file=sys.stderr)
+        return error.exit_code
+    except typer.TyperException as error:  # usage: an unknown flag, a value of the wrong type
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("fastres: stopped", file=sys.stderr)
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastres {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+    ] = False,
+) -> None:
+    """Options of every command. `--debug` is taken off the line by `run`; it stands here to be listed."""
+
+
+@app.command()
+def train(
+    depth: Annotated[
+        int | None, typer.Option(help="Layers, 6n+2: 20, 32, 44, 56, 110, 1202.", rich_help_panel=MODEL)
+    ] = None,
+    arch: Annotated[str | None, typer.Option(help="resnet or plain.", rich_help_panel=MODEL)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Both in one word: ResNet20, PlainNet56.", rich_help_panel=MODEL)
+    ] = None,
+    shortcut: Annotated[
+        str | None, typer.Option(help="A: identity, zero-padded (the paper's); B: projection.", rich_help_panel=MODEL)
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="paper: 64k steps (default); fast: ten epochs; smoke: built-in data, a minute on two cores.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates in all.", rich_help_panel=RECIPE)] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="The same in passes over the data.", rich_help_panel=RECIPE)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step.", rich_help_panel=RECIPE)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=RECIPE)] = None,
+    schedule: Annotated[str | None, typer.Option(help="step or linear.", rich_help_panel=RECIPE)] = None,
+    milestones: Annotated[
+        str | None, typer.Option(help="Steps at which lr falls: 32000,48000.", rich_help_panel=RECIPE)
+    ] = None,
+    warmup: Annotated[
+        str | None,
+        typer.Option(
+            help="none; constant: lr 0.01 for --warmup-steps; error: until training error < 80 %; ramp.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Length of the warm-up.", rich_help_panel=RECIPE)] = None,
+    warmup_epochs: Annotated[float | None, typer.Option(help="The same in epochs.", rich_help_panel=RECIPE)] = None,
+    momentum: Annotated[float | None, typer.Option(rich_help_panel=RECIPE)] = None,
+    weight_decay: Annotated[float | None, typer.Option(rich_help_panel=RECIPE)] = None,
+    weight_decay_on: Annotated[str | None, typer.Option(help="all or weights.", rich_help_panel=RECIPE)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of weights, order, crops and flips.", rich_help_panel=RECIPE)
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="cifar10, or synthetic (built in).", rich_help_panel=DATA)] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where CIFAR-10 lies [env: FASTRES_DATA].", rich_help_panel=DATA)
+    ] = None,
+    data_url: Annotated[
+        list[str] | None, typer.Option(help="A mirror of cifar-10-binary.tar.gz; repeatable.", rich_help_panel=DATA)
+    ] = None,
+    val_split: Annotated[
+        bool | None,
+        typer.Option("--val-split/--no-val-split", help="Train on 45k, test on the other 5k.", rich_help_panel=DATA),
+    ] = None,
+    augment: Annotated[
+        bool | None, typer.Option("--augment/--no-augment", help="Random crop and flip.", rich_help_panel=DATA)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:0.", rich_help_panel=EXECUTION)] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.", rich_help_panel=EXECUTION)] = None,
+    amp: Annotated[
+        bool | None, typer.Option("--amp", help="Short for --precision auto.", rich_help_panel=EXECUTION)
+    ] = None,
+    no_amp: Annotated[
+        bool | None, typer.Option("--no-amp", help="Short for --precision fp32.", rich_help_panel=EXECUTION)
+    ] = None,
+    loader: Annotated[
+        str | None, typer.Option(help="auto, resident, dali or torchvision.", rich_help_panel=EXECUTION)
+    ] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile (default: on a GPU).", rich_help_panel=EXECUTION),
+    ] = None,
+    channels_last: Annotated[
+        bool | None, typer.Option("--channels-last/--no-channels-last", rich_help_panel=EXECUTION)
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; 0: one a core.", rich_help_panel=EXECUTION)] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file as --dry-run prints it; flags win over it.", rich_help_panel=OUTPUT)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder.", rich_help_panel=OUTPUT)] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Move a non-empty --out aside.", rich_help_panel=OUTPUT)
+    ] = False,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.", rich_help_panel=OUTPUT)] = None,
+    log_every: Annotated[int | None, typer.Option(help="Steps.", rich_help_panel=OUTPUT)] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps.", rich_help_panel=OUTPUT)] = None,
+    checkpoint_every: Annotated[
+        str | None, typer.Option(help="Steps (500) or minutes (10min).", rich_help_panel=OUTPUT)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.", rich_help_panel=OUTPUT)] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Result as one JSON object on stdout, the rest on stderr.", rich_help_panel=OUTPUT),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config as TOML and stop.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Train a network. Without options: the paper's ResNet-20 on CIFAR-10, 64k steps."""
+    _refuse_both("--model", model, "--depth", depth)
+    _refuse_both("--model", model, "--arch", arch)
+    _refuse_both("--steps", steps, "--epochs", epochs)
+    _refuse_both("--warmup-steps", warmup_steps, "--warmup-epochs", warmup_epochs)
+    _refuse_both("--amp", amp, "--no-amp", no_amp)
+    _refuse_both("--amp" if amp else "--no-amp", amp or no_amp, "--precision", precision)
+    _refuse_both("--resume", resume, "--out", out)
+    _refuse_both("--resume", resume, "--overwrite", overwrite or None)
+    _refuse_both("--resume", resume, "--preset", preset)
+    _refuse_both("--resume", resume, "--config", config)
+    if warmup == "none":
+        _refuse_both("--warmup none", True, "--warmup-steps", warmup_steps)
+        _refuse_both("--warmup none", True, "--warmup-epochs", warmup_epochs)
+    if model is not None:
+        arch, depth = parse_model(model)
+    flags = _given(
+        model=_given(arch=arch, depth=depth, shortcut=shortcut),
+        data=_given(dataset=dataset, val_split=val_split, augment=augment),
+        recipe=_given(
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            schedule=schedule,
+            milestones=None if milestones is None else parse_milestones(milestones),
+            warmup=warmup,
+            warmup_steps=warmup_steps,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            weight_decay_on=weight_decay_on,
+        ),
+        seed=seed,
+        execution=_given(
+            device=device,
+            precision="auto" if amp else "fp32" if no_amp else precision,
+            loader=loader,
+            compile=compile_,
+            channels_last=channels_last,
+            threads=threads,
+            data_dir=None if data_dir is None else str(data_dir),
+            data_urls=data_url,
+        ),
+        output=_given(
+            out=None if out is None else str(out),
+            log_every=log_every,
+            eval_every=eval_every,
+            checkpoint_every=checkpoint_every,
+        ),
+    )
+    if resume is not None:
+        from fastres.rundir import RunDir
+
+        base = RunDir.open(resume).config().to_dict()
+    else:
+        base = _read_toml(config) if config else {}
+        base = merge(
+            preset_tree(preset or base.pop("preset", "paper")), {k: v for k, v in base.items() if k != "preset"}
+        )
+    tree = merge(base, _in_steps(flags, base, epochs, warmup_epochs))
+    resolved = RunConfig.from_dict(tree if resume is not None else with_dependent_defaults(tree))
+    if dry_run:
+        print(resolved.to_toml(), end="")
+        return
+    clocks = Clocks()
+    with clocks("import"):
+        from fastres import loop
+        from fastres.console import Console
+    console = Console("quiet" if quiet else "auto", stderr=as_json)
+    result = loop.train(resolved, resume=resume, overwrite=overwrite, console=console, clocks=clocks)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="A run folder, or a weights file.")],
+    arch: Annotated[
+        str | None, typer.Option(help="resnet or plain, for a weights file that does not say (they look alike).")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="cifar10 or synthetic; default: what the run was trained on.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where CIFAR-10 lies [env: FASTRES_DATA].")] = None,
+    data_url: Annotated[list[str] | None, typer.Option(help="A mirror of cifar-10-binary.tar.gz; repeatable.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Per-channel mean 0-1 that other weights were trained with: 0.485,0.456,0.406.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Per-channel standard deviation, likewise.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")] = False,
+) -> None:
+    """Test error and loss, in all and by class."""
+    from fastres.console import Console
+    from fastres.evaluate import evaluate_target, report
+
+    execution = _given(
+        device=device,
+        precision=precision,
+        data_dir=None if data_dir is None else str(data_dir),
+        data_urls=data_url,
+    )
+    outcome = evaluate_target(
+        target,
+        execution,
+        arch=arch,
+        dataset=dataset,
+        mean=None if mean is None else parse_channels("--mean", mean),
+        std=None if std is None else parse_channels("--std", std),
+        say=Console("lines", stderr=True).say,
+    )
+    print(json.dumps(outcome.to_dict()) if as_json else report(outcome))
+
+
+def parse_model(text: str) -> tuple[str, int]:
+    """ "ResNet20" as ("resnet", 20); case and a hyphen do not matter. Raises InputError."""
+    match = re.fullmatch(r"(resnet|plain(?:net)?)-?(\d+)", text.strip().lower())
+    if not match:
+        raise InputError(f"--model is {text!r}; write it as ResNet20 or PlainNet56")
+    return ("resnet" if match[1] == "resnet" else "plain"), int(match[2])
+
+
+def parse_milestones(text: str) -> list[int]:
+    """ "32000,48000" as a list. Raises InputError."""
+    try:
+        return [int(part) for part in text.replace("_", "").split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"--milestones is {text!r}; write steps as 32000,48000") from None
+
+
+def parse_channels(flag: str, text: str) -> tuple[float, float, float]:
+    """Three numbers, comma-separated. Raises InputError."""
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{flag} is {text!r}; write three numbers as 0.485,0.456,0.406") from None
+    return red, green, blue
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Only what was given: neither None nor an empty table."""
+    return {key: value for key, value in values.items() if value is not None and value != {}}
+
+
+def _refuse_both(one: str, first: object, other: str, second: object) -> None:
+    if first is not None and second is not None:
+        raise InputError(f"{one} and {other} contradict each other; give one of them")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"--config {path} is not TOML: {error}") from error
+
+
+def _in_steps(
+    flags: dict[str, Any], base: dict[str, Any], epochs: float | None, warmup_epochs: float | None
+) -> dict[str, Any]:
+    """The flags, with epochs turned into steps (rounded up), and a warm-up that was given a length but no kind."""
+    if epochs is None and warmup_epochs is None and "warmup_steps" not in flags.get("recipe", {}):
+        return flags
+    draft = RunConfig.from_dict({key: merge(base, flags).get(key, {}) for key in ("data",)})
+    recipe = dict(flags.get("recipe", {}))
+    batch_size = merge(base, flags).get("recipe", {}).get("batch_size", draft.recipe.batch_size)
+    for key, value in (("steps", epochs), ("warmup_steps", warmup_epochs)):
+        if value is not None:
+            if not 0 < value < 1e9:
+                raise InputError(f"--{key.replace('steps', 'epochs')} is {value}; it must be a number above 0")
+            recipe[key] = max(1, -int(-value * draft.data.num_train // max(batch_size, 1)))
+    kind = recipe.get("warmup") or base.get("recipe", {}).get("warmup", "none")
+    if "warmup_steps" in recipe and kind == "none":
+        recipe["warmup"] = "constant"
+    return merge(flags, {"recipe": recipe})

@@ -1,0 +1,350 @@
+"""What a run is: one frozen tree of values, its presets, its validation, and its round trip through TOML and JSON.
+
+The tree has two halves. `model`, `data`, `recipe` and `seed` say what is computed; two runs that agree in them compute
+the same thing, and `RunConfig.digest` covers exactly them. `execution` and `output` say how it runs and what is kept;
+no switch there may change a result. No torch and no I/O here, so that the command line starts at once.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastres.errors import InputError
+from fastres.models.depth import check_depth
+
+NUM_TRAIN = {"cifar10": 50_000, "synthetic": 10_000}  # images before any validation split
+NUM_VALIDATION = 5_000  # the paper's 45k/5k split (section 4.2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The network (paper, section 4.2)."""
+
+    arch: Literal["resnet", "plain"] = "resnet"
+    depth: int = 20  # 6n+2 layers
+    shortcut: Literal["A", "B"] = "A"  # A: identity, zero-padded channels; B: 1x1 projection where the shape changes
+    init: Literal["fan_in", "fan_out"] = "fan_in"  # which fan He initialisation uses; the paper does not say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The images, and what is done to them."""
+
+    dataset: Literal["cifar10", "synthetic"] = "cifar10"
+    val_split: bool = False  # train on 45k, evaluate on the other 5k training images; the test set stays unused
+    augment: bool = True  # pad 4, random crop, random flip (section 4.2)
+
+    @property
+    def num_train(self) -> int:
+        """Training images in an epoch."""
+        return NUM_TRAIN[self.dataset] - (NUM_VALIDATION if self.val_split else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Optimisation (paper, sections 3.4 and 4.2). A step is one update on one batch."""
+
+    steps: int = 64_000
+    batch_size: int = 128
+    lr: float = 0.1
+    schedule: Literal["step", "linear"] = "step"  # step: lr falls at each milestone; linear: to zero at the last step
+    milestones: tuple[int, ...] = (32_000, 48_000)  # steps
+    lr_decay: float = 0.1  # factor at each milestone
+    # constant: warmup_lr for warmup_steps; error: warmup_lr until the training error is below 80 % (the paper's words);
+    # ramp: a straight line from zero to lr over warmup_steps
+    warmup: Literal["none", "constant", "error", "ramp"] = "none"
+    warmup_steps: int = 400
+    warmup_lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    weight_decay_on: Literal["all", "weights"] = "all"  # weights: conv and fc weights only, not BN and biases
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How it runs. Nothing here may change what is computed, rounding of the chosen precision apart."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:<i>
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    loader: Literal["auto", "resident", "dali", "torchvision"] = "auto"
+    compile: bool | None = None  # None: on a GPU yes, on a CPU no
+    channels_last: bool = True
+    threads: int = 0  # CPU threads of torch and DALI; 0: one a core
+    data_dir: str | None = None
+    data_urls: tuple[str, ...] = ()  # mirrors of cifar-10-binary.tar.gz, tried before the official address
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What is kept, and how often (steps)."""
+
+    out: str | None = None  # the run folder; None: runs/<model>-seed<seed>-<date>-<time>
+    log_every: int = 100
+    eval_every: int = 2_000
+    checkpoint_every: str = "10min"  # steps ("500") or minutes ("10min")
+
+    @property
+    def checkpoint_steps(self) -> int | None:
+        """Steps between checkpoints, or None where they go by the clock."""
+        return int(self.checkpoint_every) if self.checkpoint_every.isdigit() else None
+
+    @property
+    def checkpoint_seconds(self) -> float | None:
+        """Seconds between checkpoints, or None where they go by steps."""
+        text = self.checkpoint_every
+        return None if text.isdigit() else 60 * float(text.removesuffix("min").removesuffix("m"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run.
+
+    The default is the paper's ResNet-20 on CIFAR-10. Build one with `fastres.make_config`, which applies presets,
+    fills in what depends on other values and validates; `RunConfig(...)` alone validates too.
+
+    Raises:
+        InputError: A value is out of range; the message names the key, the value and what is allowed.
+    """
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    recipe: Recipe = field(default_factory=Recipe)
+    seed: int = 0
+    execution: Execution = field(default_factory=Execution)
+    output: Output = field(default_factory=Output)
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    @property
+    def name(self) -> str:
+        """The model in one word: ResNet20, PlainNet56."""
+        return f"{'ResNet' if self.model.arch == 'resnet' else 'PlainNet'}{self.model.depth}"
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training images; the last may be partial."""
+        return self.recipe.steps * self.recipe.batch_size / self.data.num_train
+
+    def what(self) -> dict[str, Any]:
+        """The half that says what is computed, as JSON-ready values."""
+        tree = self.to_dict()
+        return {key: tree[key] for key in ("model", "data", "recipe", "seed")}
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits over `what()`: equal digests, equal experiments."""
+        text = json.dumps(self.what(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tree as JSON-ready values: tuples as lists, None where nothing was chosen."""
+        tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return tree
+
+    def to_toml(self) -> str:
+        """The tree as TOML; `fastres train --config` reads it back to an equal value. Unset keys are left out."""
+        import tomli_w
+
+        def drop_none(value: Any) -> Any:
+            return {k: drop_none(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+        return tomli_w.dumps(drop_none(self.to_dict()))
+
+    @staticmethod
+    def from_dict(tree: Mapping[str, Any]) -> "RunConfig":
+        """Build from nested mappings, as `to_dict`, TOML or JSON give them.
+
+        Raises:
+            InputError: An unknown key (with the nearest known one), a value of the wrong type or out of range.
+        """
+        config = _build(RunConfig, tree, "")
+        assert isinstance(config, RunConfig)
+        return config
+
+
+# What a preset changes from the defaults, as the nested mappings that `RunConfig.from_dict` takes.
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's recipe: the defaults above. ResNet-110's warm-up is added by `make_config`.
+    "paper": {},
+    # A quick look: few epochs, ramp and straight-line decay.
+    "fast": {
+        "recipe": {"steps": 3_910, "schedule": "linear", "warmup": "ramp"},
+        "output": {"log_every": 50, "eval_every": 391},
+    },
+    # Needs no data and no GPU; about a minute on two CPU cores.
+    "smoke": {
+        "data": {"dataset": "synthetic"},
+        "recipe": {"steps": 250, "schedule": "linear", "warmup": "ramp"},
+        "output": {"log_every": 10, "eval_every": 79},
+    },
+}
+
+
+def make_config(preset: str = "paper", **changes: Any) -> RunConfig:
+    """A validated config: a preset, changed.
+
+    Args:
+        preset: "paper" (64k steps as in the paper), "fast" (ten epochs, linear decay) or "smoke" (built-in data).
+        **changes: `section={"key": value}` or `seed=...`, for example `model={"depth": 56}`, `recipe={"steps": 1000}`.
+
+    Returns:
+        The config, with ResNet-110's (and deeper ResNets') warm-up filled in unless `recipe.warmup` was given.
+
+    Raises:
+        InputError: An unknown preset or key, or a value out of range.
+    """
+    tree = merge(preset_tree(preset), changes)
+    return RunConfig.from_dict(with_dependent_defaults(tree))
+
+
+def preset_tree(name: str) -> dict[str, Any]:
+    """The nested mappings of a preset. Raises InputError where there is none of that name."""
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}{_nearest(name, PRESETS)}")
+    return json.loads(json.dumps(PRESETS[name]))  # type: ignore[no-any-return]
+
+
+def with_dependent_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what depends on something else; what the caller set is left alone.
+
+    ResNet-110 alone warms up (section 4.2); deeper ResNets are treated likewise. A ramp takes a tenth of the steps.
+    """
+    model, recipe = tree.get("model", {}), tree.get("recipe", {})
+    if not isinstance(model, Mapping) or not isinstance(recipe, Mapping):
+        return tree  # refused when the config is built
+    if recipe.get("warmup") == "ramp" and "warmup_steps" not in recipe and _is_int(recipe.get("steps")):
+        tree = merge(tree, {"recipe": {"warmup_steps": max(1, recipe["steps"] // 10)}})
+    deep_resnet = model.get("arch", "resnet") == "resnet" and _is_int(model.get("depth")) and model["depth"] >= 110
+    if deep_resnet and "warmup" not in recipe and recipe.get("schedule", "step") == "step":
+        tree = merge(tree, {"recipe": {"warmup": "constant"}})
+    return tree
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, mappings merged key by key."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> list[str]:
+    """The keys in which two trees differ, as lines "recipe.lr: 0.1 -> 0.2"."""
+    lines = []
+    for key in sorted({*ours, *theirs}):
+        a, b, here = ours.get(key), theirs.get(key), f"{path}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{here}.")
+        elif a != b:
+            lines.append(f"{here}: {a} -> {b}")
+    return lines
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _build(cls: type, tree: Mapping[str, Any], path: str) -> Any:
+    """An instance of a config dataclass from a mapping, every key known and every value of its type."""
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            raise InputError(f"unknown key {path}{key}{_nearest(key, hints) or '; keys: ' + ', '.join(hints)}")
+        values[key] = _coerce(hints[key], value, f"{path}{key}")
+    return cls(**values)
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+    """The value as its declared type, or InputError. Accepts what TOML and JSON write for it, and nothing looser."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if dataclasses.is_dataclass(value) and isinstance(value, kind):
+            return value
+        if isinstance(value, Mapping):
+            return _build(kind, value, f"{path}.")
+        raise InputError(f"{path} is {value!r}; it must be a table of keys")
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _coerce(next(option for option in options if option is not type(None)), value, path)
+    if origin is Literal:
+        if value in options:
+            return value
+        raise InputError(f"{path} is {value!r}; it must be one of {', '.join(options)}{_nearest(str(value), options)}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(options[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if kind is float and _is_int(value):
+        return float(value)
+    if kind is str and path.endswith("checkpoint_every") and _is_int(value):
+        return str(value)
+    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    wanted = {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(kind, "a list of integers")
+    raise InputError(f"{path} is {value!r}; it must be {wanted}")
+
+
+def _validate(config: RunConfig) -> None:
+    """Raise InputError on the first value that cannot be trained with."""
+    recipe, output = config.recipe, config.output
+
+    def need(holds: bool, key: str, value: object, rule: str) -> None:
+        if not holds:
+            raise InputError(f"{key} is {value}; {rule}")
+
+    check_depth(config.model.depth)
+    need(0 <= config.seed < 2**63, "seed", config.seed, "it must be between 0 and 2**63 - 1")
+    need(recipe.steps >= 1, "steps", recipe.steps, "it must be at least 1")
+    need(
+        1 <= recipe.batch_size <= config.data.num_train,
+        "batch_size",
+        recipe.batch_size,
+        f"it must be between 1 and {config.data.num_train:,}, the training images",
+    )
+    for key, low_ok in (("lr", False), ("warmup_lr", False), ("lr_decay", False), ("weight_decay", True)):
+        value = getattr(recipe, key)
+        holds = math.isfinite(value) and (value >= 0 if low_ok else value > 0)
+        need(holds, key, value, f"it must be a finite number {'at least' if low_ok else 'above'} 0")
+    need(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "it must be at least 0 and below 1")
+    in_order = all(a < b for a, b in zip(recipe.milestones, recipe.milestones[1:], strict=False))
+    need(in_order and all(m > 0 for m in recipe.milestones), "milestones", list(recipe.milestones), "they must rise")
+    need(
+        recipe.warmup_steps >= 1,
+        "warmup_steps",
+        recipe.warmup_steps,
+        "it must be at least 1; --warmup none turns it off",
+    )
+    if recipe.warmup == "ramp":
+        rule = f"the ramp must end within the {recipe.steps} steps; --warmup none turns it off"
+        need(recipe.warmup_steps <= recipe.steps, "warmup_steps", recipe.warmup_steps, rule)
+    if config.data.val_split:
+        need(config.data.dataset == "cifar10", "val_split", "true", "only CIFAR-10 has the paper's 45k/5k split")
+    device = config.execution.device
+    need(
+        re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None,
+        "device",
+        repr(device),
+        "use auto, cpu, cuda or cuda:0",
+    )
+    need(config.execution.threads >= 0, "threads", config.execution.threads, "0 means one a core")
+    for key in ("log_every", "eval_every"):
+        need(getattr(output, key) >= 1, key, getattr(output, key), "it must be at least 1 step")
+    every = output.checkpoint_every
+    rule = "give steps (500) or minutes (10min), above 0"
+    fits = re.fullmatch(r"\d+|\d+(\.\d+)?m(in)?", every) is not None
+    need(fits and float(re.sub(r"m(in)?$", "", every)) > 0, "checkpoint_every", repr(every), rule)

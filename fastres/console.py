@@ -1,0 +1,161 @@
+"""What a person sees of a run: notices, one live display on a terminal or plain lines elsewhere, and the summary."""
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console as RichConsole
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fastres.rundir import RunDir
+from fastres.runtime import interactive
+
+Verbosity = Literal["auto", "live", "lines", "quiet"]
+REFRESHES_PER_SECOND = 4
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Errors are fractions; `None` is not known yet."""
+
+    step: int
+    steps: int
+    epochs: float  # passes over the training images so far
+    loss: float | None = None
+    train_error: float | None = None
+    test_error: float | None = None
+    lr: float | None = None
+    images_per_second: float | None = None
+    elapsed: float = 0.0  # seconds
+    remaining: float | None = None  # seconds
+
+    def fields(self) -> list[str]:
+        """What is known, as short texts in a fixed order."""
+        known = [
+            ("loss", self.loss, lambda v: f"{v:.4f}"),
+            ("train err", self.train_error, percent),
+            ("test err", self.test_error, percent),
+            ("lr", self.lr, lambda v: f"{v:.4g}"),
+            ("img/s", self.images_per_second, lambda v: f"{v:,.0f}"),
+        ]
+        return [f"{name} {show(value)}" for name, value, show in known if value is not None]
+
+    def line(self) -> str:
+        """All of it in one line."""
+        left = f", {duration(self.remaining)} left" if self.remaining is not None else ""
+        head = f"epoch {self.epochs:6.2f}  step {self.step:{len(str(self.steps))}d}/{self.steps}"
+        return "  ".join([head, *self.fields(), f"{duration(self.elapsed)}{left}"])
+
+
+class Console:
+    """Prints to a stream, and to the run folder's console.log once `attach`ed to it.
+
+    Args:
+        verbosity: "live" redraws one display, "lines" prints a line an epoch, "quiet" prints nothing but the log file's
+            copy; "auto" is live on a terminal and lines elsewhere.
+        stderr: Print there instead of stdout, which `--json` keeps for itself.
+    """
+
+    def __init__(self, verbosity: Verbosity = "auto", *, stderr: bool = False) -> None:
+        self.verbosity = verbosity if verbosity != "auto" else "live" if interactive() else "lines"
+        self._rich = RichConsole(file=sys.stderr if stderr else None, highlight=False, soft_wrap=True)
+        self._run: RunDir | None = None
+        self._early: list[str] = []  # said before there was a run folder
+        self._live: Live | None = None
+        self._progress: Progress | None = None
+        self._download: tuple[int, int] | None = None  # bytes done, bytes in all
+
+    def attach(self, run: RunDir) -> None:
+        """Copy every line to the run's console.log from now on, what was said before included."""
+        self._run = run
+        for text in self._early:
+            run.say(text)
+        self._early.clear()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._run:
+            self._run.say(text)
+        else:
+            self._early.append(text)
+        if self.verbosity != "quiet":
+            self._rich.print(Text(text))
+
+    def show(self, progress: Progress, *, line: bool = False) -> None:
+        """Where the run stands now. With `line` (an epoch ended) it is logged, and printed unless live."""
+        self._progress = progress
+        if line and self._run:
+            self._run.say(progress.line())
+        if self.verbosity == "live":
+            self._start_live()
+        elif line and self.verbosity == "lines":
+            self._rich.print(Text(progress.line()))
+
+    def tick(self, step: int) -> None:
+        """The host is at `step`. A plain assignment: the live display's own thread draws it."""
+        if self._progress:
+            self._progress.step = step
+
+    def download(self, done: int, total: int) -> None:
+        """Bytes of the data set that have arrived."""
+        tenth = 10 * done // max(total, 1)
+        before = 10 * self._download[0] // max(total, 1) if self._download else -1
+        self._download = (done, total)
+        if self.verbosity == "live":
+            self._start_live()
+        elif self.verbosity == "lines" and tenth != before:
+            self._rich.print(f"downloaded {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+        if done >= total:
+            self.close()
+            self._download = None
+
+    def close(self) -> None:
+        """Take the live display down, so that what follows is printed below it."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _start_live(self) -> None:
+        if self._live is None:
+            self._live = Live(
+                console=self._rich,
+                get_renderable=self._render,
+                refresh_per_second=REFRESHES_PER_SECOND,
+                transient=True,
+            )
+            self._live.start()
+
+    def _render(self) -> RenderableType:
+        if self._download:
+            done, total = self._download
+            return _bar(done, total, f"downloading CIFAR-10  {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+        if not self._progress:
+            return Text("")
+        p = self._progress
+        left = "" if p.remaining is None else f"  {duration(p.remaining)} left"
+        head = f"step {p.step}/{p.steps}  epoch {p.epochs:.2f}  {duration(p.elapsed)}{left}"
+        return Group(_bar(p.step, p.steps, head), Text("  ".join(p.fields()), style="cyan", overflow="fold"))
+
+
+def _bar(done: int, total: int, text: str) -> Table:
+    row = Table.grid(padding=(0, 1), expand=False)
+    row.add_row(ProgressBar(total=max(total, 1), completed=done, width=24), Text(text, overflow="fold"))
+    return row
+
+
+def percent(fraction: float) -> str:
+    """0.0875 as "8.75 %"."""
+    return f"{100 * fraction:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 4.2 s, 3:07 or 19:05:00."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,49 @@
+"""The one form in which every data set reaches the trainer: arrays in host memory. No torch, no I/O."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+IMAGE_SIZE = 32  # pixels, height and width
+NUM_VALIDATION = 5_000  # the paper's 45k/5k split (section 4.2)
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A labelled train/test pair of 32x32 RGB images.
+
+    Images are uint8 `(num_images, 32, 32, 3)` (NHWC, RGB), labels uint8 `(num_images,)` in `0..len(class_names) - 1`.
+    """
+
+    train_images: Bytes
+    train_labels: Bytes
+    test_images: Bytes
+    test_labels: Bytes
+    class_names: tuple[str, ...]
+    name: str  # "cifar10" or "synthetic"
+    digest: str  # "sha256:<hex>" over all labels and pixels; equal digests mean equal data
+    official: bool  # the digest is that of the published data set (synthetic: of its own definition)
+    source: str  # where it was found, for people: a path, a URL, or "built in"
+
+    def validation_split(self) -> "ImageSet":
+        """The paper's split: train on the first 45k training images, evaluate on the last 5k of them."""
+        cut = len(self.train_images) - NUM_VALIDATION
+        return replace(
+            self,
+            train_images=self.train_images[:cut],
+            train_labels=self.train_labels[:cut],
+            test_images=self.train_images[cut:],
+            test_labels=self.train_labels[cut:],
+        )
+
+    def mean_image(self) -> npt.NDArray[np.float32]:
+        """The per-pixel mean over the training images (section 3.4), float32 `(32, 32, 3)`, in units of 0 to 255.
+
+        Summed in integers, so it does not depend on the order of summation.
+        """
+        total = self.train_images.sum(axis=0, dtype=np.int64)
+        mean: npt.NDArray[np.float32] = (total / len(self.train_images)).astype(np.float32)
+        return mean

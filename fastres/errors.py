@@ -1,0 +1,49 @@
+"""Errors that a user can cause or meet, each with its exit code.
+
+A message is one or two lines: what is wrong, the value, what to type next. `cli.py` prints it without a traceback
+(unless `--debug`) and exits with `exit_code`. Any other exception is a bug and exits with 1.
+"""
+
+
+class FastresError(Exception):
+    """Base of all errors with a user-facing message."""
+
+    exit_code = 1
+
+
+class InputError(FastresError):
+    """Bad input or usage: a flag, a config file, a data file, a run folder."""
+
+    exit_code = 2
+
+
+class MachineError(FastresError):
+    """The machine lacks something: data, network, GPU, DALI, compiler, disk."""
+
+    exit_code = 3
+
+
+class OutOfMemory(FastresError):
+    """Device or host memory ran out."""
+
+    exit_code = 4
+
+
+class Diverged(FastresError):
+    """The loss became NaN or Inf, or a warm-up that must end never did."""
+
+    exit_code = 5
+
+
+class OutsideTolerance(FastresError):
+    """A result that was asked to be asserted does not hold."""
+
+    exit_code = 6
+
+
+class Interrupted(FastresError):
+    """SIGINT or SIGTERM arrived; the state was saved before this was raised."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum

@@ -1,0 +1,162 @@
+"""`fastres eval`: the test error of a run, of a checkpoint, or of a weights file that another project published."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastres import checkpoint
+from fastres.build import EVALUATION_BATCH, Mean, empty_net, load_images, place
+from fastres.config import Execution, Model, RunConfig
+from fastres.console import percent
+from fastres.data.imageset import ImageSet
+from fastres.data.pixels import SCALE
+from fastres.data.resident import evaluation_batches
+from fastres.errors import InputError
+from fastres.rundir import RunDir
+from fastres.runtime import Runtime, prepare
+from fastres.step import Evaluation, evaluate
+from fastres.weights import read_weights
+
+Channels = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A network's test result. Errors are fractions, 0 to 1."""
+
+    target: str
+    model: str  # ResNet20
+    step: int | None  # of training; None where the file does not say
+    images: ImageSet
+    evaluation: Evaluation
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: test_error, test_loss, class_errors by name, confusion, and what was tested on what."""
+        names = self.images.class_names
+        return {
+            "target": self.target,
+            "model": self.model,
+            "step": self.step,
+            "test_error": self.evaluation.error,
+            "test_loss": self.evaluation.loss,
+            "class_errors": dict(zip(names, self.evaluation.class_errors, strict=True)),
+            "confusion": self.evaluation.confusion,
+            "num_images": self.evaluation.num_images,
+            "data": {"name": self.images.name, "digest": self.images.digest, "official": self.images.official},
+        }
+
+
+def evaluate_target(
+    target: Path,
+    execution: dict[str, Any],
+    *,
+    arch: str | None = None,
+    dataset: str | None = None,
+    mean: Channels | None = None,
+    std: Channels | None = None,
+    say: Callable[[str], None],
+) -> Outcome:
+    """Test a run folder, a checkpoint file, or a foreign weights file.
+
+    A checkpoint brings its config and mean image. Foreign weights get the per-pixel mean of the training images, unless
+    `mean` and `std` (per channel, of pixels in 0 to 1) say what they were trained with.
+
+    Args:
+        target: The folder or file.
+        execution: Changes to `fastres.config.Execution`: device, precision, where the data is.
+        arch: "resnet" or "plain", for weights that do not say.
+        dataset: "cifar10" or "synthetic"; default: what the run was trained on.
+        mean, std: See above.
+        say: Takes one-line notices.
+
+    Raises:
+        InputError: `target` is neither, is damaged, or does not fit a CIFAR network.
+        MachineError: No data and no network, or no such device.
+    """
+    if not target.exists():
+        raise InputError(f"{target} does not exist; give a run folder or a weights file")
+    saved = _saved(target, say)
+    config = RunConfig.from_dict(saved.meta["config"]) if saved else RunConfig()
+    tree = {**config.to_dict()["execution"], "compile": False, "device": "auto", "precision": "auto", **execution}
+    chosen = RunConfig.from_dict(
+        {"execution": tree, "data": {**config.to_dict()["data"], **({"dataset": dataset} if dataset else {})}}
+    )
+    runtime = prepare(chosen.execution)
+    images = load_images(chosen.data, chosen.execution, say=say)
+    num_classes = len(images.class_names)
+    if saved:
+        if arch is not None and arch != config.model.arch:
+            raise InputError(f"--arch {arch}: {target} says of itself that it is {config.model.arch}")
+        if images.digest != saved.meta["data"]["digest"]:
+            theirs = saved.meta["data"]["digest"]
+            say(f"tested on other data ({images.digest[:23]}...) than the run was trained on ({theirs[:23]}...)")
+        name, step = config.name, saved.meta["step"]
+        net = empty_net(config.model, num_classes=num_classes)
+        net.load_state_dict(saved.weights)
+        mean_image: Mean = saved.tensors["data/mean"].numpy()
+    else:
+        foreign = read_weights(target)
+        model = Model(arch="plain" if arch == "plain" else "resnet", depth=foreign.depth, shortcut=foreign.shortcut)
+        name, step = RunConfig(model=model).name, None
+        net = empty_net(model, num_classes=num_classes)
+        net.load_state_dict(foreign.state)
+        mean_image = images.mean_image() if mean is None else np.full((32, 32, 3), mean, np.float32) * 255
+    net = place(net, chosen.execution, runtime)
+    evaluation = evaluate(net, _batches(images, mean_image, std, runtime, chosen.execution), runtime.dtype)
+    return Outcome(str(target), name, step, images, evaluation)
+
+
+def _saved(target: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+    """The checkpoint that `target` holds or is; None for a foreign weights file."""
+    if target.is_dir():
+        saved, problems = checkpoint.load_newest(RunDir.open(target).path)
+        for problem in problems:
+            say(f"{problem}; taking the one before")
+        if saved is None:
+            raise InputError(f"{target} has no checkpoint yet")
+        return saved
+    if target.suffix == ".safetensors" and checkpoint.is_checkpoint(target):
+        return checkpoint.load(target)
+    return None
+
+
+def _batches(
+    images: ImageSet, mean: Mean, std: Channels | None, runtime: Runtime, execution: Execution
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The test images as the network was trained to see them."""
+    plain = evaluation_batches(
+        images.test_images,
+        images.test_labels,
+        mean,
+        batch_size=EVALUATION_BATCH,
+        device=runtime.device,
+        dtype=torch.float32 if std else runtime.dtype,
+        channels_last=execution.channels_last,
+    )
+    if std is None:
+        yield from plain
+        return
+    factor = torch.tensor(std, device=runtime.device).mul_(255 * SCALE).reciprocal_().view(1, 3, 1, 1)
+    for batch, labels in plain:
+        yield (batch * factor).to(runtime.dtype), labels
+
+
+def report(outcome: Outcome) -> str:
+    """The result for people, a class a line."""
+    data = outcome.images
+    at = f" at step {outcome.step:,}" if outcome.step is not None else ""
+    note = "" if data.official else f", not the official files ({data.digest[:23]}...)"
+    worst = max(error or 0.0 for error in outcome.evaluation.class_errors) or 1.0
+    lines = [
+        f"{outcome.model}{at}: test error {percent(outcome.evaluation.error)}, loss {outcome.evaluation.loss:.4f}",
+        f"{outcome.evaluation.num_images:,} images of {data.name}{note}",
+    ]
+    for name, error in zip(data.class_names, outcome.evaluation.class_errors, strict=True):
+        if error is not None:
+            lines.append(f"  {name:<12} {percent(error):>8}  {'#' * round(24 * error / worst)}")
+    return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""The CIFAR networks of He et al. (CVPR 2016, section 4.2). ResNet and PlainNet are one class with a switch.
+
+Layers have the names that most published weights have: `conv1`, `bn1`, `layer1.0.conv1`, ..., `layer3.<n-1>.bn2`, `fc`.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres.models.depth import check_depth, num_blocks
+
+__all__ = ["CifarNet", "check_depth", "init_he_", "num_parameters"]
+
+WIDTHS = (16, 32, 64)  # filters at 32x32, 16x16 and 8x8
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation without torch's counter of batches.
+
+    The counter is read only where `momentum=None`, and costs one kernel a layer and step, where a step at batch 128 is
+    bound by its number of kernels. Weights go both ways: a foreign counter is dropped, and a net that has counters
+    takes our weights.
+    """
+
+    _version = 1  # of the state dict: before torch had counters, so that torch's own layer does not miss one in ours
+
+    def __init__(self, channels: int, *, eps: float, momentum: float) -> None:
+        super().__init__(channels, eps=eps, momentum=momentum)
+        self.num_batches_tracked = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)  # noqa: SLF001 (past the parent, who adds it)
+
+
+class Block(nn.Module):
+    """Two 3x3 layers and the shortcut around them; the first layer strides where the map shrinks."""
+
+    def __init__(
+        self, in_channels: int, channels: int, *, residual: bool, shortcut: Literal["A", "B"], **norm: float
+    ) -> None:
+        super().__init__()
+        self.stride = 1 if in_channels == channels else 2
+        self.residual = residual
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, self.stride, padding=1, bias=False)
+        self.bn1 = BatchNorm(channels, **norm)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = BatchNorm(channels, **norm)
+        self.downsample: nn.Module | None = None
+        if residual and shortcut == "B" and self.stride != 1:
+            projection = nn.Conv2d(in_channels, channels, 1, self.stride, bias=False)
+            self.downsample = nn.Sequential(projection, BatchNorm(channels, **norm))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, in_channels, h, w)` -> `(batch, channels, h / stride, w / stride)`."""
+        # In place where autograd allows it: batch norm keeps its input, ReLU its output, neither the sum.
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        if self.residual:
+            out += self.shortcut(x)
+        return F.relu(out, inplace=True)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """Identity; where the shape changes option A (no parameters) or, if there is a projection, option B.
+
+        Option A takes every second pixel of every second row and adds zero channels, half of them before, half after.
+        """
+        if self.stride == 1:
+            return x
+        if self.downsample is not None:
+            projected: Tensor = self.downsample(x)
+            return projected
+        half = (self.conv1.out_channels - x.shape[1]) // 2
+        # Average pooling over one pixel is x[:, :, ::2, ::2], exactly, whose backward would fill and copy whole maps.
+        return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, half, half))
+
+
+class CifarNet(nn.Module):
+    """ResNet or PlainNet for 32x32 images: 6n+2 layers, n blocks of two 3x3 layers at each of three map sizes.
+
+    Args:
+        depth: Layers with weights, 6n+2: 20, 32, 44, 56, 110, 1202, or any other.
+        residual: False makes a PlainNet, the same layers without shortcuts.
+        shortcut: Where the shape changes: "A" pads with zero channels (the paper's choice), "B" projects by 1x1
+            convolution and batch norm. A PlainNet has none, whatever this says.
+        num_classes: Logits.
+        bn_eps, bn_momentum: Batch norm's epsilon, and the weight of the new batch in the running statistics; the
+            paper names neither, these are torch's.
+
+    Raises:
+        InputError: The depth is not 6n+2.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        residual: bool = True,
+        shortcut: Literal["A", "B"] = "A",
+        num_classes: int = 10,
+        bn_eps: float = 1e-5,
+        bn_momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.depth, self.residual, self.shortcut = depth, residual, shortcut
+        n = num_blocks(depth)
+        norm = {"eps": bn_eps, "momentum": bn_momentum}
+        self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
+        self.bn1 = BatchNorm(WIDTHS[0], **norm)
+
+        def stage(in_channels: int, channels: int) -> nn.Sequential:
+            inputs = [in_channels] + [channels] * (n - 1)
+            return nn.Sequential(*(Block(c, channels, residual=residual, shortcut=shortcut, **norm) for c in inputs))
+
+        self.layer1 = stage(WIDTHS[0], WIDTHS[0])
+        self.layer2 = stage(WIDTHS[0], WIDTHS[1])
+        self.layer3 = stage(WIDTHS[1], WIDTHS[2])
+        self.fc = nn.Linear(WIDTHS[2], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Mean-subtracted images `(batch, 3, 32, 32)`, any memory format -> logits `(batch, num_classes)`."""
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return logits
+
+
+@torch.no_grad()
+def init_he_(net: nn.Module, *, mode: Literal["fan_in", "fan_out"], generator: torch.Generator) -> None:
+    """Initialise in place: He normal weights (arXiv:1502.01852), batch norm to identity, the fc bias to zero.
+
+    Weights have the standard deviation sqrt(2 / fan). They are drawn on the CPU in fp32, in the order of
+    `net.named_parameters()`, so that a seed means the same weights on every device, and one block's weights do not
+    depend on what comes after it.
+
+    Args:
+        net: A network of convolutions, batch norms and linear layers.
+        mode: Which fan: "fan_in" keeps the scale of activations, "fan_out" that of gradients. The paper cites both.
+        generator: On the CPU; advanced by the weights drawn.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight = torch.empty(module.weight.shape)
+            module.weight.copy_(nn.init.kaiming_normal_(weight, mode=mode, nonlinearity="relu", generator=generator))
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.BatchNorm2d):
+            for ones, zeros in ((module.weight, module.bias), (module.running_var, module.running_mean)):
+                ones.fill_(1)
+                zeros.zero_()
+
+
+def num_parameters(net: nn.Module) -> int:
+    """Trainable numbers in a network; running statistics are not counted."""
+    return sum(p.numel() for p in net.parameters())

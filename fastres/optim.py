@@ -1,0 +1,133 @@
+"""SGD as the paper has it (section 3.4), and its learning rate as a pure function of the step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+WARMUP_WINDOW = 391  # steps: about an epoch of 50,000 images in batches of 128
+WARMUP_LOOK_EVERY = 100  # steps between two looks at the training error
+WARMUP_ERROR = 0.8  # training error, a fraction, below which ResNet-110's warm-up ends (section 4.2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LrSchedule:
+    """The learning rate of every step: a warm-up, then steps or a straight line. Field names as in `config.Recipe`.
+
+    Attributes:
+        schedule: "step" multiplies by `lr_decay` at each milestone; "linear" falls to zero at `num_steps`.
+        lr: The base learning rate.
+        milestones: Steps, counted from the first of the run, warm-up included.
+        lr_decay: Factor at each milestone.
+        num_steps: Steps of the whole run.
+        warmup: "none"; "constant" and "error" take `warmup_lr` until the warm-up ends; "ramp" rises in a straight line.
+        warmup_steps: Length of "constant" and "ramp".
+        warmup_lr: Learning rate of "constant" and "error".
+    """
+
+    schedule: Literal["step", "linear"]
+    lr: float
+    milestones: Sequence[int]
+    lr_decay: float
+    num_steps: int
+    warmup: Literal["none", "constant", "error", "ramp"]
+    warmup_steps: int
+    warmup_lr: float
+
+    def at(self, step: int, warmup_end: int | None = None) -> float:
+        """The learning rate of one update.
+
+        Args:
+            step: 0-based index of the update about to be made.
+            warmup_end: "error" only: the step that was the first without warm-up, None while it goes on.
+        """
+        end = self.warmup_end(warmup_end)
+        if end is None or step < end:
+            # A ramp's first step is already above zero; the step after its last is the first at the full rate.
+            return self.warmup_lr if self.warmup in ("constant", "error") else self.lr * (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "linear":
+            # Falls from `lr`, at the first step after the warm-up, to zero at `num_steps`, which is never taken.
+            return self.lr * (self.num_steps - step) / (self.num_steps - end)
+        passed = sum(step >= milestone for milestone in self.milestones)
+        # Dividing by a whole number where the decay is one over it: 0.1 -> 0.01 -> 0.001, each rounded once.
+        divisor = round(1 / self.lr_decay)
+        exact = 1 / divisor == self.lr_decay
+        return self.lr / divisor**passed if exact else self.lr * self.lr_decay**passed
+
+    def warmup_end(self, seen: int | None) -> int | None:
+        """The first step without warm-up, or None while it goes on; `seen` is what "error" was told."""
+        if self.warmup == "none":
+            return 0
+        return seen if self.warmup == "error" else self.warmup_steps
+
+
+def warmup_over(errors: Sequence[int], batch_size: int) -> bool:
+    """Whether ResNet-110's warm-up is over: training error below 80 % over the preceding `WARMUP_WINDOW` steps.
+
+    The paper's words (section 4.2): "we use 0.01 to warm up the training until the training error is below 80%".
+
+    Args:
+        errors: Wrong answers in each of the last steps, newest last. What is before the window is not looked at; a
+            shorter history is judged as it is, an empty one is no proof.
+        batch_size: Images in each step.
+    """
+    window = errors[-WARMUP_WINDOW:]
+    return len(window) > 0 and int(sum(window)) < WARMUP_ERROR * batch_size * len(window)
+
+
+def make_sgd(
+    net: nn.Module,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    weight_decay_on: Literal["all", "weights"] = "all",
+    fused: bool = True,
+) -> torch.optim.SGD:
+    """SGD with momentum, no Nesterov, no dampening: v <- momentum v + (g + weight_decay w), w <- w - lr v.
+
+    The learning rate stays outside the velocity, as in PyTorch; in Caffe, where the paper's networks were trained, it is
+    inside (v <- momentum v + lr g). The two differ only for the steps after a change of lr, in which old velocity
+    counts with the new rate here and with the old one there.
+
+    The learning rate is a tensor on the device, which `set_lr` fills in place, and the velocities exist, as zeros,
+    before the first step: a captured graph and a checkpoint see the same tensors from step 0 on.
+
+    Args:
+        net: On its device.
+        lr: Of the first step.
+        momentum, weight_decay: As in the formula.
+        weight_decay_on: "all" parameters, as Caffe and the paper's words have it, or "weights" of convolutions and
+            linear layers only, without batch norm's and biases.
+        fused: One kernel for many parameters. The others are for comparison.
+    """
+    device = next(net.parameters()).device
+    decayed = [p for p in net.parameters() if p.ndim > 1 or weight_decay_on == "all"]
+    others = [p for p in net.parameters() if p.ndim <= 1 and weight_decay_on == "weights"]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=torch.tensor(lr, dtype=torch.float32, device=device),
+        momentum=momentum,
+        fused=fused,
+        foreach=False if not fused else None,
+    )
+    if momentum:
+        for parameter in net.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def set_lr(optimizer: torch.optim.SGD, lr: float) -> None:
+    """Set the learning rate of the next step, in place: the tensor stays the one that a captured graph reads."""
+    for tensor in {id(group["lr"]): group["lr"] for group in optimizer.param_groups}.values():
+        tensor.fill_(lr)
+
+
+def momentum_buffers(net: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:
+    """The velocities by parameter name, for a checkpoint: the very tensors, not copies. Empty without momentum."""
+    state = optimizer.state
+    named = net.named_parameters()
+    return {name: state[p]["momentum_buffer"] for name, p in named if "momentum_buffer" in state[p]}

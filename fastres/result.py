@@ -1,0 +1,59 @@
+"""What a finished run gave: the value, its file, and how it is told to a person."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastres.config import RunConfig
+from fastres.console import duration, percent
+from fastres.data.imageset import ImageSet
+from fastres.errors import InputError
+from fastres.rundir import RESULT, RunDir
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run gave. Errors are fractions of the evaluated images, 0 to 1."""
+
+    run: Path
+    test_error: float  # of the last step: the number to report
+    test_loss: float  # mean cross-entropy, last step
+    best_test_error: float  # over all evaluations; chosen on the test set, so never the result
+    best_step: int
+    train_error: float  # running error over the last logged steps, augmented images
+    class_errors: list[float | None]  # test error by class, last step
+    steps: int
+    warmup_end: int | None  # step at which warm-up ended; None without one
+    num_parameters: int
+    images_per_second: float  # training clock alone
+    seconds: dict[str, float]  # by clock: import, data, compile, train, evaluate, checkpoint, other
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "run": str(self.run)}
+
+
+def result_of(run: RunDir) -> RunResult:
+    """The result of a finished run. Raises InputError where it is not finished or its files are damaged."""
+    values = run.read_json(RESULT)
+    try:
+        return RunResult(**{key: values[key] for key in RunResult.__dataclass_fields__} | {"run": run.path})
+    except KeyError as error:
+        raise InputError(f"{run.path / RESULT} lacks {error}") from error
+
+
+def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]:
+    """What a person wants to know at the end, line by line."""
+    held_out = "validation" if config.data.val_split else "test"
+    seconds = result.seconds
+    labelled = "" if images.official else f"  (data set not the official one: {images.digest[:23]}...)"
+    return [
+        f"{config.name} after {result.steps:,} steps: {held_out} error {percent(result.test_error)}{labelled}",
+        f"  best over steps   {percent(result.best_test_error)} at step {result.best_step:,} (chosen on that set)",
+        f"  training error    {percent(result.train_error)} (running, augmented)",
+        f"  training clock    {duration(seconds.get('train', 0.0))}, {result.images_per_second:,.0f} img/s",
+        *(f"  {name:<17} {duration(value)}" for name, value in seconds.items() if name != "train"),
+        f"  run folder        {result.run}",
+        f"  curves            {result.run / 'curves.png'}",
+        f"  again             fastres eval {result.run}",
+    ]

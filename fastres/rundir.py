@@ -1,0 +1,182 @@
+"""The run folder, the only truth about a run, and the only writer of its metrics and text.
+
+config.json              the resolved config
+environment.json         machine, versions, commit, digest of the data
+metrics.jsonl            a record a line, append-only; measured times sit under "clock"
+console.log              what the console said
+checkpoint.safetensors   the newest state (fastres/checkpoint.py), the one before it beside it
+curves.png, curves.svg   training and test error
+result.json              written once, when the last step is done
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from fastres.checkpoint import disk_error, fsync_folder
+from fastres.config import RunConfig
+from fastres.errors import InputError
+
+CONFIG, ENVIRONMENT, METRICS, RESULT, CONSOLE = (
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "result.json",
+    "console.log",
+)
+
+
+class RunDir:
+    """A run folder on disk. Use `create` or `open`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @staticmethod
+    def create(path: Path, *, overwrite: bool = False) -> "RunDir":
+        """Make an empty run folder.
+
+        Raises:
+            InputError: `path` holds something already; with `overwrite` that is moved aside instead.
+            MachineError: The folder cannot be made or written.
+        """
+        RunDir.check_free(path, overwrite=overwrite)
+        try:
+            if _occupied(path):
+                path.rename(_aside(path))
+            path.mkdir(parents=True, exist_ok=True)
+            (path / CONSOLE).touch()
+        except OSError as error:
+            raise disk_error(error, path, 0) from error
+        return RunDir(path)
+
+    @staticmethod
+    def check_free(path: Path, *, overwrite: bool) -> None:
+        """Raise InputError where `create` would refuse `path`."""
+        if _occupied(path) and not overwrite:
+            way_on = f"; to go on with it: --resume {path}" if (path / CONFIG).exists() else ""
+            raise InputError(f"{path} is not empty; give another --out, or --overwrite moves it aside{way_on}")
+
+    @staticmethod
+    def open(path: Path) -> "RunDir":
+        """An existing run folder. Raises InputError where `path` is none."""
+        if not (path / CONFIG).is_file():
+            raise InputError(f"{path} is not a run folder: it has no {CONFIG}")
+        return RunDir(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one training process. Raises InputError where another holds it."""
+        lock = filelock.FileLock(self.path / ".lock", timeout=0)
+        try:
+            with lock:
+                yield
+        except filelock.Timeout as error:
+            raise InputError(
+                f"{self.path} is being trained by another process; wait for it, or stop it first"
+            ) from error
+
+    def config(self) -> RunConfig:
+        """The config that the run was started with. Raises InputError where it cannot be read."""
+        return RunConfig.from_dict(self.read_json(CONFIG))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One of the folder's JSON files. Raises InputError where it is missing or damaged."""
+        try:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path / name} cannot be read: {error}") from error
+        if not isinstance(value, dict):
+            raise InputError(f"{self.path / name} does not hold a JSON object")
+        return value
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write one of the folder's JSON files, whole or not at all."""
+        self._replace(name, json.dumps(value, indent=2) + "\n")
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add a record to the metrics. NaN and Inf are written as text, since JSON has neither."""
+        line = json.dumps({key: _jsonable(value) for key, value in record.items()}, allow_nan=False)
+        self._append(METRICS, line + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All whole records so far; a last line that a crash cut short is left out."""
+        records = []
+        path = self.path / METRICS
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                break
+            records.append(record)
+        return records
+
+    def cut_back(self, step: int) -> None:
+        """Drop the metrics beyond `step`, from which a resumed run goes on."""
+        kept = [record for record in self.metrics() if record["step"] <= step]
+        self._replace(METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def sync_metrics(self) -> None:
+        """Force the metrics to the disk, before a checkpoint that counts on them."""
+        path = self.path / METRICS
+        if path.exists():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+    def say(self, text: str) -> None:
+        """Add a line to console.log."""
+        self._append(CONSOLE, text + "\n")
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise disk_error(error, self.path, len(text)) from error
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.tmp"
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path / name)
+            fsync_folder(self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise disk_error(error, self.path, len(text)) from error
+
+
+def default_path(config: RunConfig) -> Path:
+    """Where a run goes that was not told: `runs/resnet20-seed0-<date>-<time>`."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    base = Path("runs") / f"{config.name.lower()}-seed{config.seed}-{stamp}"
+    path, count = base, 2
+    while path.exists():
+        path, count = base.with_name(f"{base.name}-{count}"), count + 1
+    return path
+
+
+def _occupied(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def _aside(path: Path) -> Path:
+    count = 1
+    while (aside := path.with_name(f"{path.name}.old-{count}")).exists():
+        count += 1
+    return aside
+
+
+def _jsonable(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,140 @@
+"""What a run must remember to go on as if it had never stopped, and how that becomes a checkpoint and back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres import checkpoint
+from fastres.build import Mean
+from fastres.checkpoint import Checkpoint
+from fastres.config import RunConfig
+from fastres.data.imageset import ImageSet
+from fastres.errors import Diverged, InputError
+from fastres.optim import WARMUP_WINDOW, momentum_buffers
+from fastres.rundir import RunDir
+from fastres.step import Evaluation, TrainStep
+
+
+@dataclass
+class RunState:
+    """Where a run is, beside the tensors that its `TrainStep` holds."""
+
+    step: int = 0  # steps done
+    logged: int = 0  # steps that the metrics cover
+    warmup_end: int | None = None  # steps done when warm-up ended
+    best_error: float = 1.0  # fraction, over the evaluations so far
+    best_step: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by clock, of the processes before this one
+
+    def saw(self, result: Evaluation, step: int) -> None:
+        """Take note of an evaluation."""
+        if self.best_step == 0 or result.error < self.best_error:
+            self.best_error, self.best_step = result.error, step
+
+    def save(
+        self,
+        run: RunDir,
+        train_step: TrainStep,
+        config: RunConfig,
+        images: ImageSet,
+        mean: Mean,
+        seconds: Mapping[str, float],
+    ) -> None:
+        """Write a checkpoint. Waits for the device.
+
+        Mean image and class names travel in it, so that `fastres eval` needs no training set.
+
+        Raises:
+            Diverged: A weight is NaN or Inf; nothing is written, the last good checkpoint stays.
+            MachineError: The disk is full.
+        """
+        start = min(self.logged, max(0, self.step - WARMUP_WINDOW))  # what the log and the warm-up rule will still need
+        tensors: dict[str, Tensor] = {
+            **train_step.net.state_dict(),
+            **{f"momentum/{k}": v for k, v in momentum_buffers(train_step.net, train_step.optimizer).items()},
+            "log/losses": train_step.losses[start : self.step],
+            "log/errors": train_step.errors[start : self.step],
+            "data/mean": torch.from_numpy(mean),
+        }
+        if not checkpoint.all_finite(tensors):
+            raise Diverged(
+                f"a weight or momentum is NaN or Inf at step {self.step:,}; the last good checkpoint is kept in "
+                f"{run.path}. Try a lower --lr, --warmup constant, or --precision fp32"
+            )
+        meta = {
+            "step": self.step,
+            "logged": self.logged,
+            "log_start": start,
+            "warmup_end": self.warmup_end,
+            "best_error": self.best_error,
+            "best_step": self.best_step,
+            "scaler": train_step.scaler.state_dict(),
+            "config": config.to_dict(),
+            "data": {"name": images.name, "digest": images.digest, "class_names": list(images.class_names)},
+            "clock": dict(seconds),
+        }
+        run.sync_metrics()
+        checkpoint.save(run.path, tensors, meta)
+
+    @staticmethod
+    def restored(saved: Checkpoint, train_step: TrainStep) -> "RunState":
+        """Put a checkpoint's tensors back in place and return the rest."""
+        meta = saved.meta
+        copies = {**train_step.net.state_dict()}
+        copies |= {f"momentum/{k}": v for k, v in momentum_buffers(train_step.net, train_step.optimizer).items()}
+        window = slice(meta["log_start"], meta["step"])
+        copies |= {"log/losses": train_step.losses[window], "log/errors": train_step.errors[window]}
+        with torch.no_grad():
+            for name, tensor in copies.items():
+                if name not in saved.tensors or saved.tensors[name].shape != tensor.shape:
+                    raise InputError(
+                        f"{saved.path} does not fit the run's network: {name} is missing or has another shape"
+                    )
+                tensor.copy_(saved.tensors[name])
+        train_step.scaler.load_state_dict(meta["scaler"])
+        return RunState(
+            meta["step"],
+            meta["logged"],
+            meta["warmup_end"],
+            meta["best_error"],
+            meta["best_step"],
+            dict(meta["clock"]),
+        )
+
+
+def load_state(run: RunDir, images: ImageSet, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint from which a run goes on, its metrics cut back to it; None where none was written yet.
+
+    Raises:
+        InputError: No checkpoint is whole, or the data is not what the run was trained on.
+    """
+    saved, problems = checkpoint.load_newest(run.path)
+    for problem in problems:
+        say(f"{problem}; falling back to the one before")
+    if saved is None:
+        say(f"{run.path} has no checkpoint yet: starting at step 0")
+    else:
+        theirs = saved.meta["data"]["digest"]
+        if theirs != images.digest:
+            raise InputError(
+                f"{run.path} was trained on data with digest {theirs}, but {images.source} has {images.digest}; "
+                "give the same data with --data-dir"
+            )
+        checkpoint.set_damaged_aside(run.path, saved.path)
+    run.cut_back(saved.meta["step"] if saved else 0)
+    return saved
+
+
+def data_note(images: ImageSet) -> dict[str, Any]:
+    """The data set, as environment.json and result.json record it."""
+    return {
+        "name": images.name,
+        "digest": images.digest,
+        "official": images.official,
+        "source": images.source,
+        "num_train": len(images.train_images),
+        "num_test": len(images.test_images),
+    }

@@ -1,0 +1,194 @@
+"""The machine: device, precision, threads, global torch settings, and a description of it all.
+
+The only module that sets anything global.
+"""
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastres.config import Execution
+from fastres.errors import InputError, MachineError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What `Execution` resolves to on this machine."""
+
+    device: torch.device
+    precision: str  # fp32, bf16 or fp16
+    compile: bool
+    threads: int  # CPU threads
+    notes: tuple[str, ...]  # lines the user should see: a fall-back that was taken
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of images and activations; weights, BN statistics, loss and momentum stay in fp32."""
+        return DTYPES[self.precision]
+
+
+def prepare(execution: Execution) -> Runtime:
+    """Choose device, precision and threads, and set torch's global switches for them.
+
+    Raises:
+        MachineError: A GPU, precision or compiler was asked for by name and is not there.
+        InputError: A GPU index that does not exist.
+    """
+    notes = []
+    device = _device(execution.device)
+    if device.type == "cpu" and execution.device == "auto":
+        notes.append("no GPU found: training on the CPU")
+    threads = execution.threads or num_cores()
+    torch.set_num_threads(threads)
+    compiled = device.type == "cuda" if execution.compile is None else execution.compile
+    if compiled and device.type == "cpu" and not _has_cpp_compiler():
+        raise MachineError(
+            "--compile on the CPU needs a C++ compiler and none was found; install g++, or use --no-compile"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # one shape for the whole run, so the search pays once
+    return Runtime(device, _precision(execution.precision, device), compiled, threads, tuple(notes))
+
+
+def num_cores() -> int:
+    """CPU cores this process may use (a container may own fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def seeded_generator(seed: int) -> torch.Generator:
+    """A CPU generator for initial weights: the same seed gives the same weights on every device."""
+    return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run compiled modules uncompiled inside the block (evaluation has other shapes; compiling it would not pay)."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read after it counts finished work. Nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def environment(runtime: Runtime) -> dict[str, Any]:
+    """Machine, versions and commit, as JSON values, for `environment.json` and benchmark results."""
+    cuda = runtime.device.type == "cuda"
+    return {
+        "fastres": _version("fastres"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "numpy": _version("numpy"),
+        "dali": _version("nvidia-dali-cuda120") or _version("nvidia-dali-cuda130"),
+        "gpu": torch.cuda.get_device_name(runtime.device) if cuda else None,
+        "driver": _driver() if cuda else None,
+        "cpu": _cpu_name(),
+        "cores": num_cores(),
+        "threads": runtime.threads,
+        "device": str(runtime.device),
+        "precision": runtime.precision,
+        "compile": runtime.compile,
+        "platform": platform.platform(),
+    }
+
+
+def _device(name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise MachineError(f"--device {name} was asked for, but torch finds no CUDA GPU; use --device cpu or auto")
+    device = torch.device("cuda", 0) if name in ("auto", "cuda") else torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0")
+    return device
+
+
+def _precision(name: str, device: torch.device) -> str:
+    if device.type == "cuda":
+        native_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
+        if name == "bf16" and not native_bf16:
+            gpu = torch.cuda.get_device_name(device)
+            raise MachineError(f"{gpu} has no bf16 (Ampere and later do); use --precision fp16 or fp32")
+        return name if name != "auto" else "bf16" if native_bf16 else "fp16"
+    if name != "auto":
+        return name
+    return "bf16" if _cpu_has_bf16() else "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); emulated bf16 is slower than fp32."""
+    flags = _cpu_info("flags").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _has_cpp_compiler() -> bool:
+    names = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
+    return any(shutil.which(name) for name in names)
+
+
+@functools.cache
+def _cpu_info(key: str) -> str:
+    """The first value of a key in Linux's /proc/cpuinfo, or ""."""
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _cpu_name() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, with "+" where files differ from it; None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
+    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    return commit and commit + ("+" if changed else "")
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().split("\n")[0] or None
+
+
+def interactive() -> bool:
+    """Whether stdout is a terminal that a live display can be drawn on."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"

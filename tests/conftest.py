@@ -1,0 +1,46 @@
+"""What all tests share: no network, no cache of the user's, no GPU tests without a GPU."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+LOCAL = {"localhost", "127.0.0.1", "::1"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch finds none"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_surroundings() -> Iterator[None]:
+    """Caches in a temporary folder and none of the user's settings, here and in subprocesses."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("FASTRES_")]:
+            patch.delenv(name)
+        patch.setenv("XDG_CACHE_HOME", folder)
+        patch.setenv("MPLBACKEND", "Agg")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection to anything but this machine fails the test (in this process; subprocesses are not watched)."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        remote = isinstance(address, tuple) and address[0] not in LOCAL
+        if self.family in (socket.AF_INET, socket.AF_INET6) and remote:
+            raise AssertionError(f"a test tried to reach the network: {address}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)

@@ -1,0 +1,140 @@
+"""checkpoint.py: whole or not at all, the one before kept, damage found."""
+
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastres import checkpoint
+from fastres.errors import InputError, MachineError
+
+
+def tensors(value: float = 1.0) -> dict[str, Tensor]:
+    """A net's weights in two dtypes and layouts, and a momentum."""
+    return {
+        "conv1.weight": torch.full((4, 3, 3, 3), value).to(memory_format=torch.channels_last),
+        "fc.bias": torch.arange(10.0) * value,
+        "momentum/fc.bias": torch.zeros(0),
+        "log/errors": torch.tensor([1, 2, 3], dtype=torch.int32),
+    }
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, tensors(0.1), {"step": 7, "nested": {"a": [1, None]}})
+    saved = checkpoint.load(path)
+    assert saved.meta == {"format": checkpoint.FORMAT, "step": 7, "nested": {"a": [1, None]}}
+    assert saved.tensors.keys() == tensors().keys()
+    for name, tensor in tensors(0.1).items():
+        assert torch.equal(saved.tensors[name], tensor)
+        assert saved.tensors[name].dtype == tensor.dtype
+    assert saved.weights.keys() == {"conv1.weight", "fc.bias"}
+    assert saved.part("momentum").keys() == {"fc.bias"}
+
+
+def test_the_one_before_is_kept_and_nothing_else(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, tensors(), {"step": step})
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([checkpoint.NEWEST, checkpoint.PREVIOUS])
+    assert checkpoint.load(tmp_path / checkpoint.NEWEST).meta["step"] == 3
+    assert checkpoint.load(tmp_path / checkpoint.PREVIOUS).meta["step"] == 2
+
+
+def test_any_single_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, tensors(), {"step": 1})
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"damaged|not a readable|no metadata|format"):
+            checkpoint.load(path)
+
+
+def test_any_truncation_is_found(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, tensors(), {"step": 1})
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 13):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError):
+            checkpoint.load(path)
+
+
+def test_damage_falls_back_to_the_one_before_and_says_so(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, tensors(), {"step": 1})
+    newest = checkpoint.save(tmp_path, tensors(), {"step": 2})
+    newest.write_bytes(newest.read_bytes()[:-5])
+    saved, problems = checkpoint.load_newest(tmp_path)
+    assert saved is not None
+    assert saved.meta["step"] == 1
+    assert len(problems) == 1
+    assert checkpoint.NEWEST in problems[0]
+    # ... and the next save must not push the good one out
+    checkpoint.set_damaged_aside(tmp_path, saved.path)
+    checkpoint.save(tmp_path, tensors(), {"step": 3})
+    assert checkpoint.load(tmp_path / checkpoint.PREVIOUS).meta["step"] == 1
+
+
+def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path: Path) -> None:
+    assert checkpoint.load_newest(tmp_path) == (None, [])
+    (tmp_path / checkpoint.NEWEST).write_bytes(b"rubbish")
+    (tmp_path / checkpoint.PREVIOUS).write_bytes(b"")
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_foreign_safetensors_and_future_formats_are_refused(tmp_path: Path) -> None:
+    foreign = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(1)}, foreign)
+    assert not checkpoint.is_checkpoint(foreign)
+    with pytest.raises(InputError, match="no metadata of fastres"):
+        checkpoint.load(foreign)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 99)
+        future = checkpoint.save(tmp_path, tensors(), {"step": 1})
+    with pytest.raises(InputError, match="format 99"):
+        checkpoint.load(future)
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    checkpoint.save(tmp_path, tensors(), {"step": 1})
+
+    def no_room(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "fsync", no_room) if fails == "fsync" else (Path, "replace", no_room)))  # type: ignore[arg-type]
+        with pytest.raises(MachineError, match="no room on the disk for [0-9,]+ bytes"):
+            checkpoint.save(tmp_path, tensors(), {"step": 2})
+    assert [p.name for p in tmp_path.iterdir()] == [checkpoint.NEWEST]
+    assert checkpoint.load(tmp_path / checkpoint.NEWEST).meta["step"] == 1
+
+
+def test_order_of_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content is on the disk before it gets its name, and the folder is synced last."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def spy_fsync(handle: int) -> None:
+        calls.append("fsync folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "fsync file")
+        fsync(handle)
+
+    def spy_replace(self: Path, target: Path) -> Path:
+        calls.append(f"rename to {Path(target).name}")
+        return replace(self, target)
+
+    checkpoint.save(tmp_path, tensors(), {"step": 1})
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(Path, "replace", spy_replace)
+    checkpoint.save(tmp_path, tensors(), {"step": 2})
+    expected = ["fsync file", f"rename to {checkpoint.PREVIOUS}", f"rename to {checkpoint.NEWEST}", "fsync folder"]
+    assert calls == expected
+
+
+def test_all_finite() -> None:
+    assert checkpoint.all_finite({"a": torch.ones(2), "b": torch.tensor([1])})
+    assert not checkpoint.all_finite({"a": torch.tensor([1.0, float("nan")])})
+    assert not checkpoint.all_finite({"a": torch.tensor([float("-inf")])})

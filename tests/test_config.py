@@ -1,0 +1,139 @@
+"""config.py: what is accepted, what is refused and how, and that values survive their round trips."""
+
+import json
+import tomllib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastres.config import PRESETS, RunConfig, differences, make_config
+from fastres.errors import InputError
+
+
+def test_default_is_the_papers_recipe() -> None:
+    config = make_config()
+    assert config == RunConfig()
+    assert config.name == "ResNet20"
+    recipe = config.recipe
+    assert (recipe.steps, recipe.batch_size, recipe.lr, recipe.momentum, recipe.weight_decay) == (
+        64_000,
+        128,
+        0.1,
+        0.9,
+        1e-4,
+    )
+    assert (recipe.milestones, recipe.lr_decay, recipe.warmup) == ((32_000, 48_000), 0.1, "none")
+
+
+@pytest.mark.parametrize(
+    ("arch", "depth", "warmup"),
+    [("resnet", 56, "none"), ("resnet", 110, "constant"), ("resnet", 1202, "constant"), ("plain", 110, "none")],
+)
+def test_resnet_110_alone_warms_up(arch: str, depth: int, warmup: str) -> None:
+    config = make_config(model={"arch": arch, "depth": depth})
+    assert (config.recipe.warmup, config.recipe.warmup_steps, config.recipe.warmup_lr) == (warmup, 400, 0.01)
+    assert make_config(model={"depth": 110}, recipe={"warmup": "none"}).recipe.warmup == "none"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_round_trips(preset: str) -> None:
+    config = make_config(preset, seed=3, output={"checkpoint_every": 500}, execution={"compile": True})
+    assert RunConfig.from_dict(tomllib.loads(config.to_toml())) == config
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_digest_covers_what_is_computed_and_nothing_else() -> None:
+    base = make_config()
+    same = make_config(execution={"device": "cpu", "precision": "fp32", "loader": "dali"}, output={"log_every": 7})
+    assert same.digest == base.digest
+    others = [
+        make_config(seed=1),
+        make_config(model={"depth": 56}),
+        make_config(data={"augment": False}),
+        make_config(recipe={"weight_decay_on": "weights"}),
+    ]
+    assert len({base.digest, *(other.digest for other in others)}) == 5
+
+
+BAD: list[tuple[dict[str, object], str]] = [
+    ({"model": {"depth": 21}}, "20.*26"),
+    ({"model": {"depht": 20}}, "did you mean 'depth'"),
+    ({"modle": {}}, "did you mean 'model'"),
+    ({"model": {"arch": "resnett"}}, "did you mean 'resnet'"),
+    ({"model": 20}, "must be a table"),
+    ({"recipe": {"batch_size": 0}}, "batch_size is 0"),
+    ({"recipe": {"batch_size": 50_001}}, "50,000"),
+    ({"recipe": {"batch_size": 128.0}}, "must be an integer"),
+    ({"recipe": {"batch_size": True}}, "must be an integer"),
+    ({"recipe": {"lr": float("nan")}}, "lr is nan"),
+    ({"recipe": {"lr": float("inf")}}, "lr is inf"),
+    ({"recipe": {"lr": 0}}, "above 0"),
+    ({"recipe": {"lr": "0.1"}}, "must be a number"),
+    ({"recipe": {"steps": 0}}, "at least 1"),
+    ({"recipe": {"momentum": 1.0}}, "below 1"),
+    ({"recipe": {"weight_decay": -1e-4}}, "at least 0"),
+    ({"recipe": {"milestones": [48_000, 32_000]}}, "must rise"),
+    ({"recipe": {"milestones": [32_000, 32_000]}}, "must rise"),
+    ({"recipe": {"milestones": [0, 5]}}, "must rise"),
+    ({"recipe": {"milestones": ["a"]}}, r"milestones\[0\]"),
+    ({"recipe": {"warmup": "ramp", "warmup_steps": 11, "steps": 10}}, "ramp must end"),
+    ({"recipe": {"warmup_steps": 0}}, "warmup none"),
+    ({"seed": -1}, "seed is -1"),
+    ({"seed": 2**63}, "seed is"),
+    ({"data": {"dataset": "cifar100"}}, "cifar10"),
+    ({"data": {"dataset": "synthetic", "val_split": True}}, "45k/5k"),
+    ({"execution": {"device": "gpu"}}, "cuda:0"),
+    ({"execution": {"threads": -1}}, "threads is -1"),
+    ({"output": {"log_every": 0}}, "log_every is 0"),
+    ({"output": {"checkpoint_every": "soon"}}, "10min"),
+    ({"output": {"checkpoint_every": "0"}}, "above 0"),
+    ({"output": {"checkpoint_every": "0.0min"}}, "above 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_bad_values_are_refused_with_the_way_out(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_config(**changes)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(InputError, match="did you mean 'smoke'"):
+        make_config("smok")
+
+
+def test_checkpoint_every_in_steps_or_minutes() -> None:
+    by_step = make_config(output={"checkpoint_every": "500"}).output
+    assert (by_step.checkpoint_steps, by_step.checkpoint_seconds) == (500, None)
+    by_clock = make_config(output={"checkpoint_every": "2.5min"}).output
+    assert (by_clock.checkpoint_steps, by_clock.checkpoint_seconds) == (None, 150.0)
+
+
+def test_ramp_takes_a_tenth_of_the_steps_unless_told() -> None:
+    assert make_config("fast", recipe={"steps": 500}).recipe.warmup_steps == 50
+    assert make_config("fast", recipe={"steps": 1}).recipe.warmup_steps == 1
+    assert make_config("fast", recipe={"steps": 500, "warmup_steps": 7}).recipe.warmup_steps == 7
+
+
+def test_differences_name_the_keys() -> None:
+    ours, theirs = make_config().what(), make_config(recipe={"lr": 0.2}, seed=1).what()
+    assert differences(ours, theirs) == ["recipe.lr: 0.1 -> 0.2", "seed: 0 -> 1"]
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "auto", "B", "5min", "error"])
+VALUES = SCALARS | st.lists(SCALARS, max_size=3)
+KEYS = st.sampled_from(["model", "data", "recipe", "seed", "execution", "output"])
+SUBKEYS = st.sampled_from(
+    ["depth", "arch", "steps", "lr", "milestones", "dataset", "device", "out", "compile", "log_every"]
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(KEYS, st.dictionaries(SUBKEYS, VALUES, max_size=3) | VALUES, max_size=4))
+def test_rubbish_is_refused_as_input_and_never_as_a_bug(tree: dict[str, object]) -> None:
+    try:
+        config = make_config(**tree)
+    except InputError:
+        return
+    assert RunConfig.from_dict(config.to_dict()) == config

@@ -1,0 +1,102 @@
+"""rundir.py: a run folder refuses what would lose something, and survives what a crash leaves."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fastres.config import make_config
+from fastres.errors import InputError, MachineError
+from fastres.rundir import METRICS, RunDir, default_path
+
+
+def test_non_empty_folders_are_refused_or_moved_aside(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    RunDir.create(out).write_json("config.json", make_config().to_dict())
+    with pytest.raises(InputError, match=r"not empty.*--overwrite.*--resume"):
+        RunDir.create(out)
+    RunDir.create(out, overwrite=True)
+    RunDir.create(out, overwrite=True)
+    assert (tmp_path / "run.old-1" / "config.json").exists()
+    assert (tmp_path / "run.old-2").exists()
+    assert not (out / "config.json").exists()
+
+
+def test_an_empty_folder_is_fine_and_a_file_is_not(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    RunDir.create(tmp_path / "empty")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        RunDir.create(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_unwritable_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match="cannot write in"):
+        RunDir.create(tmp_path / "file" / "below")
+    if os.access("/proc", os.F_OK):
+        with pytest.raises(MachineError, match="cannot write in /proc"):
+            RunDir.create(Path("/proc/fastres-run"))
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir.create(tmp_path / "run")
+    run.write_json("config.json", {"a": 1})
+
+    def no_room(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(MachineError, match="no room on the disk"):
+        run.write_json("config.json", {"a": 2})
+    assert run.read_json("config.json") == {"a": 1}
+
+
+def test_metrics_survive_a_torn_last_line_and_are_cut_back(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run")
+    for step in (10, 20, 30):
+        run.append_metrics({"kind": "train", "step": step, "loss": step / 3})
+    with (run.path / METRICS).open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert [r["step"] for r in run.metrics()] == [10, 20, 30]
+    run.cut_back(20)
+    assert run.metrics() == [{"kind": "train", "step": s, "loss": s / 3} for s in (10, 20)]
+    run.append_metrics({"kind": "train", "step": 30, "loss": float("nan")})
+    assert run.metrics()[-1]["loss"] == "nan"
+    for line in (run.path / METRICS).read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run")
+    with run.locked(), pytest.raises(InputError, match="another process"), RunDir(run.path).locked():
+        pass
+    with run.locked():
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
+def test_damaged_json_is_an_input_error(tmp_path: Path, content: str) -> None:
+    run = RunDir.create(tmp_path / "run")
+    (run.path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json"):
+        RunDir.open(run.path).config()
+
+
+def test_open_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a run folder"):
+        RunDir.open(tmp_path)
+
+
+def test_default_paths_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_config(model={"depth": 56, "arch": "plain"}, seed=4)
+    paths = set()
+    for _ in range(3):
+        path = default_path(config)
+        path.mkdir(parents=True)
+        paths.add(path)
+    assert len(paths) == 3
+    assert all(p.name.startswith("plainnet56-seed4-") for p in paths)
