@@ -11,7 +11,6 @@ from torch import Tensor
 from fastres import config as cfg
 from fastres.config import RunConfig
 from fastres.data.imageset import ImageSet
-from fastres.errors import MachineError
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.optim import LrSchedule, make_sgd
 from fastres.runtime import Runtime, seeded_generator
@@ -113,8 +112,6 @@ def build_loader(config: RunConfig, images: ImageSet, mean: Mean, runtime: Runti
     if kind == "resident":
         return ResidentLoader(images, plan, mean=mean, channels_last=execution.channels_last, **where)
     if kind == "dali":
-        if not dali_available():
-            raise MachineError("--loader dali needs NVIDIA DALI, which is not installed; use --loader resident")
         layout = execution.channels_last
         return DaliLoader(images, plan, mean=mean, channels_last=layout, num_threads=runtime.threads, **where)
     from fastres.data.torchvision import TorchvisionLoader

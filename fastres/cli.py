@@ -255,7 +255,7 @@ def evaluate(
     ] = None,
     std: Annotated[str | None, typer.Option(help="Per-channel standard deviation, likewise.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16; default: the run's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")] = False,
 ) -> None:
     """Test error and loss, in all and by class."""

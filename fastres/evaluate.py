@@ -82,7 +82,7 @@ def evaluate_target(
         raise InputError(f"{target} does not exist; give a run folder or a weights file")
     saved = _saved(target, say)
     config = RunConfig.from_dict(saved.meta["config"]) if saved else RunConfig()
-    tree = {**config.to_dict()["execution"], "compile": False, "device": "auto", "precision": "auto", **execution}
+    tree = {**config.to_dict()["execution"], "compile": False, "device": "auto", **execution}
     chosen = RunConfig.from_dict(
         {"execution": tree, "data": {**config.to_dict()["data"], **({"dataset": dataset} if dataset else {})}}
     )

@@ -46,7 +46,8 @@ class LrSchedule:
         end = self.warmup_end(warmup_end)
         if end is None or step < end:
             # A ramp's first step is already above zero; the step after its last is the first at the full rate.
-            return self.warmup_lr if self.warmup in ("constant", "error") else self.lr * (step + 1) / (self.warmup_steps + 1)
+            ramp = self.lr * (step + 1) / (self.warmup_steps + 1)
+            return ramp if self.warmup == "ramp" else self.warmup_lr
         if self.schedule == "linear":
             # Falls from `lr`, at the first step after the warm-up, to zero at `num_steps`, which is never taken.
             return self.lr * (self.num_steps - step) / (self.num_steps - end)
@@ -88,8 +89,8 @@ def make_sgd(
 ) -> torch.optim.SGD:
     """SGD with momentum, no Nesterov, no dampening: v <- momentum v + (g + weight_decay w), w <- w - lr v.
 
-    The learning rate stays outside the velocity, as in PyTorch; in Caffe, where the paper's networks were trained, it is
-    inside (v <- momentum v + lr g). The two differ only for the steps after a change of lr, in which old velocity
+    The learning rate stays outside the velocity, as in PyTorch; in Caffe, where the paper's networks were trained, it
+    is inside (v <- momentum v + lr g). The two differ only for the steps after a change of lr, in which old velocity
     counts with the new rate here and with the old one there.
 
     The learning rate is a tensor on the device, which `set_lr` fills in place, and the velocities exist, as zeros,

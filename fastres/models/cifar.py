@@ -30,6 +30,12 @@ class BatchNorm(nn.BatchNorm2d):
         super().__init__(channels, eps=eps, momentum=momentum)
         self.num_batches_tracked = None
 
+    def reset_running_stats(self) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)  # noqa: SLF001 (past the parent, who adds it)
@@ -147,9 +153,9 @@ def init_he_(net: nn.Module, *, mode: Literal["fan_in", "fan_out"], generator: t
             if module.bias is not None:
                 module.bias.zero_()
         elif isinstance(module, nn.BatchNorm2d):
-            for ones, zeros in ((module.weight, module.bias), (module.running_var, module.running_mean)):
-                ones.fill_(1)
-                zeros.zero_()
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+            module.reset_running_stats()
 
 
 def num_parameters(net: nn.Module) -> int:

@@ -4,7 +4,7 @@ from fastres.errors import InputError
 
 
 def num_blocks(depth: int) -> int:
-    """The n of a 6n+2-layer network: residual blocks (pairs of 3x3 layers) in each of its three stages (section 4.2)."""
+    """The n of a 6n+2-layer network: pairs of 3x3 layers at each of its three map sizes (section 4.2)."""
     check_depth(depth)
     return (depth - 2) // 6
 

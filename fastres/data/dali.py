@@ -1,0 +1,196 @@
+"""The same batches as resident.py's, by NVIDIA DALI. The only file that imports nvidia.dali.
+
+DALI does the pixel work, not the dice: the epoch plan says which image, crop and flip. A pipeline run costs tens of
+microseconds and about one more for each sample, so many steps' batches are one run, and all of them one DALI sample: a
+sequence of frames, rearranged out of the data set (itself one sequence, handed over once without a copy) and then
+shifted and mirrored by an affine map a frame, zeros outside.
+"""
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastres.data.imageset import IMAGE_SIZE, ImageSet
+from fastres.data.pixels import Floats, pixels
+from fastres.data.plan import PAD, EpochPlan, Samples
+from fastres.errors import MachineError
+
+RUNS_AHEAD = 2  # runs that are asked for before the first of them is taken
+FRAMES_PER_RUN = 4_096  # 50 MB in fp32; large enough that a run's fixed cost does not show
+
+
+def dali_available() -> bool:
+    """Whether DALI is installed; does not import it (0.4 s)."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # not even the nvidia namespace
+        return False
+
+
+class DaliLoader:
+    """Training batches by a DALI pipeline on the CPU or a GPU that works ahead of the training.
+
+    Args:
+        images: Its training images are used.
+        plan: Order, crops and flips.
+        mean: float32 `(32, 32, 3)`, 0 to 255; default: of the training images.
+        batch_size: Images a step.
+        device, dtype: Of the batches. DALI works in fp32; the cast is made once, when a batch is taken.
+        channels_last: Memory format of the batches; False makes another copy.
+        num_threads: DALI's CPU threads.
+        steps_per_run: Steps in one pipeline run; default: about 4,096 images.
+
+    Raises:
+        MachineError: DALI is not installed.
+    """
+
+    name = "dali"
+
+    def __init__(
+        self,
+        images: ImageSet,
+        plan: EpochPlan,
+        *,
+        mean: Floats | None = None,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        channels_last: bool = True,
+        num_threads: int = 2,
+        steps_per_run: int | None = None,
+    ) -> None:
+        if not dali_available():
+            raise MachineError(
+                "the DALI loader needs NVIDIA DALI, which is not installed (it exists for Linux): "
+                "pip install nvidia-dali-cuda120, or use --loader resident"
+            )
+        self.plan, self.batch_size, self.device, self.dtype = plan, batch_size, device, dtype
+        self.channels_last = channels_last
+        self.steps_per_run = steps_per_run or max(1, FRAMES_PER_RUN // batch_size)
+        mean = images.mean_image() if mean is None else mean
+        self._labels = torch.from_numpy(images.train_labels.astype(np.int64)).to(device)
+        self._data = torch.from_numpy(pixels(images.train_images, mean)).to(device)[None]  # DALI reads it in place
+        self._pipeline: Any = _pipeline(device, num_threads)
+        self._feed("data", self._data)
+        self._next_run = 0  # the run that will be asked for next
+        self._asked: list[int] = []  # runs under way, oldest first
+        self._started = False
+        self._frames: Tensor | None = None  # of the run that is being handed out
+        self._run = -1
+
+    def load(self, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of a 0-based step: images `(batch, 3, 32, 32)`, labels int64 `(batch,)`.
+
+        In fp32 the images are a view of DALI's buffer and good until the next call. Any step may be asked for; steps in
+        order are what is quick.
+        """
+        run, position = divmod(step, self.steps_per_run)
+        if run != self._run:
+            self._advance_to(run)
+        assert self._frames is not None
+        frames = self._frames[position * self.batch_size : (position + 1) * self.batch_size]
+        batch = frames.to(self.dtype).permute(0, 3, 1, 2)
+        samples = self.plan.at(step * self.batch_size, self.batch_size)
+        labels = self._labels.index_select(0, torch.from_numpy(samples.index.astype(np.int64)).to(self.device))
+        return (batch if self.channels_last else batch.contiguous()), labels
+
+    def close(self) -> None:
+        """Stop DALI's threads and let go of the data."""
+        self._frames = None
+        while self._asked:
+            self._take()
+        self._pipeline = None
+
+    def _advance_to(self, run: int) -> None:
+        """Make `run` the current one, with the runs after it under way."""
+        if self._asked and self._asked[0] != run:  # a jump: what was asked for is of no use
+            while self._asked:
+                self._take()
+        if not self._asked:
+            self._next_run = run
+        while len(self._asked) < RUNS_AHEAD:
+            self._ask(self._next_run)
+        self._frames, self._run = self._take(), run
+
+    def _ask(self, run: int) -> None:
+        """Have the pipeline make a run, behind those it is at."""
+        count = self.steps_per_run * self.batch_size
+        samples = self.plan.at(run * count, count)
+        self._feed("order", torch.from_numpy(samples.index)[None])
+        self._feed("matrices", torch.from_numpy(_matrices(samples))[None])
+        self._asked.append(run)
+        self._next_run = run + 1
+        if self._started:
+            self._pipeline.schedule_run()
+        elif len(self._asked) == RUNS_AHEAD:  # DALI's first call starts as many runs as its queue is deep
+            self._pipeline.schedule_run()
+            self._started = True
+
+    def _take(self) -> Tensor:
+        """The frames float32 `(steps_per_run * batch, 32, 32, 3)` of the oldest run under way; waits for them."""
+        self._asked.pop(0)
+        (frames,) = self._pipeline.outputs()
+        return torch.from_dlpack(frames[0])
+
+    def _feed(self, name: str, tensor: Tensor) -> None:
+        from nvidia.dali import tensors
+
+        layout = "FHWC" if name == "data" else None
+        if tensor.is_cuda:
+            wrapped = tensors.TensorListGPU(tensor.__dlpack__(), layout=layout)
+        else:
+            wrapped = tensors.TensorListCPU(tensor.numpy(), layout=layout)
+        self._pipeline.feed_input(name, wrapped)
+
+
+def _pipeline(device: torch.device, num_threads: int) -> Any:
+    """The one pipeline definition, CPU and GPU."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    gpu = device.type == "cuda"
+
+    @pipeline_def(
+        batch_size=1,
+        num_threads=num_threads,
+        device_id=(device.index or 0) if gpu else None,
+        prefetch_queue_depth=RUNS_AHEAD,
+        exec_dynamic=True,
+    )
+    def augment() -> Any:
+        data = fn.external_source(
+            name="data",
+            device="gpu" if gpu else "cpu",
+            no_copy=True,
+            repeat_last=True,
+            layout="FHWC",
+            dtype=types.FLOAT,
+        )
+        order = fn.external_source(name="order", dtype=types.INT32, ndim=1)
+        matrices = fn.external_source(name="matrices", dtype=types.FLOAT, ndim=3)
+        frames = fn.sequence_rearrange(data, new_order=order)
+        return fn.warp_affine(
+            frames,
+            matrix=fn.per_frame(matrices),
+            size=(IMAGE_SIZE, IMAGE_SIZE),
+            interp_type=types.INTERP_NN,
+            fill_value=0,
+            inverse_map=True,
+        )
+
+    pipeline = augment()
+    pipeline.build()
+    return pipeline
+
+
+def _matrices(samples: Samples) -> npt.NDArray[np.float32]:
+    """Affine maps `(num, 2, 3)` from a pixel of the batch to one of the image; both count from the pixels' corners."""
+    matrices = np.zeros((len(samples), 2, 3), np.float32)
+    matrices[:, 0, 0] = np.where(samples.flip, -1, 1)
+    matrices[:, 0, 2] = samples.dx - PAD + np.where(samples.flip, IMAGE_SIZE, 0)
+    matrices[:, 1, 1] = 1
+    matrices[:, 1, 2] = samples.dy - PAD
+    return matrices
