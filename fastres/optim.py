@@ -54,8 +54,8 @@ class LrSchedule:
         passed = sum(step >= milestone for milestone in self.milestones)
         # Dividing by a whole number where the decay is one over it: 0.1 -> 0.01 -> 0.001, each rounded once.
         divisor = round(1 / self.lr_decay)
-        exact = 1 / divisor == self.lr_decay
-        return self.lr / divisor**passed if exact else self.lr * self.lr_decay**passed
+        whole = divisor > 0 and 1 / divisor == self.lr_decay
+        return self.lr / divisor**passed if whole else self.lr * self.lr_decay**passed
 
     def warmup_end(self, seen: int | None) -> int | None:
         """The first step without warm-up, or None while it goes on; `seen` is what "error" was told."""
@@ -75,7 +75,7 @@ def warmup_over(errors: Sequence[int], batch_size: int) -> bool:
         batch_size: Images in each step.
     """
     window = errors[-WARMUP_WINDOW:]
-    return len(window) > 0 and int(sum(window)) < WARMUP_ERROR * batch_size * len(window)
+    return sum(window) < WARMUP_ERROR * batch_size * len(window)
 
 
 def make_sgd(

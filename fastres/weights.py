@@ -96,7 +96,7 @@ def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
             content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}, not a state dict (names and tensors)")
-    return {str(name): t for name, t in content.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    return {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
 
 
 def _common_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

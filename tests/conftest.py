@@ -1,5 +1,6 @@
 """What all tests share: no network, no cache of the user's, no GPU tests without a GPU."""
 
+import functools
 import os
 import socket
 import tempfile
@@ -29,6 +30,16 @@ def private_surroundings() -> Iterator[None]:
             patch.delenv(name)
         patch.setenv("XDG_CACHE_HOME", folder)
         patch.setenv("MPLBACKEND", "Agg")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def synthetic_data_made_once() -> Iterator[None]:
+    """Dozens of runs train on the built-in data; it is the same each time, and two seconds each time."""
+    from fastres.data import synthetic
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "make_synthetic", functools.cache(synthetic.make_synthetic))
         yield
 
 

@@ -30,6 +30,7 @@ def test_the_papers_schedule() -> None:
 def test_any_decay_and_milestone() -> None:
     schedule = dataclasses.replace(PAPER, lr=1.0, lr_decay=0.3, milestones=(2, 3, 7))
     assert [schedule.at(step) for step in (1, 2, 3, 7)] == pytest.approx([1, 0.3, 0.09, 0.027])
+    assert dataclasses.replace(PAPER, lr=1.0, lr_decay=3.0).at(48_000) == 9.0
     # a decay just below one half must not be taken for it
     assert dataclasses.replace(PAPER, lr=1.0, lr_decay=0.499).at(48_000) == pytest.approx(0.499**2, rel=1e-12)
 

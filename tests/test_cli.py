@@ -1,0 +1,200 @@
+"""cli.py: flags become the config they say, errors become exit codes and one line."""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastres.cli import parse_model, run
+from fastres.config import RunConfig, make_config
+from fastres.errors import InputError
+
+TINY = "--dataset synthetic --depth 8 --batch-size 16 --device cpu --precision fp32 --threads 1 --log-every 5".split()
+
+
+def resolved(capsys: pytest.CaptureFixture[str], *argv: str) -> RunConfig:
+    """The config that a command line resolves to."""
+    assert run(["train", *argv, "--dry-run"]) == 0
+    return RunConfig.from_dict(tomllib.loads(capsys.readouterr().out))
+
+
+def test_no_option_is_the_papers_resnet20(capsys: pytest.CaptureFixture[str]) -> None:
+    assert resolved(capsys) == RunConfig()
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("--depth 110 --compile", {"model": {"depth": 110}, "execution": {"compile": True}}),
+    ("--model PlainNet56", {"model": {"arch": "plain", "depth": 56}}),
+    ("--arch plain --depth 44 --seed 7", {"model": {"arch": "plain", "depth": 44}, "seed": 7}),
+    ("--epochs 4", {"recipe": {"steps": 1563}}),
+    ("--epochs 1 --val-split --batch-size 100", {"recipe": {"steps": 450, "batch_size": 100}, "data": {"val_split": True}}),
+    ("--warmup-steps 50", {"recipe": {"warmup": "constant", "warmup_steps": 50}}),
+    ("--warmup-epochs 2", {"recipe": {"warmup": "constant", "warmup_steps": 782}}),
+    ("--depth 110 --warmup error", {"model": {"depth": 110}, "recipe": {"warmup": "error"}}),
+    ("--milestones 10,20 --lr 0.2", {"recipe": {"milestones": [10, 20], "lr": 0.2}}),
+    ("--no-amp", {"execution": {"precision": "fp32"}}),
+    ("--amp", {"execution": {"precision": "auto"}}),
+    ("--checkpoint-every 500 --out x", {"output": {"checkpoint_every": "500", "out": "x"}}),
+    ("--data-url http://a/b --data-url http://c/d", {"execution": {"data_urls": ["http://a/b", "http://c/d"]}}),
+    ("--no-augment --shortcut B --weight-decay-on weights",
+     {"data": {"augment": False}, "model": {"shortcut": "B"}, "recipe": {"weight_decay_on": "weights"}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "changes"), CASES)
+def test_flags(capsys: pytest.CaptureFixture[str], line: str, changes: dict[str, Any]) -> None:
+    assert resolved(capsys, *line.split()) == make_config(**changes)
+
+
+def test_preset_and_epochs(capsys: pytest.CaptureFixture[str]) -> None:
+    config = resolved(capsys, "--preset", "fast", "--epochs", "4")
+    assert (config.recipe.schedule, config.recipe.steps, config.recipe.warmup_steps) == ("linear", 1563, 156)
+
+
+def test_toml_then_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "fast"\nseed = 5\n[recipe]\nlr = 0.3\n')
+    config = resolved(capsys, "--config", str(file), "--seed", "6")
+    assert (config.seed, config.recipe.lr, config.recipe.schedule) == (6, 0.3, "linear")
+    file.write_text(config.to_toml())
+    assert resolved(capsys, "--config", str(file)) == config
+
+
+BAD = [
+    ("--depth 21", "20 and 26"),
+    ("--depth twenty", "depth"),
+    ("--dpeth 20", "--depth"),
+    ("--batch-size 0", "batch_size is 0"),
+    ("--lr nan", "lr is nan"),
+    ("--milestones 48000,32000", "must rise"),
+    ("--milestones abc", "32000,48000"),
+    ("--preset papr", "'paper'"),
+    ("--amp --no-amp", "contradict"),
+    ("--amp --precision fp32", "contradict"),
+    ("--steps 5 --epochs 1", "contradict"),
+    ("--model ResNet20 --depth 20", "contradict"),
+    ("--model VGG16", "ResNet20 or PlainNet56"),
+    ("--warmup none --warmup-steps 5", "contradict"),
+    ("--epochs nan", "above 0"),
+    ("--epochs 0", "above 0"),
+    ("--precision fp8", "fp32"),
+    ("--loader dalli", "'dali'"),
+    ("--config nowhere.toml", "cannot be read"),
+    ("--resume nowhere", "not a run folder"),
+    ("--resume a --out b", "contradict"),
+    ("extra", "extra"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_bad_usage_exits_2_with_the_way_out(capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
+    assert run(["train", *line.split(), "--dry-run"]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_toml_with_an_unknown_key(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[recipe]\nlearning_rat = 0.3\n")
+    assert run(["train", "--config", str(file)]) == 2
+    assert "unknown key recipe.learning_rat" in capsys.readouterr().err
+    file.write_text("[recipe\n")
+    assert run(["train", "--config", str(file)]) == 2
+    assert "not TOML" in capsys.readouterr().err
+
+
+def test_train_eval_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(["train", *TINY, "--steps", "10", "--out", str(out), "--json"]) == 0
+    captured = capsys.readouterr()
+    trained = json.loads(captured.out.splitlines()[-1])
+    assert trained["run"] == str(out)
+    assert "test error" in captured.err
+    assert run(["eval", str(out), "--json", "--device", "cpu"]) == 0
+    tested = json.loads(capsys.readouterr().out)
+    assert tested["test_error"] == trained["test_error"]
+    assert tested["test_loss"] == pytest.approx(trained["test_loss"], rel=1e-6)
+    assert run(["eval", str(out / "checkpoint.safetensors")]) == 0
+    assert "test error" in capsys.readouterr().out
+    assert run(["train", *TINY, "--steps", "10", "--out", str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(["train", "--resume", str(out), "--lr", "0.7"]) == 2
+    assert "recipe.lr: 0.1 -> 0.7" in capsys.readouterr().err
+    assert run(["train", "--resume", str(out), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"\x80\x02cos\nsystem\n"])
+def test_eval_of_rubbish(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes) -> None:
+    for name in ("a.safetensors", "a.th"):
+        (tmp_path / name).write_bytes(content)
+        assert run(["eval", str(tmp_path / name), "--dataset", "synthetic"]) == 2
+    assert run(["eval", str(tmp_path / "nowhere")]) == 2
+    assert run(["eval", str(tmp_path)]) == 2
+
+
+def test_no_data_and_no_network_exits_3(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", refused)
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", "--steps", "1"]) == 3
+    error = capsys.readouterr().err
+    assert "--data-dir" in error
+    assert "--dataset synthetic" in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_exit(tmp_path: Path, signum: signal.Signals) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fastres", "train", *TINY, "--steps", "100000", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            time.sleep(0.05)
+        process.send_signal(signum)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signum
+    assert f"--resume {out}" in error
+    assert (out / "checkpoint.safetensors").exists()
+
+
+def test_parse_model() -> None:
+    assert parse_model("resnet-110") == ("resnet", 110)
+    assert parse_model("Plain20") == ("plain", 20)
+    with pytest.raises(InputError):
+        parse_model("20")
+
+
+def test_help_is_quick_and_does_not_import_torch() -> None:
+    code = "import sys; from fastres.cli import run; run(['--help']); sys.exit('torch' in sys.modules)"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # as a user has it
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, capture_output=True, env=environment, check=True)  # warms the cache
+    seconds = []
+    for _ in range(9):
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert "train" in done.stdout
+    assert statistics.median(seconds) <= 0.3, f"fastres --help took {seconds}"

@@ -1,0 +1,311 @@
+"""loop.py: what a run leaves behind, when it stops, and that a resumed run is the run that never stopped."""
+
+import json
+import math
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastres
+from fastres import checkpoint, loop
+from fastres.clock import Clocks
+from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfMemory
+from fastres.rundir import RunDir
+from fastres.step import TrainStep
+from tests.runs import assert_same_run, timeless_metrics, tiny
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted tiny run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    fastres.train(tiny(out), verbosity="quiet")
+    return out
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int = signal.SIGTERM) -> None:
+    """Send this process a signal while 0-based step `step` is computed."""
+    take = TrainStep.__call__
+
+    def stopped(self: TrainStep, now: int, lr: float) -> None:
+        if now == step:
+            os.kill(os.getpid(), signum)
+        take(self, now, lr)
+
+    monkeypatch.setattr(TrainStep, "__call__", stopped)
+
+
+def test_the_run_folder(whole: Path) -> None:
+    names = {p.name for p in whole.iterdir()}
+    assert names >= {"config.json", "environment.json", "metrics.jsonl", "console.log", "result.json"}
+    assert names >= {"checkpoint.safetensors", "checkpoint.previous.safetensors", "curves.png", "curves.svg"}
+    environment = json.loads((whole / "environment.json").read_text())
+    assert environment["data"]["digest"].startswith("sha256:")
+    assert environment["torch"] == torch.__version__
+    result = json.loads((whole / "result.json").read_text())
+    records = timeless_metrics(whole)
+    assert [r["step"] for r in records if r["kind"] == "train"] == [5, 10, 15, 20, 24]
+    tests = [r for r in records if r["kind"] == "test"]
+    assert [r["step"] for r in tests] == [12, 24]
+    assert result["test_error"] == tests[-1]["error"]
+    assert result["best_test_error"] == min(r["error"] for r in tests)
+    assert [r["lr"] for r in records if r["kind"] == "train"] == pytest.approx([0.05, 0.05, 0.005, 0.0005, 0.0005])
+    assert set(result["seconds"]) >= {"data", "train", "evaluate", "checkpoint", "other"}
+
+
+def test_metrics_say_what_the_steps_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each record's loss and error are the means over its own window, taken here from the steps themselves."""
+    seen: list[tuple[float, int]] = []
+    take = TrainStep.__call__
+
+    def watched(self: TrainStep, step: int, lr: float) -> None:
+        take(self, step, lr)
+        seen.append((float(self.losses[step]), int(self.errors[step])))
+
+    monkeypatch.setattr(TrainStep, "__call__", watched)
+    fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
+    start = 0
+    for record in (r for r in timeless_metrics(tmp_path / "run") if r["kind"] == "train"):
+        window = seen[start : record["step"]]
+        assert record["loss"] == pytest.approx(math.fsum(loss for loss, _ in window) / len(window), rel=1e-12)
+        assert record["error"] == sum(wrong for _, wrong in window) / (16 * len(window))
+        start = record["step"]
+    assert start == 24
+
+
+def test_equal_seeds_equal_runs_and_other_seeds_not(whole: Path, tmp_path: Path) -> None:
+    fastres.train(tiny(tmp_path / "same"), verbosity="quiet")
+    assert_same_run(whole, tmp_path / "same")
+    fastres.train(tiny(tmp_path / "other", seed=1), verbosity="quiet")
+    assert timeless_metrics(tmp_path / "other") != timeless_metrics(whole)
+
+
+@pytest.mark.parametrize(
+    ("step", "signum"), [(0, signal.SIGTERM), (9, signal.SIGINT), (11, signal.SIGTERM), (22, signal.SIGINT)]
+)
+def test_interrupted_and_resumed_is_uninterrupted(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, signum: signal.Signals
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step, signum)
+        with pytest.raises(Interrupted, match=f"--resume {out}") as caught:
+            fastres.train(tiny(out), verbosity="quiet")
+    assert caught.value.exit_code == 128 + signum
+    assert checkpoint.load(out / checkpoint.NEWEST).meta["step"] == step + 1
+    fastres.train(resume=out, verbosity="quiet")
+    assert_same_run(whole, out)
+
+
+def test_handlers_are_put_back(whole: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    fastres.train(tiny(tmp_path / "run", recipe={"steps": 2}), verbosity="quiet")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_resume_from_the_previous_checkpoint_when_the_newest_is_damaged(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 15)
+        with pytest.raises(Interrupted):
+            fastres.train(tiny(out), verbosity="quiet")
+    newest = out / checkpoint.NEWEST
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    fastres.train(resume=out, verbosity="quiet")
+    assert "falling back" in (out / "console.log").read_text()
+    assert "going on from step 14" in (out / "console.log").read_text()
+    assert_same_run(whole, out)
+
+
+def test_a_run_without_checkpoint_starts_again(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    RunDir.create(out).write_json("config.json", tiny(out).to_dict())
+    (out / "metrics.jsonl").write_text('{"kind": "train", "step": 5}\n')
+    fastres.train(resume=out, verbosity="quiet")
+    assert_same_run(whole, out)
+
+
+def test_a_finished_run_is_not_trained_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainStep, "__call__", lambda *_: pytest.fail("trained"))
+    result = fastres.train(resume=whole, verbosity="quiet")
+    assert result.test_error == json.loads((whole / "result.json").read_text())["test_error"]
+    assert result.run == whole
+
+
+def test_resume_refuses_another_config_and_names_the_differences(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"recipe\.lr: 0\.05 -> 0\.2.*seed: 0 -> 3"):
+        fastres.train(tiny(tmp_path, recipe={"lr": 0.2}, seed=3), resume=whole, verbosity="quiet")
+
+
+def test_resume_refuses_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(Interrupted):
+            fastres.train(tiny(out), verbosity="quiet")
+    load = loop.load_images
+
+    def other_data(*args: Any, **kwargs: Any) -> Any:
+        return replace(load(*args, **kwargs), digest="sha256:other")
+
+    monkeypatch.setattr(loop, "load_images", other_data)
+    with pytest.raises(InputError, match="sha256:other"):
+        fastres.train(resume=out, verbosity="quiet")
+
+
+def test_a_nan_loss_stops_at_the_next_log_step_and_keeps_the_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = TrainStep.__call__
+
+    def poisoned(self: TrainStep, step: int, lr: float) -> None:
+        take(self, step, lr)
+        if step == 16:
+            with torch.no_grad():
+                self.net.get_parameter("fc.bias").fill_(float("nan"))
+
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
+    with pytest.raises(Diverged, match=r"nan at step 18.*last good checkpoint"):
+        fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
+    saved = checkpoint.load(tmp_path / "run" / checkpoint.NEWEST)
+    assert saved.meta["step"] == 14
+    assert checkpoint.all_finite(saved.tensors)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_nan_weights_are_never_saved_even_while_the_loss_is_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = TrainStep.__call__
+
+    def poisoned(self: TrainStep, step: int, lr: float) -> None:
+        take(self, step, lr)
+        if step == 13:  # the step after which the second checkpoint is due
+            with torch.no_grad():
+                self.net.get_parameter("fc.bias").fill_(float("inf"))
+
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
+    with pytest.raises(Diverged, match="weight or momentum"):
+        fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
+    assert checkpoint.load(tmp_path / "run" / checkpoint.NEWEST).meta["step"] == 7
+
+
+def test_constant_warmup_ends_is_logged_and_kept(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    warm = {"warmup": "constant", "warmup_steps": 8, "warmup_lr": 0.001, "milestones": [12]}
+    result = fastres.train(tiny(out, recipe=warm), verbosity="quiet")
+    assert result.warmup_end == 8
+    records = timeless_metrics(out)
+    assert {"kind": "warmup_end", "step": 8, "lr": 0.05} in records
+    assert [r["lr"] for r in records if r["kind"] == "train"] == pytest.approx([0.001, 0.05, 0.005, 0.005, 0.005])
+    assert checkpoint.load(out / checkpoint.NEWEST).meta["warmup_end"] == 8
+
+
+def test_warmup_by_error_waits_for_the_error_and_survives_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paper's rule, its window and pace shrunk so that it fires within a tiny run, then resumed across it."""
+    monkeypatch.setattr("fastres.optim.WARMUP_WINDOW", 8)
+    monkeypatch.setattr("fastres.runstate.WARMUP_WINDOW", 8)
+    monkeypatch.setattr("fastres.optim.WARMUP_LOOK_EVERY", 4)
+    take = TrainStep.__call__
+
+    def scripted(self: TrainStep, step: int, lr: float) -> None:
+        take(self, step, lr)
+        self.errors[step] = 15 if step < 10 else 4  # of 16: above 80 % for ten steps, then well below
+
+    monkeypatch.setattr(TrainStep, "__call__", scripted)
+    recipe = {"warmup": "error", "warmup_lr": 0.001}
+    # Steps 5..12 hold 6 x 15 + 2 x 4 = 98 of 128 wrong, below 80 %: it ends when step 12 is looked at, not at step 8.
+    assert fastres.train(tiny(tmp_path / "whole", recipe=recipe), verbosity="quiet").warmup_end == 12
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 10)
+        with pytest.raises(Interrupted):
+            fastres.train(tiny(tmp_path / "cut", recipe=recipe), verbosity="quiet")
+    fastres.train(resume=tmp_path / "cut", verbosity="quiet")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_warmup_that_never_ends_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Diverged, match="warm-up never ended"):
+        fastres.train(tiny(tmp_path / "run", recipe={"warmup": "error"}), verbosity="quiet")
+
+
+def test_a_long_run_says_so_by_step_20(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LONG_RUN_SECONDS", 0)
+    fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
+    log = (tmp_path / "run" / "console.log").read_text()
+    assert "remaining 4 steps take about" in log
+    assert "--preset fast" in log
+
+
+def test_out_of_memory_names_a_batch_that_may_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(TrainStep, "__call__", full)
+    with pytest.raises(OutOfMemory, match="--batch-size 8"):
+        fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
+
+
+def test_no_gpu_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError, match="--device cpu"):
+        fastres.train(tiny(tmp_path / "run", execution={"device": "cuda"}), verbosity="quiet")
+    assert not (tmp_path / "run").exists()
+
+
+def test_works_outside_the_main_thread(whole: Path, tmp_path: Path) -> None:
+    """A notebook server may run cells in any thread, where no signal handler can be set."""
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
+        except BaseException as error:  # noqa: BLE001 (handed to the test)
+            errors.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    assert not errors
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_fp16_scaler_survives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = {"execution": {"precision": "fp16"}, "recipe": {"steps": 8}}
+    fastres.train(tiny(tmp_path / "whole", **half), verbosity="quiet")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        with pytest.raises(Interrupted):
+            fastres.train(tiny(tmp_path / "cut", **half), verbosity="quiet")
+    fastres.train(resume=tmp_path / "cut", verbosity="quiet")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_loaders_give_the_same_run(whole: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    fastres.train(tiny(tmp_path / "dali", execution={"loader": "dali"}), verbosity="quiet")
+    assert_same_run(whole, tmp_path / "dali")
+
+
+def test_clocks_count_every_second_once() -> None:
+    clocks = Clocks()
+    with clocks("outer"):
+        with clocks("inner"):
+            pass
+        before = clocks.total()
+    assert clocks.total() >= before
+    assert set(clocks.totals()) == {"outer", "inner"}
+    frozen = clocks.total()
+    assert clocks.total() == frozen  # no phase runs: no time is counted
