@@ -1,5 +1,6 @@
 """From a config to the things it names: data, network, optimizer, schedule, loader. Used by train, eval and bench."""
 
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -103,20 +104,29 @@ def build_loader(config: RunConfig, images: ImageSet, mean: Mean, runtime: Runti
     from fastres.data.plan import EpochPlan
     from fastres.data.resident import ResidentLoader
 
-    execution, batch_size = config.execution, config.recipe.batch_size
+    execution = config.execution
     plan = EpochPlan(config.seed, len(images.train_images), augment=config.data.augment)
     kind = execution.loader
     if kind == "auto":
         kind = "dali" if runtime.device.type == "cuda" and dali_available() else "resident"
-    where = {"batch_size": batch_size, "device": runtime.device, "dtype": runtime.dtype}
+    make: Callable[..., Loader]
     if kind == "resident":
-        return ResidentLoader(images, plan, mean=mean, channels_last=execution.channels_last, **where)
-    if kind == "dali":
-        layout = execution.channels_last
-        return DaliLoader(images, plan, mean=mean, channels_last=layout, num_threads=runtime.threads, **where)
-    from fastres.data.torchvision import TorchvisionLoader
+        make = ResidentLoader
+    elif kind == "dali":
+        make = functools.partial(DaliLoader, num_threads=runtime.threads)
+    else:
+        from fastres.data.torchvision import TorchvisionLoader
 
-    return TorchvisionLoader(images, plan, mean=mean, channels_last=execution.channels_last, **where)
+        make = TorchvisionLoader
+    return make(
+        images,
+        plan,
+        mean=mean,
+        batch_size=config.recipe.batch_size,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        channels_last=execution.channels_last,
+    )
 
 
 def evaluation_set(

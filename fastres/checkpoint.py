@@ -55,7 +55,8 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
     full = {"format": FORMAT, **meta}
     header = {"fastres": json.dumps(full, sort_keys=True), "digest": _digest(on_cpu, full)}
     content = safetensors.torch.save(on_cpu, metadata=header)
-    newest, temporary = folder / NEWEST, folder / f".{NEWEST}.{os.getpid()}.tmp"
+    # One fixed name: what a crash leaves of it is overwritten by the next save (the run folder has one writer).
+    newest, temporary = folder / NEWEST, folder / f".{NEWEST}.tmp"
     try:
         with temporary.open("wb") as file:
             file.write(content)

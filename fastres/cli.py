@@ -1,5 +1,6 @@
 """The command line: flags to a config, one call, an exit code. torch is imported only inside commands."""
 
+import difflib
 import json
 import re
 import sys
@@ -41,12 +42,23 @@ def run(argv: list[str]) -> int:
         print(f"fastres: {error}", file=sys.stderr)
         return error.exit_code
     except typer.TyperException as error:  # usage: an unknown flag, a value of the wrong type
-        error.show()
+        print(f"fastres: {_usage(error, argv)}", file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("fastres: stopped", file=sys.stderr)
         return 130
     return code if isinstance(code, int) else 0
+
+
+def _usage(error: typer.TyperException, argv: list[str]) -> str:
+    """A usage error in one line, with the nearest flag where one was misspelt."""
+    message = error.format_message()
+    if option := getattr(error, "option_name", None):
+        nearest = difflib.get_close_matches(option, getattr(error, "possibilities", None) or [], n=1)
+        message = f"no such option: {option}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+    command = next((word for word in argv if word in ("train", "eval")), None)
+    helps = f"fastres {command} --help" if command else "fastres --help"
+    return f"{message.rstrip('.')} ({helps} lists what there is)"
 
 
 def _print_version(wanted: bool) -> None:

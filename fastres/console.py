@@ -1,6 +1,7 @@
 """What a person sees of a run: notices, one live display on a terminal or plain lines elsewhere, and the summary."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +36,7 @@ class Progress:
 
     def fields(self) -> list[str]:
         """What is known, as short texts in a fixed order."""
-        known = [
+        known: list[tuple[str, float | None, Callable[[float], str]]] = [
             ("loss", self.loss, lambda v: f"{v:.4f}"),
             ("train err", self.train_error, percent),
             ("test err", self.test_error, percent),

@@ -14,7 +14,8 @@ def draw_curves(records: list[dict[str, Any]], title: str, folder: Path) -> list
     Raises:
         MachineError: The files cannot be written.
     """
-    from matplotlib.figure import Figure  # half a second; only at the end of a run
+    from matplotlib import rc_context  # half a second; only at the end of a run
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -36,11 +37,14 @@ def draw_curves(records: list[dict[str, Any]], title: str, folder: Path) -> list
             axes.axvline(record["step"], color="0.6", linewidth=0.8, linestyle=":", label="warm-up ends")
     axes.set(xlabel="steps", ylabel="error (%)", title=title, xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    if records:
+        axes.legend(frameon=False)
     paths = [folder / "curves.png", folder / "curves.svg"]
     for path in paths:
         try:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+            # Equal runs, equal files: no date, and ids that do not come from chance.
+            with rc_context({"svg.hashsalt": "fastres"}):
+                figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
         except OSError as error:
             raise disk_error(error, folder, 0) from error
     return paths

@@ -150,8 +150,8 @@ def _run(
                     run.append_metrics({"kind": "warmup_end", "step": done, "lr": schedule.at(done, done)})
                     console.say(f"step {done:,}: warm-up ends, lr {lr:.4g} -> {schedule.at(done, done):.4g}")
 
-                interrupted = interrupt.signum is not None
-                saves = last or interrupted or _is_due(output, done, saved_at)
+                signum = interrupt.signum
+                saves = last or signum is not None or _is_due(output, done, saved_at)
                 logs, tests = last or done % output.log_every == 0, last or done % output.eval_every == 0
                 if logs or tests or saves:
                     window = train_step.window(state.logged, done)  # host sync: losses and errors since the last log
@@ -187,11 +187,11 @@ def _run(
                     with clocks("checkpoint"):
                         state.save(run, train_step, config, images, mean, clocks.totals())
                     saved_at = perf_counter()
-                if interrupted and not last:
+                if signum is not None and not last:
                     raise Interrupted(
-                        f"stopped by {signal.Signals(interrupt.signum).name} after step {done}, all saved; "
+                        f"stopped by {signal.Signals(signum).name} after step {done}, all saved; "
                         f"to go on: fastres train --resume {run.path}",
-                        interrupt.signum,
+                        signum,
                     )
 
         # The result: the last step's test error.
@@ -276,10 +276,9 @@ def _warmup_is_over(recipe: Recipe, train_step: TrainStep, done: int) -> bool:
         return recipe.warmup != "none" and done >= recipe.warmup_steps
     if done % optim.WARMUP_LOOK_EVERY != 0 or done < optim.WARMUP_WINDOW:
         return False
-    errors = train_step.window(
-        done - optim.WARMUP_WINDOW, done
-    ).errors  # host sync: every 100 steps of the warm-up only
-    return optim.warmup_over(errors, recipe.batch_size)
+    # host sync: every 100 steps of the warm-up only
+    window = train_step.window(done - optim.WARMUP_WINDOW, done)
+    return optim.warmup_over(window.errors, recipe.batch_size)
 
 
 def _is_due(output: Output, done: int, saved_at: float) -> bool:

@@ -96,7 +96,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,  # type: ignore[no-untyped-call]
         "numpy": _version("numpy"),
         "dali": _version("nvidia-dali-cuda120") or _version("nvidia-dali-cuda130"),
         "gpu": torch.cuda.get_device_name(runtime.device) if cuda else None,
@@ -117,7 +117,7 @@ def _device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise MachineError(f"--device {name} was asked for, but torch finds no CUDA GPU; use --device cpu or auto")
     device = torch.device("cuda", 0) if name in ("auto", "cuda") else torch.device(name)
-    if device.index is not None and device.index >= torch.cuda.device_count():
+    if device.index >= torch.cuda.device_count():
         raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0")
     return device
 

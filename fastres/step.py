@@ -68,14 +68,14 @@ class TrainStep:
         self.errors[step] = (logits.detach().argmax(dim=1) != labels).sum()
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `(batch, classes)` and the mean cross-entropy, taken in fp32."""
+        """Logits `(batch, classes)` and the mean cross-entropy, taken in fp32 (in fp64 for an fp64 network)."""
         with autocast(self.device, self.dtype):
             logits = self.net(images)
-        return logits, F.cross_entropy(logits.float(), labels)
+        return logits, F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients into `.grad`, which the last update left empty."""
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
         """SGD on the fp32 weights."""

@@ -106,8 +106,8 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((os, "fsync", no_room) if fails == "fsync" else (Path, "replace", no_room)))  # type: ignore[arg-type]
-        with pytest.raises(MachineError, match="no room on the disk for [0-9,]+ bytes"):
+        patch.setattr(*((os, "fsync", no_room) if fails == "fsync" else (Path, "replace", no_room)))
+        with pytest.raises(MachineError, match=r"no room on the disk for [0-9,]+ bytes"):
             checkpoint.save(tmp_path, tensors(), {"step": 2})
     assert [p.name for p in tmp_path.iterdir()] == [checkpoint.NEWEST]
     assert checkpoint.load(tmp_path / checkpoint.NEWEST).meta["step"] == 1
@@ -119,7 +119,7 @@ def test_order_of_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     fsync, replace = os.fsync, Path.replace
 
     def spy_fsync(handle: int) -> None:
-        calls.append("fsync folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "fsync file")
+        calls.append("fsync folder" if Path(f"/proc/self/fd/{handle}").is_dir() else "fsync file")
         fsync(handle)
 
     def spy_replace(self: Path, target: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -17,7 +18,9 @@ from fastres.cli import parse_model, run
 from fastres.config import RunConfig, make_config
 from fastres.errors import InputError
 
-TINY = "--dataset synthetic --depth 8 --batch-size 16 --device cpu --precision fp32 --threads 1 --log-every 5".split()
+TINY = shlex.split(
+    "--dataset synthetic --depth 8 --batch-size 16 --device cpu --precision fp32 --threads 1 --log-every 5"
+)
 
 
 def resolved(capsys: pytest.CaptureFixture[str], *argv: str) -> RunConfig:
@@ -35,7 +38,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("--model PlainNet56", {"model": {"arch": "plain", "depth": 56}}),
     ("--arch plain --depth 44 --seed 7", {"model": {"arch": "plain", "depth": 44}, "seed": 7}),
     ("--epochs 4", {"recipe": {"steps": 1563}}),
-    ("--epochs 1 --val-split --batch-size 100", {"recipe": {"steps": 450, "batch_size": 100}, "data": {"val_split": True}}),
+    ("--epochs 1 --val-split --batch-size 100",
+     {"recipe": {"steps": 450, "batch_size": 100}, "data": {"val_split": True}}),
     ("--warmup-steps 50", {"recipe": {"warmup": "constant", "warmup_steps": 50}}),
     ("--warmup-epochs 2", {"recipe": {"warmup": "constant", "warmup_steps": 782}}),
     ("--depth 110 --warmup error", {"model": {"depth": 110}, "recipe": {"warmup": "error"}}),
@@ -71,7 +75,7 @@ def test_toml_then_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
 BAD = [
     ("--depth 21", "20 and 26"),
     ("--depth twenty", "depth"),
-    ("--dpeth 20", "--depth"),
+    ("--dpeth 20", "did you mean --depth?"),
     ("--batch-size 0", "batch_size is 0"),
     ("--lr nan", "lr is nan"),
     ("--milestones 48000,32000", "must rise"),

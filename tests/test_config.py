@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -93,7 +94,7 @@ BAD: list[tuple[dict[str, object], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD)
-def test_bad_values_are_refused_with_the_way_out(changes: dict[str, object], message: str) -> None:
+def test_bad_values_are_refused_with_the_way_out(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make_config(**changes)
 
@@ -131,7 +132,7 @@ SUBKEYS = st.sampled_from(
 
 @settings(deadline=None)
 @given(st.dictionaries(KEYS, st.dictionaries(SUBKEYS, VALUES, max_size=3) | VALUES, max_size=4))
-def test_rubbish_is_refused_as_input_and_never_as_a_bug(tree: dict[str, object]) -> None:
+def test_rubbish_is_refused_as_input_and_never_as_a_bug(tree: dict[str, Any]) -> None:
     try:
         config = make_config(**tree)
     except InputError:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastres
-from fastres import checkpoint, loop
+from fastres import build, checkpoint, loop
 from fastres.clock import Clocks
 from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfMemory
 from fastres.rundir import RunDir
@@ -153,7 +153,7 @@ def test_resume_refuses_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         interrupt_at(patch, 3)
         with pytest.raises(Interrupted):
             fastres.train(tiny(out), verbosity="quiet")
-    load = loop.load_images
+    load = build.load_images
 
     def other_data(*args: Any, **kwargs: Any) -> Any:
         return replace(load(*args, **kwargs), digest="sha256:other")

@@ -1,0 +1,169 @@
+"""console.py and curves.py: what a person sees, on a terminal, in a log, and as a picture."""
+
+import io
+import threading
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console as RichConsole
+from rich.console import RenderableType
+
+from fastres import console as module
+from fastres.console import Console, Progress, Verbosity, duration, percent
+from fastres.curves import draw_curves
+from fastres.errors import MachineError
+from fastres.rundir import RunDir
+
+HALF_WAY = Progress(1_000, 2_000, 2.56, 0.98765, 0.3141, 0.4, 0.1, 801.4, 160.0, 163.7)
+
+
+def on(verbosity: Verbosity, *, terminal: bool = False, width: int = 100) -> tuple[Console, io.StringIO]:
+    console, stream = Console(verbosity), io.StringIO()
+    console._rich = RichConsole(
+        file=stream, force_terminal=terminal, width=width, height=20, soft_wrap=True, highlight=False
+    )
+    return console, stream
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0.0 s"), (59.94, "59.9 s"), (60, "1:00"), (187.4, "3:07"), (68_700, "19:05:00")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_percent() -> None:
+    assert percent(0.0875) == "8.75 %"
+
+
+def test_a_line_holds_all_that_is_known() -> None:
+    line = HALF_WAY.line()
+    for part in ("2.56", "1000/2000", "loss 0.9877", "train err 31.41 %", "test err 40.00 %", "lr 0.1", "img/s 801"):
+        assert part in line
+    assert line.endswith("2:40, 2:44 left")
+    assert "None" not in Progress(0, 10, 0.0).line()
+
+
+def test_lines_mode_prints_only_lines_that_end_an_epoch(tmp_path: Path) -> None:
+    console, stream = on("lines")
+    console.say("before")
+    run = RunDir.create(tmp_path / "run")
+    console.attach(run)
+    console.show(HALF_WAY)
+    console.show(HALF_WAY, line=True)
+    console.tick(1_001)
+    console.close()
+    assert stream.getvalue() == f"before\n{Progress(*vars(HALF_WAY).values()).line().replace('1001', '1000')}\n"
+    assert (tmp_path / "run" / "console.log").read_text() == stream.getvalue()
+
+
+def test_quiet_prints_nothing_and_logs_all(tmp_path: Path) -> None:
+    console, stream = on("quiet")
+    console.attach(RunDir.create(tmp_path / "run"))
+    console.say("something")
+    console.show(HALF_WAY, line=True)
+    console.download(5, 10)
+    assert stream.getvalue() == ""
+    assert len((tmp_path / "run" / "console.log").read_text().splitlines()) == 2
+
+
+def test_live_display_shows_the_step_and_goes_away() -> None:
+    console, stream = on("live", terminal=True)
+    console.show(Progress(*vars(HALF_WAY).values()))
+    assert console._live is not None
+    console.tick(1_234)
+    console._live.refresh()
+    shown = stream.getvalue()
+    for part in ("1234/2000", "epoch 2.56", "2:44 left", "loss 0.9877", "801"):
+        assert part in shown
+    console.say("a notice stays")
+    console.close()
+    assert stream.getvalue().rstrip().endswith("\x1b[2K")  # the display's lines are erased
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread():
+            thread.join(2)
+            assert not thread.is_alive()
+
+
+def test_live_display_refreshes_at_most_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, stream = on("live", terminal=True)
+    drawn: list[float] = []
+    render = console._render
+
+    def counted() -> RenderableType:
+        drawn.append(time.monotonic())
+        return render()
+
+    monkeypatch.setattr(console, "_render", counted)
+    start = time.monotonic()
+    step = 0
+    while time.monotonic() - start < 1.2:
+        step += 1
+        console.tick(step)
+        console.show(Progress(step, 10**9, 0.0))
+    taken = time.monotonic() - start
+    console.close()
+    assert step > 1_000
+    assert 2 <= len(drawn) <= 10 * taken + 3  # rich draws once at the start and once at the end, whatever the rate
+    assert stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 40, 80])
+def test_live_display_fits_narrow_terminals(width: int) -> None:
+    console, _ = on("live", terminal=True, width=width)
+    console._progress = HALF_WAY
+    lines = console._rich.render_lines(console._render(), console._rich.options.update(width=width))
+    assert max(sum(len(segment.text) for segment in line) for line in lines) <= width
+
+
+def test_download_is_told_in_tenths() -> None:
+    console, stream = on("lines")
+    for done in range(0, 170_000_001, 1_000_000):
+        console.download(done, 170_000_000)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "downloaded 170 of 170 MB"
+
+
+def test_download_bar() -> None:
+    console, stream = on("live", terminal=True)
+    console.download(17_000_000, 170_000_000)
+    assert console._live is not None
+    console._live.refresh()
+    assert "17 of 170 MB" in stream.getvalue()
+    console.download(170_000_000, 170_000_000)
+    assert console._live is None
+
+
+def test_auto_is_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal, expected in ((True, "live"), (False, "lines")):
+        monkeypatch.setattr(module, "interactive", lambda on=terminal: on)
+        assert Console().verbosity == expected
+
+
+RECORDS: list[dict[str, Any]] = [
+    {"kind": "train", "step": 100, "error": 0.8},
+    {"kind": "warmup_end", "step": 150, "lr": 0.1},
+    {"kind": "train", "step": 200, "error": 0.6},
+    {"kind": "test", "step": 200, "error": 0.7},
+]
+
+
+def test_curves_are_drawn_in_both_formats(tmp_path: Path) -> None:
+    paths = draw_curves(RECORDS, "ResNet20 <&> seed 0", tmp_path)
+    assert {p.name for p in paths} == {"curves.png", "curves.svg"}
+    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    text = " ".join(ET.parse(tmp_path / "curves.svg").getroot().itertext())  # noqa: S314 (our own file)
+    assert text
+    before = (tmp_path / "curves.svg").read_bytes()
+    draw_curves(RECORDS, "ResNet20 <&> seed 0", tmp_path)
+    assert (tmp_path / "curves.svg").read_bytes() == before  # no dates, no random ids: equal runs, equal files
+
+
+def test_curves_without_records_and_without_room(tmp_path: Path) -> None:
+    draw_curves([], "empty", tmp_path)
+    with pytest.raises(MachineError, match="cannot write"):
+        draw_curves(RECORDS, "nowhere", tmp_path / "missing")

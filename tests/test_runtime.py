@@ -1,0 +1,95 @@
+"""runtime.py: what "auto" means on a machine, and what is refused by name."""
+
+import json
+
+import pytest
+import torch
+
+from fastres import runtime
+from fastres.config import Execution
+from fastres.errors import InputError, MachineError
+from fastres.runtime import eager, environment, prepare
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], count: int = 1) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+
+def test_no_gpu_means_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen = prepare(Execution(threads=1))
+    assert chosen.device.type == "cpu"
+    assert chosen.notes == ("no GPU found: training on the CPU",)
+    assert not chosen.compile
+    assert prepare(Execution(device="cpu", threads=1)).notes == ()
+    with pytest.raises(MachineError, match="--device cuda:0 was asked for"):
+        prepare(Execution(device="cuda:0"))
+
+
+@pytest.mark.parametrize(("flags", "precision"), [("avx2", "fp32"), ("avx2 avx512_bf16", "bf16"), ("amx_bf16", "bf16")])
+def test_auto_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch, flags: str, precision: str) -> None:
+    monkeypatch.setattr(runtime, "_cpu_info", lambda key: flags if key == "flags" else "")
+    assert prepare(Execution(device="cpu", threads=1)).precision == precision
+    assert prepare(Execution(device="cpu", threads=1, precision="fp16")).precision == "fp16"
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_auto_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str) -> None:
+    pretend_gpu(monkeypatch, capability)
+    chosen = prepare(Execution(threads=1))
+    assert (chosen.device, chosen.precision, chosen.compile) == (torch.device("cuda", 0), precision, True)
+    assert not prepare(Execution(threads=1, compile=False)).compile
+
+
+def test_what_a_gpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, (7, 5))
+    with pytest.raises(MachineError, match=r"Some GPU has no bf16.*fp16 or fp32"):
+        prepare(Execution(threads=1, precision="bf16"))
+    with pytest.raises(InputError, match=r"cuda:1.*has 1 GPU"):
+        prepare(Execution(threads=1, device="cuda:1"))
+
+
+def test_compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.shutil, "which", lambda _: None)  # type: ignore[attr-defined]
+    with pytest.raises(MachineError, match=r"C\+\+ compiler.*--no-compile"):
+        prepare(Execution(device="cpu", compile=True, threads=1))
+
+
+def test_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        assert prepare(Execution(device="cpu", threads=1)).threads == torch.get_num_threads() == 1
+        assert prepare(Execution(device="cpu")).threads == runtime.num_cores()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_environment_is_json_and_names_the_machine() -> None:
+    found = environment(prepare(Execution(device="cpu", threads=1)))
+    assert json.loads(json.dumps(found)) == found
+    assert found["torch"] == torch.__version__
+    assert found["device"] == "cpu"
+    assert found["gpu"] is None
+    assert found["cores"] >= 1
+    assert found["fastres"]
+
+
+def test_eager_stops_compiled_modules_from_compiling() -> None:
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        calls.append(1)
+        return graph
+
+    net = torch.nn.Linear(2, 2)
+    net.compile(backend=backend)
+    with eager():
+        net(torch.zeros(1, 2))
+    assert not calls
+    net(torch.zeros(1, 2))
+    assert calls
