@@ -152,11 +152,12 @@ def report(outcome: Outcome) -> str:
     at = f" at step {outcome.step:,}" if outcome.step is not None else ""
     note = "" if data.official else f", not the official files ({data.digest[:23]}...)"
     worst = max(error or 0.0 for error in outcome.evaluation.class_errors) or 1.0
+    width = max(map(len, data.class_names))
     lines = [
         f"{outcome.model}{at}: test error {percent(outcome.evaluation.error)}, loss {outcome.evaluation.loss:.4f}",
         f"{outcome.evaluation.num_images:,} images of {data.name}{note}",
     ]
     for name, error in zip(data.class_names, outcome.evaluation.class_errors, strict=True):
         if error is not None:
-            lines.append(f"  {name:<12} {percent(error):>8}  {'#' * round(24 * error / worst)}")
+            lines.append(f"  {name:<{width}}  {percent(error):>8}  {'#' * round(24 * error / worst)}")
     return "\n".join(lines)

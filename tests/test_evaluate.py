@@ -1,0 +1,118 @@
+"""evaluate.py: a run, its checkpoint and foreign weights are tested as they were trained to see images."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+import fastres
+from fastres import checkpoint
+from fastres.config import Execution
+from fastres.data.imageset import ImageSet
+from fastres.data.synthetic import make_synthetic
+from fastres.errors import InputError
+from fastres.evaluate import Outcome, evaluate_target, report
+from fastres.models.cifar import CifarNet, init_he_
+from tests.runs import tiny
+
+CPU = {"device": "cpu", "precision": "fp32", "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluate") / "run"
+    fastres.train(tiny(out, recipe={"steps": 16}), verbosity="quiet")
+    return out
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSet:
+    return make_synthetic()
+
+
+def outcome_of(target: Path, **how: object) -> Outcome:
+    return evaluate_target(target, CPU, say=lambda _: None, **how)  # type: ignore[arg-type]
+
+
+def test_a_run_and_its_checkpoint_give_what_training_said(run: Path) -> None:
+    result = json.loads((run / "result.json").read_text())
+    for target in (run, run / checkpoint.NEWEST):
+        outcome = outcome_of(target)
+        assert (outcome.model, outcome.step) == ("ResNet8", 16)
+        assert outcome.evaluation.error == result["test_error"]
+        assert outcome.evaluation.loss == result["test_loss"]
+        assert list(outcome.to_dict()["class_errors"].values()) == result["class_errors"]
+
+
+def test_the_mean_image_comes_from_the_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageSet, "mean_image", lambda _: pytest.fail("asked for the training images' mean"))
+    assert outcome_of(run).evaluation.num_images == 2_000
+
+
+def test_foreign_weights_see_the_per_pixel_mean(run: Path, tmp_path: Path) -> None:
+    """The run's own tensors, as another project would publish them."""
+    saved = checkpoint.load(run / checkpoint.NEWEST)
+    torch.save({"state_dict": {f"module.{k}": t for k, t in saved.weights.items()}}, tmp_path / "w.th")
+    outcome = outcome_of(tmp_path / "w.th", dataset="synthetic")
+    assert outcome.step is None
+    assert outcome.evaluation == outcome_of(run).evaluation
+
+
+def test_foreign_weights_with_their_own_normalisation(tmp_path: Path, images: ImageSet) -> None:
+    net = CifarNet(8, residual=False)
+    init_he_(net, mode="fan_in", generator=torch.Generator().manual_seed(3))
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    outcome = outcome_of(tmp_path / "w.safetensors", dataset="synthetic", arch="plain", mean=mean, std=std)
+    assert outcome.model == "PlainNet8"
+    pixels = torch.from_numpy(images.test_images).double().permute(0, 3, 1, 2) / 255
+    pixels = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        logits = torch.cat([net.eval()(part) for part in pixels.float().split(500)])
+    loss = F.cross_entropy(logits, torch.from_numpy(images.test_labels).long())
+    assert outcome.evaluation.loss == pytest.approx(float(loss), rel=1e-4)
+    as_resnet = outcome_of(tmp_path / "w.safetensors", dataset="synthetic", mean=mean, std=std)
+    assert as_resnet.evaluation.loss != outcome.evaluation.loss
+
+
+def test_a_damaged_checkpoint_falls_back_and_says_so(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("config.json", checkpoint.NEWEST, checkpoint.PREVIOUS):
+        (copy / name).write_bytes((run / name).read_bytes())
+    content = bytearray((copy / checkpoint.NEWEST).read_bytes())
+    content[-9] ^= 4
+    (copy / checkpoint.NEWEST).write_bytes(content)
+    said: list[str] = []
+    outcome = evaluate_target(copy, CPU, say=said.append)
+    assert outcome.step == 14
+    assert "does not match its digest; taking the one before" in said[0]
+
+
+def test_contradictions_are_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="says of itself that it is resnet"):
+        outcome_of(run, arch="plain")
+    with pytest.raises(InputError, match="does not exist"):
+        outcome_of(tmp_path / "nothing")
+    with pytest.raises(InputError, match="not a run folder"):
+        outcome_of(tmp_path)
+
+
+def test_report_names_the_classes_and_the_worst_has_the_longest_bar(run: Path) -> None:
+    outcome = outcome_of(run)
+    text = report(outcome).splitlines()
+    assert text[0].startswith("ResNet8 at step 16: test error ")
+    errors = outcome.evaluation.class_errors
+    for line, name in zip(text[2:], outcome.images.class_names, strict=True):
+        assert line.startswith(f"  {name} ")
+    worst = max(range(10), key=lambda k: errors[k] or 0)
+    assert text[2 + worst].endswith(" " + "#" * 24)
+
+
+def test_execution_is_validated(run: Path) -> None:
+    with pytest.raises(InputError, match="unknown key execution"):
+        evaluate_target(run, {"devise": "cpu"}, say=lambda _: None)
+    assert Execution().device == "auto"
