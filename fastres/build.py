@@ -25,6 +25,7 @@ def load_images(
     data: cfg.Data,
     execution: cfg.Execution,
     *,
+    train: bool = True,
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageSet:
@@ -32,6 +33,7 @@ def load_images(
 
     Args:
         data, execution: Which set, and where it may be found.
+        train: False where the test images are enough; CIFAR-10's training batches need not be there then.
         say: Takes one-line notices.
         progress: Takes bytes done and bytes in all, of a download.
 
@@ -46,7 +48,8 @@ def load_images(
     from fastres.data.cifar import load_cifar10
 
     folder = Path(execution.data_dir) if execution.data_dir else None
-    images = load_cifar10(folder, urls=execution.data_urls, progress=progress, say=say)
+    train = train or data.val_split  # whose validation images are training images
+    images = load_cifar10(folder, train=train, urls=execution.data_urls, progress=progress, say=say)
     return images.validation_split() if data.val_split else images
 
 

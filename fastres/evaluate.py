@@ -47,7 +47,7 @@ class Outcome:
             "class_errors": dict(zip(names, self.evaluation.class_errors, strict=True)),
             "confusion": self.evaluation.confusion,
             "num_images": self.evaluation.num_images,
-            "data": {"name": self.images.name, "digest": self.images.digest, "official": self.images.official},
+            "data": {"name": self.images.name, "test_digest": self.images.test_digest(), "official": self.images.official},
         }
 
 
@@ -87,14 +87,16 @@ def evaluate_target(
         {"execution": tree, "data": {**config.to_dict()["data"], **({"dataset": dataset} if dataset else {})}}
     )
     runtime = prepare(chosen.execution)
-    images = load_images(chosen.data, chosen.execution, say=say)
+    images = load_images(chosen.data, chosen.execution, train=saved is None and mean is None, say=say)
     num_classes = len(images.class_names)
     if saved:
         if arch is not None and arch != config.model.arch:
             raise InputError(f"--arch {arch}: {target} says of itself that it is {config.model.arch}")
-        if images.digest != saved.meta["data"]["digest"]:
-            theirs = saved.meta["data"]["digest"]
-            say(f"tested on other data ({images.digest[:23]}...) than the run was trained on ({theirs[:23]}...)")
+        theirs, ours = saved.meta["data"]["test_digest"], images.test_digest()
+        if theirs != ours:
+            say(f"tested on other images ({ours[:23]}...) than the run was tested on ({theirs[:23]}...)")
+        if saved.meta["data"]["scale"] != SCALE:
+            raise InputError(f"{target} was trained with pixels scaled by {saved.meta['data']['scale']}, not {SCALE}")
         name, step = config.name, saved.meta["step"]
         net = empty_net(config.model, num_classes=num_classes)
         net.load_state_dict(saved.weights)
@@ -150,7 +152,7 @@ def report(outcome: Outcome) -> str:
     """The result for people, a class a line."""
     data = outcome.images
     at = f" at step {outcome.step:,}" if outcome.step is not None else ""
-    note = "" if data.official else f", not the official files ({data.digest[:23]}...)"
+    note = "" if data.official else f", not the official files ({data.test_digest()[:23]}...)"
     worst = max(error or 0.0 for error in outcome.evaluation.class_errors) or 1.0
     width = max(map(len, data.class_names))
     lines = [

@@ -12,6 +12,7 @@ from fastres.build import Mean
 from fastres.checkpoint import Checkpoint
 from fastres.config import RunConfig
 from fastres.data.imageset import ImageSet
+from fastres.data.pixels import SCALE
 from fastres.errors import Diverged, InputError
 from fastres.optim import WARMUP_WINDOW, momentum_buffers
 from fastres.rundir import RunDir
@@ -73,7 +74,13 @@ class RunState:
             "best_step": self.best_step,
             "scaler": train_step.scaler.state_dict(),
             "config": config.to_dict(),
-            "data": {"name": images.name, "digest": images.digest, "class_names": list(images.class_names)},
+            "data": {
+                "name": images.name,
+                "digest": images.digest,
+                "test_digest": images.test_digest(),
+                "class_names": list(images.class_names),
+                "scale": SCALE,  # with the mean, all of the normalisation
+            },
             "clock": dict(seconds),
         }
         run.sync_metrics()

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from safetensors.torch import save_file
 
 import fastres
 from fastres import checkpoint
-from fastres.config import Execution
+from fastres.config import NUM_TRAIN, Execution
+from fastres.data.cifar import BATCHES
 from fastres.data.imageset import ImageSet
 from fastres.data.synthetic import make_synthetic
 from fastres.errors import InputError
@@ -116,3 +118,30 @@ def test_execution_is_validated(run: Path) -> None:
     with pytest.raises(InputError, match="unknown key execution"):
         evaluate_target(run, {"devise": "cpu"}, say=lambda _: None)
     assert Execution().device == "auto"
+
+
+def test_no_training_set_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CIFAR-10's test batch alone, beside a run that was trained on all of it."""
+    monkeypatch.setattr("fastres.data.cifar.IMAGES_PER_BATCH", 16)
+    monkeypatch.setitem(NUM_TRAIN, "cifar10", 128)
+    data, chance = tmp_path / "data", np.random.default_rng(0)
+    data.mkdir()
+    for name in BATCHES:
+        records = chance.integers(0, 256, (16, 3073), np.uint8)
+        records[:, 0] %= 10
+        (data / f"{name}.bin").write_bytes(records.tobytes())
+    where = {"execution": {"data_dir": str(data)}, "data": {"dataset": "cifar10"}}
+    result = fastres.train(tiny(tmp_path / "run", recipe={"steps": 3}, **where), verbosity="quiet")
+    for name in BATCHES[:5]:
+        (data / f"{name}.bin").unlink()
+    said: list[str] = []
+    outcome = evaluate_target(tmp_path / "run", {**CPU, "data_dir": str(data)}, say=said.append)
+    assert outcome.evaluation.loss == result.test_loss
+    assert not [line for line in said if "other images" in line]
+    (data / "test_batch.bin").write_bytes(bytes(16 * 3073))
+    evaluate_target(tmp_path / "run", {**CPU, "data_dir": str(data)}, say=said.append)
+    assert [line for line in said if "other images" in line]
+    weights = tmp_path / "w.safetensors"
+    save_file(checkpoint.load(tmp_path / "run" / checkpoint.NEWEST).weights, weights)
+    with pytest.raises(InputError, match=r"lacks data_batch_1\.bin"):  # foreign weights need the mean
+        evaluate_target(weights, {**CPU, "data_dir": str(data)}, say=said.append)

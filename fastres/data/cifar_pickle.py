@@ -23,14 +23,14 @@ PIXEL_BYTES = 3 * IMAGE_SIZE * IMAGE_SIZE  # an image: planes R, G, B, row by ro
 # 10,000 labels, as many file names, and a memo entry for each name: about 30,000 opcodes.
 MAX_OPCODES = 100_000
 MANY = frozenset(
-    "BININT BININT1 BININT2 SHORT_BINSTRING SHORT_BINBYTES BINBYTES SHORT_BINUNICODE BINUNICODE "
+    "BININT BININT1 BININT2 SHORT_BINSTRING SHORT_BINBYTES BINBYTES SHORT_BINUNICODE BINUNICODE "  # noqa: SIM905
     "BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE".split()
 )
 # Lists grow by 1,000 items an APPENDS; the rest comes a handful of times.
 MAX_FEW = 100
 FEW = frozenset(
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BINSTRING EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS "
-    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 GLOBAL STACK_GLOBAL REDUCE BUILD".split()
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BINSTRING EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND "  # noqa: SIM905
+    "APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 GLOBAL STACK_GLOBAL REDUCE BUILD".split()
 )
 
 
@@ -46,7 +46,7 @@ def to_binary_layout(content: bytes, num_images: int) -> bytes:
     except MemoryError:
         raise
     except Exception as error:  # a pickle that is none can raise anything, says pickle's documentation
-        raise ValueError(f"{error or type(error).__name__}") from error
+        raise ValueError(str(error) or type(error).__name__) from error
     if not isinstance(batch, dict):
         raise ValueError("it is not a dict")
     pixels, labels = (batch.get(key.encode(), batch.get(key)) for key in ("data", "labels"))
@@ -58,7 +58,7 @@ def to_binary_layout(content: bytes, num_images: int) -> bytes:
         raise ValueError("it has a label that is not from 0 to 9")
     records = np.empty((num_images, 1 + PIXEL_BYTES), np.uint8)
     records[:, 0] = labels
-    records[:, 1:] = np.frombuffer(pixels.content, np.uint8).reshape(pixels.shape, order=pixels.order)
+    records[:, 1:] = np.frombuffer(pixels.content, np.uint8).reshape(pixels.shape, order="F" if pixels.fortran else "C")
     return records.tobytes()
 
 
@@ -72,17 +72,17 @@ def _check_opcodes(content: bytes) -> None:
         if number >= MAX_OPCODES:
             raise pickle.UnpicklingError(f"it has over {MAX_OPCODES:,} opcodes, more than any CIFAR-10 batch")
         # The unpickler makes room for as many memo entries as the highest index says.
-        if opcode.name in ("BINPUT", "LONG_BINPUT") and argument > number + 1:
-            raise pickle.UnpicklingError(f"it writes memo entry {argument:,} where there can be no more than {number}")
+        if opcode.name == "LONG_BINPUT" and isinstance(argument, int) and argument > MAX_OPCODES:
+            raise pickle.UnpicklingError(f"it writes memo entry {argument:,}, more than it can have")
 
 
 class _Array:
     """Stands for numpy.ndarray and its maker: takes numpy's state tuple, keeps the bytes that are in the file."""
 
-    __slots__ = ("content", "order", "shape")  # and so nothing else can be set, on the class neither
+    __slots__ = ("content", "fortran", "shape")  # and so nothing else can be set, on the class neither
 
     def __init__(self, *_: object) -> None:
-        self.content, self.shape, self.order = b"", (0, 0), "C"
+        self.content, self.shape, self.fortran = b"", (0, 0), False
 
     def __setstate__(self, state: Any) -> None:
         _version, shape, dtype, fortran, content = state
@@ -90,7 +90,7 @@ class _Array:
             raise pickle.UnpicklingError("its array is not plain uint8")
         if len(content) != shape[0] * shape[1]:
             raise pickle.UnpicklingError("its array does not have as many bytes as its shape says")
-        self.content, self.shape, self.order = content, shape, "F" if fortran else "C"
+        self.content, self.shape, self.fortran = content, shape, bool(fortran)
 
 
 class _UInt8:

@@ -1,4 +1,4 @@
-"""Fetch a published file into a cache: resumed where it was cut, bounded, proven by its digest before anything uses it."""
+"""Fetch a published file into a cache: resumed where it was cut, bounded, and proven before anything uses it."""
 
 import contextlib
 import errno
@@ -99,7 +99,7 @@ def cached(
             _move(part, path)
     except (OSError, NotImplementedError) as error:  # the latter from filelock, on a file system without locks
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _no_room(cache_dir, remote.num_bytes, error.strerror) from error
+            raise _no_room(cache_dir, remote.num_bytes, os.strerror(error.errno)) from error
         why = getattr(error, "strerror", None) or error
         raise MachineError(f"cannot use the cache folder {cache_dir}: {why}; set FASTRES_CACHE to another") from error
     return path
@@ -133,7 +133,7 @@ def _one_at_a_time(path: Path, say: Say) -> Iterator[None]:
 def _check_room(part: Path, remote: Remote) -> None:
     missing = remote.num_bytes - _size(part)
     if shutil.disk_usage(part.parent).free < missing:
-        raise _no_room(part.parent, missing, "No space left on device")
+        raise _no_room(part.parent, missing, os.strerror(errno.ENOSPC))
 
 
 def _no_room(cache_dir: Path, num_bytes: int, why: str) -> MachineError:
@@ -171,7 +171,7 @@ def _fetch(addresses: Sequence[str], remote: Remote, part: Path, progress: Progr
             failures.append(f"{url} ({error})")
             say(f"could not fetch CIFAR-10 from {failures[-1]}")
     raise MachineError(
-        f"no CIFAR-10 here: no --data-dir or FASTRES_DATA given, none in {part.parent}, none from {'; '.join(failures)}\n"
+        f"no CIFAR-10: no --data-dir or FASTRES_DATA given, none in {part.parent}, none from {'; '.join(failures)}\n"
         "Say where it is with --data-dir FOLDER, or train on the built-in data with --dataset synthetic"
     )
 
@@ -182,7 +182,8 @@ def _fetch_from(url: str, remote: Remote, part: Path, progress: Progress | None,
     Raises:
         _Refused: It will not come to that.
     """
-    best, fruitless, resumed, restarted = _size(part), 0, False, False
+    best, fruitless = _size(part), 0
+    heard = resumed = restarted = False
     while True:
         have = _size(part)
         resumed |= have > 0
@@ -192,9 +193,9 @@ def _fetch_from(url: str, remote: Remote, part: Path, progress: Progress | None,
                 _receive(url, remote, part, progress)
         except _Cut as error:
             fruitless = 0 if _size(part) >= best + MIN_GAIN else fruitless + 1
-            answered = _size(part) > best or not isinstance(error, _Unreachable)
             best = max(best, _size(part))
-            if fruitless == TRIES or not (answered or resumed):
+            heard |= not isinstance(error, _Unreachable)
+            if fruitless == TRIES or not heard:
                 raise _Refused(str(error)) from error
             time.sleep(PAUSE * fruitless)
             continue
@@ -250,7 +251,7 @@ def _copy(response: http.client.HTTPResponse, part: Path, done: int, num_bytes: 
                 break
             done += len(piece)
             if done > num_bytes:
-                part.unlink()
+                file.truncate(0)
                 raise _Refused(f"it sends more than the {num_bytes:,} bytes of the official file")
             file.write(piece)
             if progress:

@@ -1,5 +1,6 @@
 """The one form in which every data set reaches the trainer: arrays in host memory. No torch, no I/O."""
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +28,12 @@ class ImageSet:
     digest: str  # "sha256:<hex>" over all labels and pixels; equal digests mean equal data
     official: bool  # the digest is that of the published data set (synthetic: of its own definition)
     source: str  # where it was found, for people: a path, a URL, or "built in"
+
+    def test_digest(self) -> str:
+        """ "sha256:<hex>" over the test labels and pixels alone, wherever they came from."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.test_labels))
+        digest.update(np.ascontiguousarray(self.test_images))
+        return f"sha256:{digest.hexdigest()}"
 
     def validation_split(self) -> "ImageSet":
         """The paper's split: train on the first 45k training images, evaluate on the last 5k of them."""

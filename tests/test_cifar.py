@@ -1,0 +1,726 @@
+"""CIFAR-10 from every layout, and from files that are not what they say."""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import struct
+import tarfile
+import time
+import tracemalloc
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastres.data import cifar, cifar_pickle, download
+from fastres.data.cifar import BATCHES, load_cifar10
+from fastres.errors import InputError, MachineError
+
+NUM = 10  # images a batch, but in the tests at full size
+FULL = cifar.IMAGES_PER_BATCH
+Records = npt.NDArray[np.uint8]  # (images, 3073): the binary layout
+Say = list[str]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar, "IMAGES_PER_BATCH", NUM)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> Path:
+        raise AssertionError("the cache and the network must not be asked")
+
+    monkeypatch.setattr(download, "cached", refuse)
+
+
+def make_records(num: int = NUM, seed: int = 0) -> dict[str, Records]:
+    chance = np.random.Generator(np.random.Philox(seed))
+    records = chance.integers(0, 256, (len(BATCHES), num, 3073), dtype=np.uint8)
+    records[:, :, 0] %= 10
+    return dict(zip(BATCHES, records, strict=True))
+
+
+def pickle_like_python2(records: Records, *, fortran: bool = False) -> bytes:
+    """A batch as Python 2's cPickle wrote the official ones: protocol 2, byte strings, numpy's old state."""
+    memo = iter(range(1, 1 << 20))
+
+    def put() -> bytes:
+        n = next(memo)
+        return b"q" + bytes([n]) if n < 256 else b"r" + struct.pack("<I", n)
+
+    def text(value: bytes) -> bytes:
+        return b"U" + bytes([len(value)]) + value + put()
+
+    def a_list(items: Iterable[bytes]) -> bytes:
+        head, rest = b"]" + put(), list(items)
+        chunks = (b"".join(rest[k : k + 1000]) for k in range(0, len(rest), 1000))
+        return head + b"".join(b"(" + chunk + b"e" for chunk in chunks)
+
+    def an_array() -> bytes:
+        pixels = records[:, 1:].tobytes(order="F" if fortran else "C")
+        made = b"cnumpy.core.multiarray\n_reconstruct\n" + put() + b"cnumpy\nndarray\n" + put()
+        made += b"K\x00\x85U\x01b\x87R" + put() + b"(K\x01M" + struct.pack("<H", len(records)) + b"M\x00\x0c\x86"
+        made += b"cnumpy\ndtype\n" + put() + b"U\x02u1K\x00K\x01\x87R" + put()
+        made += b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb" + (b"\x88" if fortran else b"\x89")
+        return made + b"T" + struct.pack("<i", len(pixels)) + pixels + b"tb"
+
+    return (
+        b"\x80\x02}" + put() + b"(" + text(b"batch_label") + text(b"training batch 1 of 5")
+        + text(b"labels") + a_list(b"K" + bytes([label]) for label in records[:, 0].tolist())
+        + text(b"data") + an_array()
+        + text(b"filenames") + a_list(text(b"leptodactylus_s_%06d.png" % k) for k in range(len(records))) + b"u."
+    )  # fmt: skip
+
+
+def write_folder(folder: Path, records: dict[str, Records], *, python: bool = False) -> Path:
+    folder.mkdir(parents=True)
+    for name, batch in records.items():
+        (folder / (name + ("" if python else ".bin"))).write_bytes(
+            pickle_like_python2(batch) if python else batch.tobytes()
+        )
+    return folder
+
+
+def member(name: str, content: bytes = b"", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, content
+
+
+def members(records: dict[str, Records], *, python: bool = False) -> list[tuple[tarfile.TarInfo, bytes]]:
+    """In the order of the official archives, with what else they hold."""
+    if python:
+        order = (
+            "data_batch_4",
+            "readme.html",
+            "test_batch",
+            "data_batch_3",
+            "batches.meta",
+            *BATCHES[1::3],
+            BATCHES[0],
+        )
+    else:
+        order = ("batches.meta.txt", *BATCHES[:5], "readme.html", "test_batch")
+    top = cifar.PYTHON if python else cifar.BINARY
+    result = [member(top, type=tarfile.DIRTYPE)]
+    for name in order:
+        if name not in BATCHES:
+            result.append(member(f"{top}/{name}", b"airplane\n"))
+        elif python:
+            result.append(member(f"{top}/{name}", pickle_like_python2(records[name])))
+        else:
+            result.append(member(f"{top}/{name}.bin", records[name].tobytes()))
+    return result
+
+
+def write_tar(path: Path, entries: Iterable[tuple[tarfile.TarInfo, bytes]], **options: object) -> Path:
+    with tarfile.open(path, "w:gz", compresslevel=1, **options) as archive:  # type: ignore[call-overload]
+        for info, content in entries:
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def records() -> dict[str, Records]:
+    return make_records()
+
+
+@pytest.fixture
+def binary_tar(tmp_path: Path, records: dict[str, Records]) -> Path:
+    return write_tar(tmp_path / "cifar-10-binary.tar.gz", members(records))
+
+
+def refusal(path: Path, tmp_path: Path) -> str:
+    """The message with which `path` is refused: short, and with the file's place in it."""
+    with pytest.raises(InputError) as caught:
+        load_cifar10(path)
+    message = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert str(tmp_path) in message
+    assert "\n" not in message
+    assert len(message) < 500 + len(str(tmp_path))
+    return message
+
+
+# --- every layout gives the same arrays
+
+
+def binary_folder(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
+    return (folder := write_folder(tmp / cifar.BINARY, records)), folder
+
+
+def binary_parent(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
+    return tmp, write_folder(tmp / cifar.BINARY, records)
+
+
+def binary_renamed(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
+    return (folder := write_folder(tmp / "mine", records)), folder
+
+
+def python_folder(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
+    return (folder := write_folder(tmp / cifar.PYTHON, records, python=True)), folder
+
+
+def python_parent(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
+    return tmp, write_folder(tmp / cifar.PYTHON, records, python=True)
+
+
+def binary_archive(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
+    return (path := write_tar(tmp / "any-name.tgz", members(records))), path
+
+
+def binary_archive_in_folder(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
+    return tmp, write_tar(tmp / "cifar-10-binary.tar.gz", members(records))
+
+
+def python_archive_in_folder(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
+    return tmp, write_tar(tmp / "cifar-10-python.tar.gz", members(records, python=True))
+
+
+def archive_beside_half_a_folder(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
+    (write_folder(tmp / cifar.BINARY, records) / "test_batch.bin").unlink()
+    return binary_archive_in_folder(tmp, records)
+
+
+LAYOUTS = [
+    binary_folder,
+    binary_parent,
+    binary_renamed,
+    python_folder,
+    python_parent,
+    binary_archive,
+    binary_archive_in_folder,
+    python_archive_in_folder,
+    archive_beside_half_a_folder,
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_arrays(
+    layout: Callable[[Path, dict[str, Records]], tuple[Path, Path]], tmp_path: Path, records: dict[str, Records]
+) -> None:
+    given_path, source = layout(tmp_path, records)
+    said: Say = []
+    images = load_cifar10(given_path, say=said.append)
+    raw = b"".join(records[name].tobytes() for name in BATCHES)
+    assert images.digest == f"sha256:{hashlib.sha256(raw).hexdigest()}"
+    assert (images.name, images.official, images.source) == ("cifar10", False, str(source))
+    assert (len(images.train_images), len(images.test_images)) == (5 * NUM, NUM)
+    pixels, labels = (
+        np.concatenate(pair)
+        for pair in ((images.train_images, images.test_images), (images.train_labels, images.test_labels))
+    )
+    assert pixels.dtype == labels.dtype == np.uint8
+    for k in range(6 * NUM):
+        record = raw[k * 3073 : (k + 1) * 3073]
+        assert labels[k] == record[0]
+        for row, column, channel in ((0, 0, 0), (0, 31, 1), (31, 0, 2), (7, 21, 0), (19, 4, 2)):
+            assert pixels[k, row, column, channel] == record[1 + channel * 1024 + row * 32 + column]
+    assert len(said) == 1
+    assert "not the official CIFAR-10" in said[0]
+    assert images.digest in said[0]
+
+
+def test_official_is_decided_by_every_batch(
+    tmp_path: Path, records: dict[str, Records], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pins = tuple(hashlib.sha1(records[name].tobytes(), usedforsecurity=False).hexdigest() for name in BATCHES)
+    folder = write_folder(tmp_path / cifar.BINARY, records)
+    monkeypatch.setattr(cifar, "OFFICIAL_SHA1", pins)
+    said: Say = []
+    assert load_cifar10(folder, say=said.append).official
+    assert said == []
+    for k in range(6):
+        monkeypatch.setattr(cifar, "OFFICIAL_SHA1", (*pins[:k], "0" * 40, *pins[k + 1 :]))
+        assert not load_cifar10(folder, say=said.append).official
+
+
+def test_pins_are_digests() -> None:
+    assert len(bytes.fromhex(cifar.REMOTE.sha256)) == 32
+    assert {len(bytes.fromhex(sha1)) for sha1 in cifar.OFFICIAL_SHA1} == {20}
+    assert len(set(cifar.OFFICIAL_SHA1)) == len(BATCHES) == 6
+
+
+# --- where it is looked for
+
+
+def test_environment_variable_is_second_to_data_dir(
+    tmp_path: Path, records: dict[str, Records], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (write_folder(tmp_path / name, records) for name in ("one", "other"))
+    monkeypatch.setenv("FASTRES_DATA", str(other))
+    assert load_cifar10(one, say=Say().append).source == str(one)
+    assert load_cifar10(say=Say().append).source == str(other)
+    monkeypatch.setenv("FASTRES_DATA", str(tmp_path / "gone"))
+    with pytest.raises(InputError, match=r"^FASTRES_DATA .*gone does not exist"):
+        load_cifar10()
+    with pytest.raises(InputError, match=r"^--data-dir .*nowhere does not exist"):
+        load_cifar10(tmp_path / "nowhere")
+
+
+def test_a_folder_without_cifar_says_what_was_looked_for(tmp_path: Path) -> None:
+    message = refusal(tmp_path, tmp_path)
+    for name in ("cifar-10-batches-bin/data_batch_1.bin", "cifar-10-batches-py/data_batch_1", *cifar.ARCHIVES):
+        assert name in message
+
+
+def test_a_folder_with_a_part_of_cifar_says_what_lacks(tmp_path: Path, records: dict[str, Records]) -> None:
+    folder = write_folder(tmp_path / cifar.BINARY, records)
+    (folder / "data_batch_3.bin").unlink()
+    (folder / "test_batch.bin").unlink()
+    assert f"{folder} lacks data_batch_3.bin, test_batch.bin" in refusal(tmp_path, tmp_path)
+
+
+def test_a_path_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="File name too long"):
+        load_cifar10(tmp_path / ("a" * 300))
+
+
+def test_home_is_expanded(tmp_path: Path, records: dict[str, Records], monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "cifar", records)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_cifar10(Path("~/cifar"), say=Say().append).source == str(tmp_path / "cifar")
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cifar.default_cache_dir() == tmp_path / "fastres"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # "should be considered invalid and ignored", says XDG
+    assert cifar.default_cache_dir() == Path("/home/someone/.cache/fastres")
+    monkeypatch.setenv("FASTRES_CACHE", "~/elsewhere")
+    assert cifar.default_cache_dir() == Path("/home/someone/elsewhere")
+
+
+def test_what_is_fetched_is_read(binary_tar: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def cached(*arguments: object, **_: object) -> Path:
+        asked.append(arguments)
+        return binary_tar
+
+    monkeypatch.setattr(download, "cached", cached)
+    assert load_cifar10(urls=["http://a/b"], cache_dir=tmp_path, say=Say().append).source == str(binary_tar)
+    assert asked == [(cifar.REMOTE, tmp_path, ["http://a/b"])]
+
+
+# --- bad batches
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda raw: raw[:-1], "has 30,729 bytes; a CIFAR-10 batch has 30,730"),
+        (lambda raw: raw + b"\0", "has 30,731 bytes"),
+        (lambda _: b"", "has 0 bytes"),
+        (lambda raw: b"\x0a" + raw[1:], "data_batch_2 has label 10 at image 0; labels are 0 to 9"),
+        (lambda raw: raw[:3073] + b"\xff" + raw[3074:], "has label 255 at image 1"),
+    ],
+)
+@pytest.mark.parametrize("as_archive", [False, True], ids=["folder", "archive"])
+def test_bad_batch(
+    change: Callable[[bytes], bytes], complaint: str, as_archive: bool, tmp_path: Path, records: dict[str, Records]
+) -> None:
+    raw = change(records["data_batch_2"].tobytes())
+    if as_archive:
+        entries = [(i, c) if "data_batch_2" not in i.name else member(i.name, raw) for i, c in members(records)]
+        path = write_tar(tmp_path / "c.tar.gz", entries)
+    else:
+        path = write_folder(tmp_path / cifar.BINARY, records)
+        (path / "data_batch_2.bin").write_bytes(raw)
+    assert complaint in refusal(path, tmp_path)
+
+
+def test_oversized_files_are_not_read_whole(
+    tmp_path: Path, records: dict[str, Records], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for python, name in ((False, "data_batch_1.bin"), (True, "data_batch_1")):
+        folder = write_folder(tmp_path / name, records, python=python)
+        os.truncate(folder / name, 1 << 40)  # a sparse file of a terabyte
+        assert "has over 32,000,000 bytes" in refusal(folder, tmp_path)
+
+
+# --- bad archives
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.0001, 0.1, 0.5, 0.9, 0.99999])
+def test_truncated_archive(binary_tar: Path, keep: float, tmp_path: Path) -> None:
+    binary_tar.write_bytes(binary_tar.read_bytes()[: int(keep * binary_tar.stat().st_size)])
+    assert "is not a whole tar.gz of CIFAR-10" in refusal(binary_tar, tmp_path)
+
+
+def test_a_flipped_bit_anywhere_in_an_archive_is_seen_or_harmless(binary_tar: Path, tmp_path: Path) -> None:
+    """Gzip's header (a date, a name) has no checksum; where it is flipped, the images are still the same."""
+    whole, images = binary_tar.read_bytes(), load_cifar10(binary_tar, say=Say().append)
+    seen = 0
+    for place in [*range(60), *range(60, len(whole) - 4, len(whole) // 40), len(whole) - 6]:
+        binary_tar.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        try:
+            assert load_cifar10(binary_tar, say=Say().append).digest == images.digest
+        except InputError:
+            seen += 1
+    assert seen >= 45
+
+
+def test_not_an_archive(tmp_path: Path) -> None:
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    for content in (
+        b"<html>not found</html>",
+        gzip.compress(b""),
+        gzip.compress(b"x" * 5000),
+        gzip.compress(bytes(9999)),
+    ):
+        path.write_bytes(content)
+        refusal(tmp_path, tmp_path)
+
+
+def test_archive_that_lacks_a_batch(tmp_path: Path, records: dict[str, Records]) -> None:
+    entries = [entry for entry in members(records) if "data_batch_4" not in entry[0].name]
+    assert "lacks data_batch_4;" in refusal(write_tar(tmp_path / "c.tar.gz", entries), tmp_path)
+
+
+def test_archive_with_a_tail_is_refused(binary_tar: Path, tmp_path: Path) -> None:
+    whole = binary_tar.read_bytes()
+    binary_tar.write_bytes(whole + b"more")
+    assert "is not a whole tar.gz" in refusal(binary_tar, tmp_path)
+    binary_tar.write_bytes(whole + gzip.compress(bytes(1 << 24), 1))
+    assert "unpacks to more than CIFAR-10 has" in refusal(binary_tar, tmp_path)
+
+
+HOSTILE = {
+    "symlink": member("data_batch_1.bin", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+    "hard link": member("readme.html", type=tarfile.LNKTYPE, linkname="data_batch_1.bin"),
+    "fifo": member("fifo", type=tarfile.FIFOTYPE),
+    "device": member("null", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
+    "dots": member("cifar-10-batches-bin/../../readme.html", b"x"),
+    "dots in a folder's name": member("../up", type=tarfile.DIRTYPE),
+    "absolute": member("/etc/data_batch_1.bin", b"x"),
+    "sparse": member("data_batch_1.bin", bytes(512), type=tarfile.GNUTYPE_SPARSE),
+    "long and absolute": member("/" + "deep/" * 100, b"x"),
+}
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_member(kind: str, where: str, tmp_path: Path, records: dict[str, Records]) -> None:
+    entries = members(records)
+    entries.insert(0 if where == "first" else len(entries), HOSTILE[kind])
+    message = refusal(write_tar(tmp_path / "c.tar.gz", entries, format=tarfile.GNU_FORMAT), tmp_path)
+    assert "a link, a device or a path outside; it is not read" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["c.tar.gz"]
+
+
+@pytest.mark.parametrize("name", ["data_batch_1.bin", "elsewhere/data_batch_1.bin", "data_batch_1"])
+def test_a_batch_twice(name: str, tmp_path: Path, records: dict[str, Records]) -> None:
+    entries = [*members(records), member(name, records["data_batch_2"].tobytes())]
+    assert "holds data_batch_1 twice" in refusal(write_tar(tmp_path / "c.tar.gz", entries), tmp_path)
+
+
+def test_bombs_stop_early(tmp_path: Path, records: dict[str, Records]) -> None:
+    """Small archives that ask for 256 MB as a batch, as a file beside them, as a header, or for a million members."""
+    large = bytes(1 << 28)
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, len(large)
+    bombs = {
+        "more than any CIFAR-10 batch": [member("data_batch_1.bin", large)],
+        "unpacks to more than CIFAR-10 has": [member("readme.html", large)],
+        "unpacks to more": [(header, large)],
+        "holds over 100 members": (member(f"{k}") for k in range(2000)),
+    }
+    for complaint, entries in bombs.items():
+        path = write_tar(tmp_path / "bomb.tar.gz", entries)
+        tracemalloc.start()
+        try:
+            assert complaint in refusal(path, tmp_path)
+            assert tracemalloc.get_traced_memory()[1] < 1 << 24
+        finally:
+            tracemalloc.stop()
+
+
+def test_a_chain_of_headers(tmp_path: Path) -> None:
+    """Each extended header makes tarfile look for the next by calling itself."""
+    info = tarfile.TarInfo("x")
+    info.type = tarfile.XHDTYPE
+    path = tmp_path / "chain.tar.gz"
+    path.write_bytes(gzip.compress(info.tobuf() * 1900))
+    refusal(path, tmp_path)
+
+
+# --- pickled batches
+
+
+def as_pickle(batch: Records, tmp_path: Path, content: bytes) -> str:
+    folder = write_folder(tmp_path / cifar.PYTHON, make_records(), python=True)
+    (folder / "data_batch_1").write_bytes(content)
+    return refusal(folder, tmp_path)
+
+
+@pytest.mark.parametrize("protocol", [3, 4])
+@pytest.mark.parametrize("fortran", [False, True])
+@pytest.mark.parametrize("key", [str, str.encode])
+def test_pickles_of_python_3(protocol: int, fortran: bool, key: Callable[[str], object]) -> None:
+    batch = make_records()["data_batch_1"]
+    pixels = np.array(batch[:, 1:], order="F" if fortran else "C")
+    fields = {"labels": batch[:, 0].tolist(), "data": pixels, "filenames": ["a.png"] * NUM}
+    content = pickle.dumps({key(name): value for name, value in fields.items()}, protocol)
+    assert cifar_pickle.to_binary_layout(content, NUM) == batch.tobytes()
+
+
+@pytest.mark.parametrize("fortran", [False, True])
+def test_pickles_of_python_2(fortran: bool) -> None:
+    batch = make_records()["data_batch_1"]
+    content = pickle_like_python2(batch, fortran=fortran)
+    assert cifar_pickle.to_binary_layout(content, NUM) == batch.tobytes()
+    honest = pickle.loads(content, encoding="bytes")  # and it is a pickle as numpy reads it
+    assert np.array_equal(honest[b"data"], batch[:, 1:])
+    assert honest[b"labels"] == batch[:, 0].tolist()
+
+
+class Runs:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_that_runs_code_does_not(protocol: int, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    content = pickle.dumps({"data": Runs(marker), "labels": []}, protocol)
+    assert "is not a pickled CIFAR-10 batch" in as_pickle(make_records()["data_batch_1"], tmp_path, content)
+    assert not marker.exists()
+    pickle.loads(content)
+    assert marker.exists()  # it would have
+
+
+def test_a_pickle_in_an_archive_that_runs_code_does_not(tmp_path: Path, records: dict[str, Records]) -> None:
+    hostile = pickle.dumps(Runs(tmp_path / "marker"), 2)
+    path = write_tar(tmp_path / "c.tar.gz", [member("x/data_batch_1", hostile), *members(records, python=True)])
+    assert "which no CIFAR-10 batch does" in refusal(path, tmp_path)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"builtins\neval", b"os\nsystem", b"numpy\nload", b"numpy\nfromfile", b"numpy.core.multiarray\nfromfile",
+        b"numpy\nndarray.tofile", b"numpy.core.multiarray\n_reconstruct.__globals__", b"_codecs\nencode",
+        b"fastres.data.cifar_pickle\npickle",
+    ],
+)  # fmt: skip
+def test_only_three_names_are_known(name: bytes) -> None:
+    with pytest.raises(ValueError, match="which no CIFAR-10 batch does"):
+        cifar_pickle.to_binary_layout(b"\x80\x02c" + name + b"\n.", NUM)
+
+
+RECONSTRUCT, DTYPE = b"cnumpy.core.multiarray\n_reconstruct\n", b"cnumpy\ndtype\n"
+BOMBS = {
+    "memo index": b"\x80\x02Kar\xff\xff\xff\x7f.",  # an unpickler would make room for 4 billion entries
+    "byte array": b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".",
+    "long bytes": b"\x80\x04B" + struct.pack("<I", 0xFFFFFFFF) + b".",
+    "frame": b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"K\x00.",
+    "empty dicts": b"\x80\x02" + b"}" * 1_000_000 + b".",
+    "marks": b"\x80\x02" + b"(" * 1_000_000 + b".",
+    "numbers": b"\x80\x02(" + b"K\x00" * 1_000_000 + b"t.",
+    "nested tuples as a key": b"\x80\x02})" + b"\x85" * 300_000 + b"K\x00s.",  # their hash would end the stack
+    "an array's shape": b"\x80\x02" + RECONSTRUCT + b"J\xff\xff\xff\x7f\x85R.",
+    "a wide type": b"\x80\x02" + DTYPE + b"U\x0aV999999999\x85R.",
+    "a shape without bytes": b"\x80\x02" + RECONSTRUCT + b")R(K\x01J\xff\xff\xff\x7fK\x02\x86" + DTYPE
+    + b"U\x02u1\x85R\x89U\x00tb.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_pickles_that_ask_for_memory(kind: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"."):
+            cifar_pickle.to_binary_layout(BOMBS[kind], NUM)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", [RECONSTRUCT, DTYPE, b"cnumpy\nndarray\n"])
+def test_a_pickle_cannot_change_the_stand_ins(name: bytes) -> None:
+    for state in (b"}U\x04evilK\x01s", b"N}U\x04evilK\x01s\x86"):
+        for made in (b"", b"U\x02u1\x85R"):
+            with pytest.raises(ValueError, match=r"."):
+                cifar_pickle.to_binary_layout(b"\x80\x02" + name + made + state + b"b.", NUM)
+    assert not hasattr(cifar_pickle._Array, "evil")
+    assert not hasattr(cifar_pickle._UInt8, "evil")
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"labels": [0] * 9 + [10]}, "has label 10 at image 9"),
+        ({"labels": [0] * 9 + [256]}, "a label that is not from 0 to 9"),
+        ({"labels": [0] * 9 + [-1]}, "a label that is not from 0 to 9"),
+        ({"labels": [0] * 9}, "not a list of 10 integers"),
+        ({"labels": [0] * 9 + ["1"]}, "not a list of 10 integers"),
+        ({"labels": [0] * 9 + [True]}, "not a list of 10 integers"),
+        ({"labels": bytes(10)}, "not a list of 10 integers"),
+        ({"labels": None}, "not a list of 10 integers"),
+        ({"data": np.zeros((9, 3072), np.uint8)}, "not a 10 x 3,072 array of uint8"),
+        ({"data": np.zeros((3072, 10), np.uint8)}, "not a 10 x 3,072 array"),
+        ({"data": np.zeros((10, 3072), np.int8)}, "not uint8"),
+        ({"data": np.zeros(2, "V1000")}, "not uint8"),
+        ({"data": bytes(30720)}, "not a 10 x 3,072 array"),
+    ],
+)
+def test_pickles_of_something_else(fields: dict[str, object], complaint: str, tmp_path: Path) -> None:
+    batch: dict[str, object] = {"data": np.zeros((10, 3072), np.uint8), "labels": [0] * 10}
+    assert complaint in as_pickle(make_records()["data_batch_1"], tmp_path, pickle.dumps(batch | fields, 4))
+
+
+@pytest.mark.parametrize("content", [b"", b".", b"\x80\x02].", b"\x80\x02N.", b"not a pickle\n", b"\x80\x02}."])
+def test_not_a_pickled_batch(content: bytes, tmp_path: Path) -> None:
+    assert "is not a pickled CIFAR-10 batch" in as_pickle(make_records()["data_batch_1"], tmp_path, content)
+
+
+# --- rubbish: nothing but the documented error comes out
+
+FUZZ = settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+PICKLE_CODES = st.sampled_from([bytes([code]) for code in b"}]()tabesuUTKMJqrhcR\x80\x02\x85\x86\x87\x88\x89N."])
+
+
+@FUZZ
+@given(st.one_of(st.binary(max_size=400), st.lists(st.one_of(PICKLE_CODES, st.binary(max_size=3))).map(b"".join)))
+def test_rubbish_is_no_pickle(content: bytes) -> None:
+    for start in (b"", b"\x80\x02"):
+        with pytest.raises(ValueError, match=r"."):
+            cifar_pickle.to_binary_layout(start + content, NUM)
+
+
+HONEST = pickle_like_python2(make_records(1)["data_batch_1"])
+HEAD = HONEST.index(b"T" + struct.pack("<i", 3072))
+
+
+@FUZZ
+@given(st.data())
+def test_a_changed_pickle_is_read_or_refused(data: st.DataObject) -> None:
+    content = bytearray(HONEST)
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, HEAD + 5))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ValueError):
+        assert len(cifar_pickle.to_binary_layout(bytes(content), 1)) == 3073
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_changed_archive_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    entries = members(make_records())
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=data.draw(st.sampled_from([0, 1, 2]))) as archive:
+        for info, content in entries:
+            archive.addfile(info, io.BytesIO(content))
+    raw = bytearray(buffer.getvalue())
+    heads = [0, 512, 1024, 1536]
+    for _ in range(data.draw(st.integers(1, 6))):
+        raw[data.draw(st.sampled_from(heads)) + data.draw(st.integers(0, 511))] = data.draw(st.integers(0, 255))
+    for head in heads:  # with the checksum put right, or nothing else is looked at
+        raw[head + 148 : head + 156] = b"        "
+        raw[head + 148 : head + 156] = b"%06o\0 " % sum(raw[head : head + 512])
+    path = tmp_path / "c.tar.gz"
+    path.write_bytes(gzip.compress(bytes(raw), 1))
+    with contextlib.suppress(InputError):
+        assert len(load_cifar10(path, say=Say().append).test_labels) == NUM
+
+
+@FUZZ
+@given(content=st.binary(max_size=2000))
+def test_rubbish_is_no_archive(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "c.tar.gz"
+    for whole in (content, gzip.compress(content, 1), b"\x1f\x8b\x08\x00" + content):
+        path.write_bytes(whole)
+        refusal(path, tmp_path)
+
+
+# --- full size
+
+
+@pytest.fixture
+def full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar, "IMAGES_PER_BATCH", FULL)
+
+
+def test_full_size_folder_in_a_second_and_in_little_memory(full_size: None, tmp_path: Path) -> None:
+    folder = tmp_path / cifar.BINARY
+    folder.mkdir()
+    for k, name in enumerate(BATCHES):
+        with (folder / f"{name}.bin").open("wb") as file:
+            file.write(bytes([k]))
+            file.truncate(30_730_000 - 1)
+            file.seek(0, os.SEEK_END)
+            file.write(bytes([100 + k]))
+    tracemalloc.start()
+    try:
+        start = time.process_time()
+        images = load_cifar10(tmp_path, say=Say().append)
+        taken = time.process_time() - start
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert images.train_images.shape == (50_000, 32, 32, 3)
+    assert images.test_images.shape == (10_000, 32, 32, 3)
+    assert images.train_labels[::10_000].tolist() == [0, 1, 2, 3, 4]
+    assert images.train_images[9_999::10_000, 31, 31].tolist() == [[0, 0, 100 + k] for k in range(5)]
+    assert images.test_labels[0] == 5
+    assert images.test_images[-1, 31, 31, 2] == 105
+    assert peak < 1.4 * 60_000 * 3073
+    assert taken < 5  # 0.5 s where nothing else runs
+
+
+def test_full_size_pickles_pass_the_fences(full_size: None) -> None:
+    batch = np.zeros((FULL, 3073), np.uint8)
+    batch[:, 0] = np.arange(FULL) % 10
+    batch[:, 1:] = np.arange(FULL)[:, None] % 256
+    content = pickle_like_python2(batch)
+    assert len(content) < cifar.MAX_PICKLE_BYTES
+    assert cifar._unpickled(content, Path("data_batch_1")) == batch.tobytes()
+    names = [f"leptodactylus_pentadactylus_s_{k:06}.png" for k in range(FULL)]
+    fields = {"labels": batch[:, 0].tolist(), "data": batch[:, 1:], "filenames": names}
+    for protocol in (3, 4):
+        assert cifar_pickle.to_binary_layout(pickle.dumps(fields, protocol), FULL) == batch.tobytes()
+
+
+def test_full_size_archive(full_size: None, tmp_path: Path) -> None:
+    zeros = {name: np.zeros((FULL, 3073), np.uint8) for name in BATCHES}
+    images = load_cifar10(write_tar(tmp_path / "c.tar.gz", members(zeros)), say=Say().append)
+    assert images.digest == f"sha256:{hashlib.sha256(bytes(60_000 * 3073)).hexdigest()}"
+
+
+# --- fetched
+
+
+def test_without_data_and_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    nowhere = download.Remote(f"http://127.0.0.1:1/{cifar.ARCHIVES[0]}", 10, "0" * 64)
+    monkeypatch.setattr(cifar, "REMOTE", nowhere)
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "*")
+    said: Say = []
+    with pytest.raises(MachineError) as caught:
+        load_cifar10(say=said.append)
+    assert caught.value.exit_code == 3
+    message = str(caught.value)
+    for part in (str(tmp_path), nowhere.url, "Connection refused", "--data-dir FOLDER", "--dataset synthetic"):
+        assert part in message
+    assert message.count("\n") == 1

@@ -1,0 +1,287 @@
+"""download.py against servers on this machine that cut, stall, lie, redirect and refuse."""
+
+import contextlib
+import hashlib
+import http.server
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fastres.data import download
+from fastres.data.download import Remote, cached
+from fastres.errors import InputError, MachineError
+
+CONTENT = bytes(range(256)) * 1200  # 307 kB: several pieces
+NAME = "cifar-10-binary.tar.gz"
+Answer = Callable[["Handler"], None]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers each request with the server's next answer; the last one is kept."""
+
+    server: "Server"
+
+    def do_GET(self) -> None:
+        ours = self.server
+        ours.asked.append(self.headers.get("Range", ""))
+        answer = ours.answers.pop(0) if len(ours.answers) > 1 else ours.answers[0]
+        with contextlib.suppress(ConnectionError):
+            answer(self)
+
+    def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002 (its name in the base class)
+
+    def start(self) -> int:
+        """The first byte that is asked for."""
+        return int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+
+    def head(self, status: int, length: int | None, **headers: str) -> None:
+        self.send_response(status)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, *answers: Answer) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers, self.asked = list(answers), list[str]()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{NAME}"
+
+
+def gives(content: bytes = CONTENT, *, upto: int | None = None, ranges: bool = True, length: bool = True) -> Answer:
+    """Sends `content` from the byte that is asked for; closes the connection at byte `upto`."""
+
+    def answer(handler: Handler) -> None:
+        start = handler.start() if ranges else 0
+        body = content[start:]
+        size = len(body) if length else None
+        if start:
+            handler.head(206, size, Content_Range=f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            handler.head(200, size)
+        handler.wfile.write(body if upto is None else content[start:upto])
+
+    return answer
+
+
+def status(code: int, **headers: str) -> Answer:
+    return lambda handler: handler.head(code, 0, **headers)
+
+
+def stalls(handler: Handler) -> None:
+    handler.head(200, len(CONTENT))
+    handler.wfile.write(CONTENT[:1000])
+    handler.wfile.flush()
+    time.sleep(1.5)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(*answers: Answer) -> Server:
+            server = stack.enter_context(Server(*answers))
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(server.shutdown)
+            return server
+
+        yield start
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    monkeypatch.setattr(download, "PAUSE", 0.001)
+    monkeypatch.setenv("no_proxy", "*")
+
+
+def official(server: Server, content: bytes = CONTENT) -> Remote:
+    return Remote(server.url, len(content), hashlib.sha256(content).hexdigest())
+
+
+def fetched(remote: Remote, folder: Path, *urls: str) -> list[str]:
+    """Fetch, compare, and return what was said."""
+    said: list[str] = []
+    path = cached(remote, folder, urls, say=said.append)
+    assert path == folder / NAME
+    assert path.read_bytes() == CONTENT
+    assert sorted(p.name for p in folder.iterdir() if not p.name.endswith(".lock")) == [NAME]
+    return said
+
+
+def failure(remote: Remote, folder: Path, *urls: str) -> str:
+    with pytest.raises(MachineError) as caught:
+        cached(remote, folder, urls, say=lambda _: None)
+    assert not (folder / NAME).exists()
+    assert caught.value.exit_code == 3
+    message = str(caught.value)
+    assert "--data-dir FOLDER" in message
+    assert "--dataset synthetic" in message
+    return message
+
+
+def test_fetched_once_with_progress(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server, seen = serve(gives()), list[tuple[int, int]]()
+    cached(official(server), tmp_path / "new" / "cache", progress=lambda *p: seen.append(p), say=lambda _: None)
+    done = [d for d, _ in seen]
+    assert done == sorted(done)
+    assert len(done) > 3
+    assert seen[-1] == (len(CONTENT), len(CONTENT))
+    assert fetched(official(server), tmp_path / "new" / "cache") == []
+    assert server.asked == [""]
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_a_cut_transfer_goes_on_where_it_was_cut(serve: Callable[..., Server], tmp_path: Path, length: bool) -> None:
+    server = serve(gives(upto=100_000, length=length), gives(upto=200_000, length=length), gives())
+    assert "from byte 100,000 on" in " ".join(fetched(official(server), tmp_path))
+    assert server.asked == ["", "bytes=100000-", "bytes=200000-"]
+
+
+def test_a_killed_download_goes_on_in_the_next_process(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / f"{NAME}.part").write_bytes(CONTENT[:5000])
+    server = serve(gives())
+    fetched(official(server), tmp_path)
+    assert server.asked == ["bytes=5000-"]
+
+
+def test_a_server_that_does_not_resume_starts_again(serve: Callable[..., Server], tmp_path: Path) -> None:
+    fetched(official(serve(gives(upto=100_000, ranges=False), gives(ranges=False))), tmp_path)
+
+
+@pytest.mark.parametrize("kept", [b"x" * 5000, b"x" * len(CONTENT), b"x" * (len(CONTENT) + 9)])
+def test_rubbish_kept_from_before_gets_one_clean_start(
+    serve: Callable[..., Server], tmp_path: Path, kept: bytes
+) -> None:
+    (tmp_path / f"{NAME}.part").write_bytes(kept)
+    said = fetched(official(serve(gives())), tmp_path)
+    assert "does not fit" in " ".join(said)
+
+
+def test_a_server_with_another_range_is_asked_anew(serve: Callable[..., Server], tmp_path: Path) -> None:
+    def other_part(handler: Handler) -> None:
+        handler.head(206, 10, Content_Range=f"bytes 7-16/{len(CONTENT)}")
+        handler.wfile.write(CONTENT[7:17])
+
+    server = serve(gives(upto=100_000), other_part, gives())
+    fetched(official(server), tmp_path)
+    assert server.asked[-1] == ""
+
+
+def test_mirrors_come_first_and_the_official_address_last(serve: Callable[..., Server], tmp_path: Path) -> None:
+    wrong = CONTENT[:-1] + b"?"
+    lost, lying, home = serve(status(404)), serve(gives(wrong)), serve(gives())
+    said = " ".join(fetched(official(home), tmp_path, lost.url, lying.url))
+    assert said.index("404") < said.index("does not have the official SHA-256") < said.index(home.url)
+    assert (len(lost.asked), len(lying.asked), len(home.asked)) == (1, 1, 1)
+
+
+def test_what_a_mirror_cut_goes_on_at_the_next(serve: Callable[..., Server], tmp_path: Path) -> None:
+    mirror, home = serve(gives(upto=50_000), status(404)), serve(gives())
+    fetched(official(home), tmp_path, mirror.url)
+    assert home.asked == ["bytes=50000-"]
+
+
+BAD: dict[str, tuple[tuple[Answer, ...], str]] = {
+    "wrong digest": ((gives(CONTENT[:-1] + b"?"),), "does not have the official SHA-256"),
+    "too long, said": ((gives(CONTENT + b"?"),), "offers 307,201 bytes, the official file has 307,200"),
+    "too long, not said": ((gives(CONTENT * 9, length=False),), "more than the 307,200 bytes"),
+    "too short, said": ((gives(CONTENT[:-1]),), "offers 307,199 bytes"),
+    "nothing": ((gives(upto=0),), "cut after 0 of 307,200 bytes"),
+    "404": ((status(404),), "HTTP 404"),
+    "503 for good": ((status(503),), "HTTP 503"),
+    "stalls": ((stalls,), "timed out"),
+    "to a file": ((status(302, Location="file:///etc/passwd"),), "file"),
+    "to ftp": ((status(302, Location="ftp://127.0.0.1/x"),), "ftp"),
+    "round and round": ((status(302, Location=f"/{NAME}"),), "redirect"),
+    "no http": ((lambda handler: handler.wfile.write(b"\0\1\2\3rubbish\r\n\r\n") and None,), "rubbish"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_addresses_that_do_not_give_it(serve: Callable[..., Server], tmp_path: Path, kind: str) -> None:
+    answers, reason = BAD[kind]
+    server = serve(*answers)
+    message = failure(official(server), tmp_path)
+    assert reason in message
+    assert server.url in message
+    assert len(server.asked) <= 12
+    left = tmp_path / f"{NAME}.part"
+    assert not left.exists() or left.stat().st_size <= len(CONTENT)
+
+
+def test_a_passing_error_is_tried_again(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(status(503), status(429), gives())
+    fetched(official(server), tmp_path)
+    assert len(server.asked) == 3
+
+
+def test_nobody_there(serve: Callable[..., Server], tmp_path: Path) -> None:
+    nowhere = Remote(f"http://127.0.0.1:1/{NAME}", 10, "0" * 64)
+    assert "Connection refused" in failure(nowhere, tmp_path)
+
+
+@pytest.mark.parametrize("damage", [CONTENT[:-1], CONTENT + b"?", b"", b"?" + CONTENT[1:]])
+def test_a_corrupt_cached_archive_is_said_removed_and_fetched(
+    serve: Callable[..., Server], tmp_path: Path, damage: bytes
+) -> None:
+    (tmp_path / NAME).write_bytes(damage)
+    said = fetched(official(serve(gives())), tmp_path)
+    assert "is corrupt" in said[0]
+
+
+def test_several_at_once_fetch_it_once(serve: Callable[..., Server], tmp_path: Path) -> None:
+    def slow(handler: Handler) -> None:
+        time.sleep(0.15)
+        gives()(handler)
+
+    server, failed = serve(slow), list[Exception]()
+
+    def fetch() -> None:
+        try:
+            cached(official(server), tmp_path, say=lambda _: None)
+        except Exception as error:  # noqa: BLE001 (a thread's error is looked at below)
+            failed.append(error)
+
+    threads = [threading.Thread(target=fetch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("url", ["ftp://a/b", "file:///etc/passwd", "a/b", "", "http://", "http://[", "javascript:1"])
+def test_mirrors_that_are_no_addresses(serve: Callable[..., Server], tmp_path: Path, url: str) -> None:
+    server = serve(gives())
+    with pytest.raises(InputError, match="no http or https address"):
+        cached(official(server), tmp_path, [url], say=lambda _: None)
+    assert server.asked == []
+
+
+def test_no_room(serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve(gives())
+    usage = download.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(MachineError, match=r"307,200 bytes needed, 1,000 free\)\nFree some"):
+        cached(official(server), tmp_path, say=lambda _: None)
+    assert server.asked == []
+
+
+def test_a_cache_that_cannot_be_written(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(MachineError, match="set FASTRES_CACHE to another"):
+        cached(official(serve(gives())), tmp_path / "file" / "cache", say=lambda _: None)
