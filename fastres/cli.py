@@ -2,17 +2,17 @@
 
 import difflib
 import json
-import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fastres import __version__
 from fastres.clock import Clocks
 from fastres.config import RunConfig, merge, preset_tree, with_dependent_defaults
-from fastres.errors import FastresError, InputError
+from fastres.errors import FastresError
+from fastres.flags import given, in_steps, parse_channels, parse_milestones, parse_model, read_toml, refuse_both
 
 app = typer.Typer(
     name="fastres",
@@ -179,25 +179,25 @@ def train(
     ] = False,
 ) -> None:
     """Train a network. Without options: the paper's ResNet-20 on CIFAR-10, 64k steps."""
-    _refuse_both("--model", model, "--depth", depth)
-    _refuse_both("--model", model, "--arch", arch)
-    _refuse_both("--steps", steps, "--epochs", epochs)
-    _refuse_both("--warmup-steps", warmup_steps, "--warmup-epochs", warmup_epochs)
-    _refuse_both("--amp", amp, "--no-amp", no_amp)
-    _refuse_both("--amp" if amp else "--no-amp", amp or no_amp, "--precision", precision)
-    _refuse_both("--resume", resume, "--out", out)
-    _refuse_both("--resume", resume, "--overwrite", overwrite or None)
-    _refuse_both("--resume", resume, "--preset", preset)
-    _refuse_both("--resume", resume, "--config", config)
+    refuse_both("--model", model, "--depth", depth)
+    refuse_both("--model", model, "--arch", arch)
+    refuse_both("--steps", steps, "--epochs", epochs)
+    refuse_both("--warmup-steps", warmup_steps, "--warmup-epochs", warmup_epochs)
+    refuse_both("--amp", amp, "--no-amp", no_amp)
+    refuse_both("--amp" if amp else "--no-amp", amp or no_amp, "--precision", precision)
+    refuse_both("--resume", resume, "--out", out)
+    refuse_both("--resume", resume, "--overwrite", overwrite or None)
+    refuse_both("--resume", resume, "--preset", preset)
+    refuse_both("--resume", resume, "--config", config)
     if warmup == "none":
-        _refuse_both("--warmup none", True, "--warmup-steps", warmup_steps)
-        _refuse_both("--warmup none", True, "--warmup-epochs", warmup_epochs)
+        refuse_both("--warmup none", True, "--warmup-steps", warmup_steps)
+        refuse_both("--warmup none", True, "--warmup-epochs", warmup_epochs)
     if model is not None:
         arch, depth = parse_model(model)
-    flags = _given(
-        model=_given(arch=arch, depth=depth, shortcut=shortcut),
-        data=_given(dataset=dataset, val_split=val_split, augment=augment),
-        recipe=_given(
+    flags = given(
+        model=given(arch=arch, depth=depth, shortcut=shortcut),
+        data=given(dataset=dataset, val_split=val_split, augment=augment),
+        recipe=given(
             steps=steps,
             batch_size=batch_size,
             lr=lr,
@@ -210,7 +210,7 @@ def train(
             weight_decay_on=weight_decay_on,
         ),
         seed=seed,
-        execution=_given(
+        execution=given(
             device=device,
             precision="auto" if amp else "fp32" if no_amp else precision,
             loader=loader,
@@ -220,7 +220,7 @@ def train(
             data_dir=None if data_dir is None else str(data_dir),
             data_urls=data_url,
         ),
-        output=_given(
+        output=given(
             out=None if out is None else str(out),
             log_every=log_every,
             eval_every=eval_every,
@@ -232,11 +232,11 @@ def train(
 
         base = RunDir.open(resume).config().to_dict()
     else:
-        base = _read_toml(config) if config else {}
+        base = read_toml(config) if config else {}
         base = merge(
             preset_tree(preset or base.pop("preset", "paper")), {k: v for k, v in base.items() if k != "preset"}
         )
-    tree = merge(base, _in_steps(flags, base, epochs, warmup_epochs))
+    tree = merge(base, in_steps(flags, base, epochs, warmup_epochs))
     resolved = RunConfig.from_dict(tree if resume is not None else with_dependent_defaults(tree))
     if dry_run:
         print(resolved.to_toml(), end="")
@@ -274,7 +274,7 @@ def evaluate(
     from fastres.console import Console
     from fastres.evaluate import evaluate_target, report
 
-    execution = _given(
+    execution = given(
         device=device,
         precision=precision,
         data_dir=None if data_dir is None else str(data_dir),
@@ -290,69 +290,3 @@ def evaluate(
         say=Console("lines", stderr=True).say,
     )
     print(json.dumps(outcome.to_dict()) if as_json else report(outcome))
-
-
-def parse_model(text: str) -> tuple[str, int]:
-    """ "ResNet20" as ("resnet", 20); case and a hyphen do not matter. Raises InputError."""
-    match = re.fullmatch(r"(resnet|plain(?:net)?)-?(\d+)", text.strip().lower())
-    if not match:
-        raise InputError(f"--model is {text!r}; write it as ResNet20 or PlainNet56")
-    return ("resnet" if match[1] == "resnet" else "plain"), int(match[2])
-
-
-def parse_milestones(text: str) -> list[int]:
-    """ "32000,48000" as a list. Raises InputError."""
-    try:
-        return [int(part) for part in text.replace("_", "").split(",") if part.strip()]
-    except ValueError:
-        raise InputError(f"--milestones is {text!r}; write steps as 32000,48000") from None
-
-
-def parse_channels(flag: str, text: str) -> tuple[float, float, float]:
-    """Three numbers, comma-separated. Raises InputError."""
-    try:
-        red, green, blue = (float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"{flag} is {text!r}; write three numbers as 0.485,0.456,0.406") from None
-    return red, green, blue
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    """Only what was given: neither None nor an empty table."""
-    return {key: value for key, value in values.items() if value is not None and value != {}}
-
-
-def _refuse_both(one: str, first: object, other: str, second: object) -> None:
-    if first is not None and second is not None:
-        raise InputError(f"{one} and {other} contradict each other; give one of them")
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    import tomllib
-
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"--config {path} is not TOML: {error}") from error
-
-
-def _in_steps(
-    flags: dict[str, Any], base: dict[str, Any], epochs: float | None, warmup_epochs: float | None
-) -> dict[str, Any]:
-    """The flags, with epochs turned into steps (rounded up), and a warm-up that was given a length but no kind."""
-    if epochs is None and warmup_epochs is None and "warmup_steps" not in flags.get("recipe", {}):
-        return flags
-    draft = RunConfig.from_dict({key: merge(base, flags).get(key, {}) for key in ("data",)})
-    recipe = dict(flags.get("recipe", {}))
-    batch_size = merge(base, flags).get("recipe", {}).get("batch_size", draft.recipe.batch_size)
-    for key, value in (("steps", epochs), ("warmup_steps", warmup_epochs)):
-        if value is not None:
-            if not 0 < value < 1e9:
-                raise InputError(f"--{key.replace('steps', 'epochs')} is {value}; it must be a number above 0")
-            recipe[key] = max(1, -int(-value * draft.data.num_train // max(batch_size, 1)))
-    kind = recipe.get("warmup") or base.get("recipe", {}).get("warmup", "none")
-    if "warmup_steps" in recipe and kind == "none":
-        recipe["warmup"] = "constant"
-    return merge(flags, {"recipe": recipe})

@@ -47,7 +47,11 @@ class Outcome:
             "class_errors": dict(zip(names, self.evaluation.class_errors, strict=True)),
             "confusion": self.evaluation.confusion,
             "num_images": self.evaluation.num_images,
-            "data": {"name": self.images.name, "test_digest": self.images.test_digest(), "official": self.images.official},
+            "data": {
+                "name": self.images.name,
+                "test_digest": self.images.test_digest(),
+                "official": self.images.official,
+            },
         }
 
 

@@ -195,14 +195,18 @@ def _run(
                     )
 
         # The result: the last step's test error.
-        draw_curves(run.metrics(), f"{config.name}, {images.name}, seed {config.seed}", run.path)
+        if first == recipe.steps:  # cut between the last checkpoint and the result
+            with clocks("evaluate"):
+                result = evaluate(net, evaluation_set(config, images, mean, runtime), runtime.dtype)
+        records = run.metrics()
+        draw_curves(records, f"{config.name}, {images.name}, seed {config.seed}", run.path)
         outcome = RunResult(
             run=run.path,
             test_error=result.error,
             test_loss=result.loss,
             best_test_error=state.best_error,
             best_step=state.best_step,
-            train_error=progress.train_error or 0.0,
+            train_error=next(record["error"] for record in reversed(records) if record["kind"] == "train"),
             class_errors=result.class_errors,
             steps=recipe.steps,
             warmup_end=state.warmup_end,

@@ -30,6 +30,7 @@ LAYERS = (
     ("runstate", "result"),
     ("loop", "bench", "evaluate"),
     ("sweep", "reproduce"),
+    ("flags",),
     ("cli",),
     ("__main__",),
 )

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from fastres.cli import parse_model, run
+from fastres.cli import run
 from fastres.config import RunConfig, make_config
 from fastres.errors import InputError
+from fastres.flags import parse_model
 
 TINY = shlex.split(
     "--dataset synthetic --depth 8 --batch-size 16 --device cpu --precision fp32 --threads 1 --log-every 5"

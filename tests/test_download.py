@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import http.server
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,6 +84,10 @@ def stalls(handler: Handler) -> None:
     handler.wfile.write(CONTENT[:1000])
     handler.wfile.flush()
     time.sleep(1.5)
+
+
+def rubbish(handler: Handler) -> None:
+    handler.wfile.write(b"\0\1\2\3rubbish\r\n\r\n")
 
 
 @pytest.fixture
@@ -206,7 +211,7 @@ BAD: dict[str, tuple[tuple[Answer, ...], str]] = {
     "to a file": ((status(302, Location="file:///etc/passwd"),), "file"),
     "to ftp": ((status(302, Location="ftp://127.0.0.1/x"),), "ftp"),
     "round and round": ((status(302, Location=f"/{NAME}"),), "redirect"),
-    "no http": ((lambda handler: handler.wfile.write(b"\0\1\2\3rubbish\r\n\r\n") and None,), "rubbish"),
+    "no http": ((rubbish,), "rubbish"),
 }
 
 
@@ -274,8 +279,8 @@ def test_mirrors_that_are_no_addresses(serve: Callable[..., Server], tmp_path: P
 
 def test_no_room(serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve(gives())
-    usage = download.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(MachineError, match=r"307,200 bytes needed, 1,000 free\)\nFree some"):
         cached(official(server), tmp_path, say=lambda _: None)
     assert server.asked == []

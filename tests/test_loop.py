@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -140,6 +141,17 @@ def test_a_finished_run_is_not_trained_again(whole: Path, monkeypatch: pytest.Mo
     result = fastres.train(resume=whole, verbosity="quiet")
     assert result.test_error == json.loads((whole / "result.json").read_text())["test_error"]
     assert result.run == whole
+
+
+def test_a_run_cut_between_its_last_checkpoint_and_its_result_gets_the_result(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "result.json").unlink()
+    result = fastres.train(resume=out, verbosity="quiet").to_dict()
+    expected = json.loads((whole / "result.json").read_text())
+    timed = ("run", "seconds", "images_per_second")
+    assert {k: v for k, v in result.items() if k not in timed} == {k: expected[k] for k in result if k not in timed}
+    assert_same_run(whole, out)
 
 
 def test_resume_refuses_another_config_and_names_the_differences(whole: Path, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """runtime.py: what "auto" means on a machine, and what is refused by name."""
 
 import json
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -31,7 +34,9 @@ def test_no_gpu_means_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         prepare(Execution(device="cuda:0"))
 
 
-@pytest.mark.parametrize(("flags", "precision"), [("avx2", "fp32"), ("avx2 avx512_bf16", "bf16"), ("amx_bf16", "bf16")])
+@pytest.mark.parametrize(
+    ("flags", "precision"), [("avx2", "fp32"), ("avx512_bf16", "fp32"), ("avx512_bf16 amx_bf16", "bf16")]
+)
 def test_auto_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch, flags: str, precision: str) -> None:
     monkeypatch.setattr(runtime, "_cpu_info", lambda key: flags if key == "flags" else "")
     assert prepare(Execution(device="cpu", threads=1)).precision == precision
@@ -93,3 +98,26 @@ def test_eager_stops_compiled_modules_from_compiling() -> None:
     assert not calls
     net(torch.zeros(1, 2))
     assert calls
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told anything")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    code = """
+import resource, torch
+from fastres.config import Execution
+from fastres.runtime import prepare
+{prepare}
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.zeros(10_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    counts = []
+    for line in ("", "prepare(Execution(device='cpu', threads=1))"):
+        command = [sys.executable, "-c", code.format(prepare=line)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        counts.append(int(done.stdout))
+    assert counts[1] < counts[0] / 10

@@ -6,12 +6,14 @@ sequence of frames, rearranged out of the data set (itself one sequence, handed 
 shifted and mirrored by an affine map a frame, zeros outside.
 """
 
+import importlib
 import importlib.util
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 
 from fastres.data.imageset import IMAGE_SIZE, ImageSet
@@ -134,11 +136,11 @@ class DaliLoader:
         """The frames float32 `(steps_per_run * batch, 32, 32, 3)` of the oldest run under way; waits for them."""
         self._asked.pop(0)
         (frames,) = self._pipeline.outputs()
-        return torch.from_dlpack(frames[0])
+        tensor: Tensor = torch.utils.dlpack.from_dlpack(frames[0])
+        return tensor
 
     def _feed(self, name: str, tensor: Tensor) -> None:
-        from nvidia.dali import tensors
-
+        tensors: Any = importlib.import_module("nvidia.dali.tensors")
         layout = "FHWC" if name == "data" else None
         if tensor.is_cuda:
             wrapped = tensors.TensorListGPU(tensor.__dlpack__(), layout=layout)
@@ -149,18 +151,17 @@ class DaliLoader:
 
 def _pipeline(device: torch.device, num_threads: int) -> Any:
     """The one pipeline definition, CPU and GPU."""
-    from nvidia.dali import fn, pipeline_def, types
-
+    dali: Any = importlib.import_module("nvidia.dali")  # its type information lacks most of what is used here
+    fn, types = dali.fn, dali.types
     gpu = device.type == "cuda"
-
-    @pipeline_def(
+    pipeline = dali.Pipeline(
         batch_size=1,
         num_threads=num_threads,
         device_id=(device.index or 0) if gpu else None,
         prefetch_queue_depth=RUNS_AHEAD,
         exec_dynamic=True,
     )
-    def augment() -> Any:
+    with pipeline:
         data = fn.external_source(
             name="data",
             device="gpu" if gpu else "cpu",
@@ -172,7 +173,7 @@ def _pipeline(device: torch.device, num_threads: int) -> Any:
         order = fn.external_source(name="order", dtype=types.INT32, ndim=1)
         matrices = fn.external_source(name="matrices", dtype=types.FLOAT, ndim=3)
         frames = fn.sequence_rearrange(data, new_order=order)
-        return fn.warp_affine(
+        batch = fn.warp_affine(
             frames,
             matrix=fn.per_frame(matrices),
             size=(IMAGE_SIZE, IMAGE_SIZE),
@@ -180,8 +181,7 @@ def _pipeline(device: torch.device, num_threads: int) -> Any:
             fill_value=0,
             inverse_map=True,
         )
-
-    pipeline = augment()
+        pipeline.set_outputs(batch)
     pipeline.build()
     return pipeline
 

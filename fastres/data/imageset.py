@@ -31,8 +31,8 @@ class ImageSet:
 
     def test_digest(self) -> str:
         """ "sha256:<hex>" over the test labels and pixels alone, wherever they came from."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.test_labels))
-        digest.update(np.ascontiguousarray(self.test_images))
+        digest = hashlib.sha256(np.ascontiguousarray(self.test_labels).data)
+        digest.update(np.ascontiguousarray(self.test_images).data)
         return f"sha256:{digest.hexdigest()}"
 
     def validation_split(self) -> "ImageSet":

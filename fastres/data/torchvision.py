@@ -1,0 +1,120 @@
+"""Batches as most people make them today, by torchvision's transforms in worker processes; for comparison."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
+
+from fastres.data.imageset import IMAGE_SIZE, ImageSet
+from fastres.data.pixels import SCALE, Floats
+from fastres.data.plan import PAD, EpochPlan
+
+NUM_WORKERS = 2
+
+
+class TorchvisionLoader:
+    """Training batches by `torch.utils.data.DataLoader` and torchvision's RandomCrop and RandomHorizontalFlip.
+
+    Images come in the plan's order; crops and flips are torchvision's own dice, seeded for each position of the stream,
+    so that a resumed run sees what the uninterrupted one saw. They are not the plan's: a run with this loader is as
+    good as one with the others, but not bit-equal to it.
+
+    Args:
+        images: Its training images are used.
+        plan: Order; seed of crops and flips; whether there are any.
+        mean: float32 `(32, 32, 3)`, 0 to 255; default: of the training images.
+        batch_size: Images a step.
+        device, dtype: Of the batches.
+        channels_last: Memory format of the batches.
+        num_workers: Processes, at least 1.
+    """
+
+    name = "torchvision"
+
+    def __init__(
+        self,
+        images: ImageSet,
+        plan: EpochPlan,
+        *,
+        mean: Floats | None = None,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        channels_last: bool = True,
+        num_workers: int = NUM_WORKERS,
+    ) -> None:
+        self.plan, self.batch_size, self.device, self.dtype = plan, batch_size, device, dtype
+        self.num_workers = num_workers
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._dataset = _Images(images, images.mean_image() if mean is None else mean, plan)
+        self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
+        self._next = -1  # the step that `_batches` gives next
+
+    def load(self, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of a 0-based step: images `(batch, 3, 32, 32)`, labels int64 `(batch,)`. New tensors each time.
+
+        Any step may be asked for; one that is not the next starts new workers.
+        """
+        if self._batches is None or step != self._next:
+            self.close()
+            self._batches, self._next = self._start(step), step
+        images, labels = next(self._batches)
+        self._next += 1
+        images = images.to(self.device, non_blocking=True).to(self.dtype, memory_format=self._layout)
+        return images.contiguous(memory_format=self._layout), labels.to(self.device, non_blocking=True)
+
+    def close(self) -> None:
+        """Stop the worker processes."""
+        self._batches = None  # the last reference: the iterator ends its workers
+
+    def _start(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        pinned = self.device.type == "cuda"
+        order = _Order(self.plan, self.batch_size, step)
+        return iter(
+            DataLoader(
+                self._dataset,
+                batch_sampler=order,
+                num_workers=self.num_workers,
+                pin_memory=pinned,
+                generator=torch.Generator(),  # else it draws from the global one
+            )
+        )
+
+
+class _Order(Sampler[list[tuple[int, int]]]):
+    """(position in the stream, image) of each sample of each batch, from a step on, without end."""
+
+    def __init__(self, plan: EpochPlan, batch_size: int, step: int) -> None:
+        self.plan, self.batch_size, self.step = plan, batch_size, step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        position = self.step * self.batch_size
+        while True:
+            index = self.plan.at(position, self.batch_size).index.tolist()
+            yield list(enumerate(index, start=position))
+            position += self.batch_size
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    """The training images by (position, image)."""
+
+    def __init__(self, images: ImageSet, mean: Floats, plan: EpochPlan) -> None:
+        self.images, self.labels = images.train_images, images.train_labels.tolist()
+        self.mean = torch.from_numpy(np.ascontiguousarray(mean.transpose(2, 0, 1)))
+        self.seed = plan.seed
+        dice = [transforms.RandomCrop(IMAGE_SIZE, padding=PAD), transforms.RandomHorizontalFlip()]
+        # The mean goes first: what lies outside the image is then zero, as the paper has it, and not black.
+        self.transform = transforms.Compose([transforms.PILToTensor(), self._pixels, *(dice if plan.augment else [])])
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        position, index = key
+        # This process is a worker: its generator serves nobody else. The words are mixed before they become a seed.
+        torch.default_generator.manual_seed(int(np.random.SeedSequence((self.seed, position)).generate_state(1)[0]))
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+    def _pixels(self, image: Tensor) -> Tensor:
+        return (image - self.mean) * SCALE

@@ -1,0 +1,75 @@
+"""What the command line's words mean: parsing, contradictions, epochs as steps. No torch."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from fastres.config import RunConfig, merge
+from fastres.errors import InputError
+
+
+def parse_model(text: str) -> tuple[str, int]:
+    """ "ResNet20" as ("resnet", 20); case and a hyphen do not matter. Raises InputError."""
+    match = re.fullmatch(r"(resnet|plain(?:net)?)-?(\d+)", text.strip().lower())
+    if not match:
+        raise InputError(f"--model is {text!r}; write it as ResNet20 or PlainNet56")
+    return ("resnet" if match[1] == "resnet" else "plain"), int(match[2])
+
+
+def parse_milestones(text: str) -> list[int]:
+    """ "32000,48000" as a list. Raises InputError."""
+    try:
+        return [int(part) for part in text.replace("_", "").split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"--milestones is {text!r}; write steps as 32000,48000") from None
+
+
+def parse_channels(flag: str, text: str) -> tuple[float, float, float]:
+    """Three numbers, comma-separated. Raises InputError."""
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{flag} is {text!r}; write three numbers as 0.485,0.456,0.406") from None
+    return red, green, blue
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Only what was given: neither None nor an empty table."""
+    return {key: value for key, value in values.items() if value is not None and value != {}}
+
+
+def refuse_both(one: str, first: object, other: str, second: object) -> None:
+    """Raise InputError where both flags were given."""
+    if first is not None and second is not None:
+        raise InputError(f"{one} and {other} contradict each other; give one of them")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A `--config` file. Raises InputError where it cannot be read or is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"--config {path} is not TOML: {error}") from error
+
+
+def in_steps(
+    flags: dict[str, Any], base: dict[str, Any], epochs: float | None, warmup_epochs: float | None
+) -> dict[str, Any]:
+    """The flags, with epochs turned into steps (rounded up), and a warm-up that was given a length but no kind."""
+    if epochs is None and warmup_epochs is None and "warmup_steps" not in flags.get("recipe", {}):
+        return flags
+    draft = RunConfig.from_dict({key: merge(base, flags).get(key, {}) for key in ("data",)})
+    recipe = dict(flags.get("recipe", {}))
+    batch_size = merge(base, flags).get("recipe", {}).get("batch_size", draft.recipe.batch_size)
+    for key, value in (("steps", epochs), ("warmup_steps", warmup_epochs)):
+        if value is not None:
+            if not 0 < value < 1e9:
+                raise InputError(f"--{key.replace('steps', 'epochs')} is {value}; it must be a number above 0")
+            recipe[key] = max(1, -int(-value * draft.data.num_train // max(batch_size, 1)))
+    kind = recipe.get("warmup") or base.get("recipe", {}).get("warmup", "none")
+    if "warmup_steps" in recipe and kind == "none":
+        recipe["warmup"] = "constant"
+    return merge(flags, {"recipe": recipe})

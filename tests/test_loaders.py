@@ -1,0 +1,238 @@
+"""The loaders execute one plan: resident and DALI are equal to a slow, obvious reference and to each other."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from fastres.data import dali
+from fastres.data.dali import DaliLoader, dali_available
+from fastres.data.imageset import ImageSet
+from fastres.data.pixels import SCALE
+from fastres.data.plan import EpochPlan
+from fastres.data.resident import ResidentLoader, evaluation_batches
+from fastres.data.torchvision import TorchvisionLoader
+from fastres.errors import MachineError
+
+CPU, NUM, BATCH = torch.device("cpu"), 50, 16
+STEPS = 3 * NUM // BATCH + 2  # over three epochs; 16 does not divide 50, so batches straddle their edges
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_dali = pytest.mark.skipif(not dali_available(), reason="DALI is not installed here")
+# Python 3.12 and later warn of any fork beside threads; worker processes are how people load data.
+forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSet:
+    chance = np.random.default_rng(0)
+    pixels = chance.integers(0, 256, (NUM + 7, 32, 32, 3), np.uint8)
+    labels = chance.integers(0, 10, NUM + 7).astype(np.uint8)
+    names = tuple("abcdefghij")
+    return ImageSet(pixels[:NUM], labels[:NUM], pixels[NUM:], labels[NUM:], names, "random", "sha256:0", True, "here")
+
+
+def reference(images: ImageSet, seed: int, step: int, dtype: torch.dtype, *, augment: bool = True) -> Tensor:
+    """`inside ? (float32(u8[source]) - mean[source]) * SCALE : 0`, cast once; pixel by pixel."""
+    mean = images.train_images.astype(np.float64).mean(axis=0).astype(np.float32)
+    samples = EpochPlan(seed, NUM, augment=augment).at(step * BATCH, BATCH)
+    batch = np.zeros((BATCH, 32, 32, 3), np.float32)
+    for b in range(BATCH):
+        image, dy, dx = samples.index[b], int(samples.dy[b]), int(samples.dx[b])
+        for y in range(32):
+            for x in range(32):
+                from_y, from_x = y + dy - 4, (31 - x if samples.flip[b] else x) + dx - 4
+                if 0 <= from_y < 32 and 0 <= from_x < 32:
+                    value = np.float32(images.train_images[image, from_y, from_x]) - mean[from_y, from_x]
+                    batch[b, y, x] = value * np.float32(SCALE)
+    return torch.from_numpy(batch).permute(0, 3, 1, 2).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def references(images: ImageSet) -> list[Tensor]:
+    return [reference(images, 1, step, torch.float32) for step in range(STEPS)]
+
+
+def make(kind: type, images: ImageSet, *, seed: int = 1, dtype: torch.dtype = torch.float32, **how: Any) -> Any:
+    plan = EpochPlan(seed, NUM, augment=how.pop("augment", True))
+    return kind(images, plan, batch_size=BATCH, device=CPU, dtype=dtype, **how)
+
+
+def labels_of(images: ImageSet, step: int) -> Tensor:
+    return torch.from_numpy(images.train_labels[EpochPlan(1, NUM).at(step * BATCH, BATCH).index].astype(np.int64))
+
+
+EXACT = [
+    (ResidentLoader, {}),
+    pytest.param(DaliLoader, {"num_threads": 1, "steps_per_run": 1}, marks=needs_dali),
+    pytest.param(DaliLoader, {"num_threads": 2, "steps_per_run": 3}, marks=needs_dali),
+    pytest.param(DaliLoader, {"num_threads": 4, "steps_per_run": 64}, marks=needs_dali),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "how"), EXACT)
+def test_equal_to_the_reference_over_three_epochs(
+    images: ImageSet, references: list[Tensor], kind: type, how: dict[str, Any], dtype: torch.dtype
+) -> None:
+    loader = make(kind, images, dtype=dtype, **how)
+    for step, expected in enumerate(references):
+        batch, labels = loader.load(step)
+        assert batch.dtype == dtype
+        assert torch.equal(batch, expected.to(dtype)), step
+        assert batch.is_contiguous(memory_format=torch.channels_last)
+        assert labels.dtype == torch.int64
+        assert torch.equal(labels, labels_of(images, step))
+    loader.close()
+    loader.close()
+
+
+@needs_dali
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dali_is_resident(images: ImageSet, dtype: torch.dtype) -> None:
+    ours, theirs = make(DaliLoader, images, dtype=dtype), make(ResidentLoader, images, dtype=dtype)
+    for step in range(STEPS):
+        for a, b in zip(ours.load(step), theirs.load(step), strict=True):
+            assert torch.equal(a, b)
+    ours.close()
+
+
+@needs_dali
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_any_prefetch_depth_is_the_same(
+    images: ImageSet, references: list[Tensor], monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    monkeypatch.setattr(dali, "RUNS_AHEAD", ahead)
+    loader = make(DaliLoader, images, steps_per_run=2)
+    for step, expected in enumerate(references):
+        assert torch.equal(loader.load(step)[0], expected), step
+    loader.close()
+
+
+@pytest.mark.parametrize(("kind", "how"), EXACT)
+def test_any_step_may_be_asked_for(images: ImageSet, references: list[Tensor], kind: type, how: dict[str, Any]) -> None:
+    loader = make(kind, images, **how)
+    for step in (7, 8, 2, 2, 10, 0, 1, 5):
+        batch, labels = loader.load(step)
+        assert torch.equal(batch, references[step]), step
+        assert torch.equal(labels, labels_of(images, step))
+    loader.close()
+
+
+@pytest.mark.parametrize("kind", [ResidentLoader, pytest.param(DaliLoader, marks=needs_dali)])
+def test_layout_mean_and_augmentation_are_as_asked(images: ImageSet, kind: type) -> None:
+    mean = np.full((32, 32, 3), 100, np.float32)
+    loader = make(kind, images, augment=False, channels_last=False, mean=mean)
+    batch, _ = loader.load(0)
+    index = EpochPlan(1, NUM).at(0, BATCH).index
+    expected = (images.train_images[index].astype(np.float32) - 100) / 64
+    assert batch.is_contiguous()
+    assert torch.equal(batch, torch.from_numpy(expected).permute(0, 3, 1, 2))
+    loader.close()
+
+
+@needs_dali
+def test_two_pipelines_do_not_share_anything(images: ImageSet) -> None:
+    one, other = make(DaliLoader, images, seed=1), make(DaliLoader, images, seed=2)
+    for step in range(4):
+        for loader, seed in ((one, 1), (other, 2)):
+            resident = make(ResidentLoader, images, seed=seed)
+            assert torch.equal(loader.load(step)[0], resident.load(step)[0])
+    one.close()
+    other.close()
+
+
+def test_dali_that_is_not_there_says_what_to_do(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dali, "dali_available", lambda: False)
+    with pytest.raises(MachineError, match=r"pip install nvidia-dali-cuda120, or use --loader resident"):
+        make(DaliLoader, images)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_evaluation_is_one_plain_view_of_each_image(images: ImageSet, batch_size: int) -> None:
+    mean = images.mean_image()
+    batches = evaluation_batches(
+        images.test_images, images.test_labels, mean, batch_size=batch_size, device=CPU, dtype=torch.bfloat16
+    )
+    seen, labels = zip(*batches, strict=True)
+    expected = torch.from_numpy((images.test_images.astype(np.float32) - mean) / 64).permute(0, 3, 1, 2)
+    assert torch.equal(torch.cat(seen), expected.to(torch.bfloat16))
+    assert torch.cat(labels).tolist() == images.test_labels.tolist()
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+# --- torchvision: the same order and pixels, its own dice
+
+
+def crops_of(image: npt.NDArray[np.uint8], mean: npt.NDArray[np.float32]) -> dict[bytes, tuple[int, int, bool]]:
+    """All 162 crops of an image, as bytes."""
+    padded = np.pad((image.astype(np.float32) - mean) / 64, ((4, 4), (4, 4), (0, 0)))
+    found = {}
+    for dy in range(9):
+        for dx in range(9):
+            crop = padded[dy : dy + 32, dx : dx + 32]
+            found[crop.tobytes()], found[crop[:, ::-1].tobytes()] = (dy, dx, False), (dy, dx, True)
+    return found
+
+
+@pytest.fixture
+def torchvision_loader(images: ImageSet) -> Iterator[Callable[..., TorchvisionLoader]]:
+    made: list[TorchvisionLoader] = []
+
+    def start(**how: Any) -> TorchvisionLoader:
+        made.append(make(TorchvisionLoader, images, **how))
+        return made[-1]
+
+    yield start
+    for loader in made:
+        loader.close()
+
+
+@forks
+def test_torchvision_gives_each_image_once_an_epoch_in_a_true_crop(
+    images: ImageSet, torchvision_loader: Callable[..., TorchvisionLoader]
+) -> None:
+    loader, mean = torchvision_loader(), images.mean_image()
+    dice = set()
+    for step in range(7):
+        batch, labels = loader.load(step)
+        assert batch.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(labels, labels_of(images, step))
+        for pixels, index in zip(batch, EpochPlan(1, NUM).at(step * BATCH, BATCH).index, strict=True):
+            crops = crops_of(images.train_images[index], mean)
+            dice.add(crops[pixels.permute(1, 2, 0).contiguous().numpy().tobytes()])
+    assert len(dice) > 60  # of 112 draws from 162
+
+
+@forks
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_torchvision_resumes_and_counts_no_workers(
+    torchvision_loader: Callable[..., TorchvisionLoader], num_workers: int
+) -> None:
+    whole, resumed = torchvision_loader(), torchvision_loader(num_workers=num_workers)
+    batches = [whole.load(step)[0] for step in range(6)]
+    for step in (3, 4, 5, 1):
+        assert torch.equal(resumed.load(step)[0], batches[step])
+    assert not torch.equal(torchvision_loader(seed=2).load(0)[0], batches[0])
+
+
+@forks
+def test_torchvision_leaves_this_process_alone(torchvision_loader: Callable[..., TorchvisionLoader]) -> None:
+    state, threads = torch.get_rng_state(), threading.active_count()
+    loader = torchvision_loader(dtype=torch.bfloat16, augment=False)
+    assert loader.load(0)[0].dtype == torch.bfloat16
+    loader.close()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert threading.active_count() == threads
