@@ -219,12 +219,21 @@ def test_torchvision_gives_each_image_once_an_epoch_in_a_true_crop(
 @forks
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_torchvision_resumes_and_counts_no_workers(
-    torchvision_loader: Callable[..., TorchvisionLoader], num_workers: int
+    torchvision_loader: Callable[..., TorchvisionLoader], num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    starts: list[int] = []
+    start = TorchvisionLoader._start
+
+    def counted(self: TorchvisionLoader, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        starts.append(step)
+        return start(self, step)
+
+    monkeypatch.setattr(TorchvisionLoader, "_start", counted)
     whole, resumed = torchvision_loader(), torchvision_loader(num_workers=num_workers)
     batches = [whole.load(step)[0] for step in range(6)]
     for step in (3, 4, 5, 1):
         assert torch.equal(resumed.load(step)[0], batches[step])
+    assert starts == [0, 3, 1]  # workers live on from step to step
     assert not torch.equal(torchvision_loader(seed=2).load(0)[0], batches[0])
 
 
