@@ -244,4 +244,4 @@ def test_torchvision_leaves_this_process_alone(torchvision_loader: Callable[...,
     assert loader.load(0)[0].dtype == torch.bfloat16
     loader.close()
     assert torch.equal(torch.get_rng_state(), state)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
