@@ -1,17 +1,19 @@
 """From a config to the things it names: data, network, optimizer, schedule, loader. Used by train, eval and bench."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import nn
 
 from fastres import config as cfg
 from fastres.config import RunConfig
+from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
+from fastres.evaluator import Evaluator
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.optim import LrSchedule, make_sgd
 from fastres.runtime import Runtime, seeded_generator
@@ -106,6 +108,7 @@ def build_loader(config: RunConfig, images: ImageSet, mean: Mean, runtime: Runti
     from fastres.data.dali import DaliLoader, dali_available
     from fastres.data.plan import EpochPlan
     from fastres.data.resident import ResidentLoader
+    from fastres.data.table import TableLoader
 
     execution = config.execution
     plan = EpochPlan(config.seed, len(images.train_images), augment=config.data.augment)
@@ -113,8 +116,10 @@ def build_loader(config: RunConfig, images: ImageSet, mean: Mean, runtime: Runti
     if kind == "auto":
         kind = "dali" if runtime.device.type == "cuda" and dali_available() else "resident"
     make: Callable[..., Loader]
-    if kind == "resident":
-        make = ResidentLoader
+    if kind == "resident" and runtime.device.type == "cpu":
+        make = TableLoader
+    elif kind == "resident":
+        make = functools.partial(ResidentLoader, compiled=runtime.compile_scope != "none")
     elif kind == "dali":
         make = functools.partial(DaliLoader, num_threads=runtime.threads)
     else:
@@ -132,13 +137,11 @@ def build_loader(config: RunConfig, images: ImageSet, mean: Mean, runtime: Runti
     )
 
 
-def evaluation_set(
-    config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """The test images (or the validation images, under `val_split`): the plain single view, in batches."""
+def build_evaluator(net: nn.Module, config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime) -> Evaluator:
+    """What tests the network on the test images (under `val_split` the validation images): the plain single view."""
     from fastres.data.resident import evaluation_batches
 
-    return evaluation_batches(
+    batches = evaluation_batches(
         images.test_images,
         images.test_labels,
         mean,
@@ -147,3 +150,5 @@ def evaluation_set(
         dtype=runtime.dtype,
         channels_last=config.execution.channels_last,
     )
+    capture = CapturedGraph if runtime.cuda_graph else None
+    return Evaluator(net, batches, num_classes=len(images.class_names), dtype=runtime.dtype, capture=capture)

@@ -138,7 +138,9 @@ def train(
         bool | None, typer.Option("--augment/--no-augment", help="Random crop and flip.", rich_help_panel=DATA)
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:0.", rich_help_panel=EXECUTION)] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.", rich_help_panel=EXECUTION)] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="auto, fp32, tf32, bf16 or fp16.", rich_help_panel=EXECUTION)
+    ] = None,
     amp: Annotated[
         bool | None, typer.Option("--amp", help="Short for --precision auto.", rich_help_panel=EXECUTION)
     ] = None,
@@ -151,6 +153,29 @@ def train(
     compile_: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile (default: on a GPU).", rich_help_panel=EXECUTION),
+    ] = None,
+    compile_scope: Annotated[
+        str | None,
+        typer.Option(
+            help="whole network (fewest kernels), blocks (quickest start) or auto.", rich_help_panel=EXECUTION
+        ),
+    ] = None,
+    cuda_graph: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph",
+            help="A step as one captured graph (default: on a GPU).",
+            rich_help_panel=EXECUTION,
+        ),
+    ] = None,
+    graph_steps: Annotated[int | None, typer.Option(help="Steps in a graph.", rich_help_panel=EXECUTION)] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option(
+            "--deterministic/--no-deterministic",
+            help="The same bits each time on a GPU too.",
+            rich_help_panel=EXECUTION,
+        ),
     ] = None,
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--no-channels-last", rich_help_panel=EXECUTION)
@@ -215,6 +240,10 @@ def train(
             precision="auto" if amp else "fp32" if no_amp else precision,
             loader=loader,
             compile=compile_,
+            compile_scope=compile_scope,
+            cuda_graph=cuda_graph,
+            graph_steps=graph_steps,
+            deterministic=deterministic,
             channels_last=channels_last,
             threads=threads,
             data_dir=None if data_dir is None else str(data_dir),

@@ -21,6 +21,7 @@ from fastres.errors import InputError
 from fastres.models.depth import check_depth
 
 NUM_TRAIN = {"cifar10": 50_000, "synthetic": 10_000}  # images before any validation split
+MAX_GRAPH_STEPS = 64  # a graph holds every kernel of its steps, a few hundred each
 NUM_VALIDATION = 5_000  # the paper's 45k/5k split (section 4.2)
 
 
@@ -73,9 +74,14 @@ class Execution:
     """How it runs. Nothing here may change what is computed, rounding of the chosen precision apart."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:<i>
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # tf32: fp32, multiplied with TF32's 10 bits
     loader: Literal["auto", "resident", "dali", "torchvision"] = "auto"
     compile: bool | None = None  # None: on a GPU yes, on a CPU no
+    # whole: the network at once, fewest kernels; blocks: one by one, quickest start; auto: whole, but blocks for 110
+    compile_scope: Literal["auto", "whole", "blocks"] = "auto"
+    cuda_graph: bool | None = None  # the whole step as one captured graph; None: on a GPU yes
+    graph_steps: int = 1  # steps in a graph, where the log leaves room for so many
+    deterministic: bool = False  # the same bits each time on a GPU too; on a CPU they are anyway
     channels_last: bool = True
     threads: int = 0  # CPU threads of torch and DALI; 0: one a core
     data_dir: str | None = None
@@ -310,12 +316,8 @@ def _validate(config: RunConfig) -> None:
     check_depth(config.model.depth)
     need(0 <= config.seed < 2**63, "seed", config.seed, "it must be between 0 and 2**63 - 1")
     need(recipe.steps >= 1, "steps", recipe.steps, "it must be at least 1")
-    need(
-        1 <= recipe.batch_size <= config.data.num_train,
-        "batch_size",
-        recipe.batch_size,
-        f"it must be between 1 and {config.data.num_train:,}, the training images",
-    )
+    rule = f"it must be between 1 and {config.data.num_train:,}, the training images"
+    need(1 <= recipe.batch_size <= config.data.num_train, "batch_size", recipe.batch_size, rule)
     for key, low_ok in (("lr", False), ("warmup_lr", False), ("lr_decay", False), ("weight_decay", True)):
         value = getattr(recipe, key)
         holds = math.isfinite(value) and (value >= 0 if low_ok else value > 0)
@@ -323,24 +325,18 @@ def _validate(config: RunConfig) -> None:
     need(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "it must be at least 0 and below 1")
     in_order = all(a < b for a, b in zip(recipe.milestones, recipe.milestones[1:], strict=False))
     need(in_order and all(m > 0 for m in recipe.milestones), "milestones", list(recipe.milestones), "they must rise")
-    need(
-        recipe.warmup_steps >= 1,
-        "warmup_steps",
-        recipe.warmup_steps,
-        "it must be at least 1; --warmup none turns it off",
-    )
+    rule = "it must be at least 1; --warmup none turns it off"
+    need(recipe.warmup_steps >= 1, "warmup_steps", recipe.warmup_steps, rule)
     if recipe.warmup == "ramp":
         rule = f"the ramp must end within the {recipe.steps} steps; --warmup none turns it off"
         need(recipe.warmup_steps <= recipe.steps, "warmup_steps", recipe.warmup_steps, rule)
     if config.data.val_split:
         need(config.data.dataset == "cifar10", "val_split", "true", "only CIFAR-10 has the paper's 45k/5k split")
+    graph_steps = config.execution.graph_steps
+    need(1 <= graph_steps <= MAX_GRAPH_STEPS, "graph_steps", graph_steps, f"it must be 1 to {MAX_GRAPH_STEPS}")
     device = config.execution.device
-    need(
-        re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None,
-        "device",
-        repr(device),
-        "use auto, cpu, cuda or cuda:0",
-    )
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None
+    need(known, "device", repr(device), "use auto, cpu, cuda or cuda:0")
     need(config.execution.threads >= 0, "threads", config.execution.threads, "0 means one a core")
     for key in ("log_every", "eval_every"):
         need(getattr(output, key) >= 1, key, getattr(output, key), "it must be at least 1 step")

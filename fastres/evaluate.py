@@ -17,9 +17,9 @@ from fastres.data.imageset import ImageSet
 from fastres.data.pixels import SCALE
 from fastres.data.resident import evaluation_batches
 from fastres.errors import InputError
+from fastres.evaluator import Evaluation, Evaluator
 from fastres.rundir import RunDir
 from fastres.runtime import Runtime, prepare
-from fastres.step import Evaluation, evaluate
 from fastres.weights import read_weights
 
 Channels = tuple[float, float, float]
@@ -113,8 +113,9 @@ def evaluate_target(
         net.load_state_dict(foreign.state)
         mean_image = images.mean_image() if mean is None else np.full((32, 32, 3), mean, np.float32) * 255
     net = place(net, chosen.execution, runtime)
-    evaluation = evaluate(net, _batches(images, mean_image, std, runtime, chosen.execution), runtime.dtype)
-    return Outcome(str(target), name, step, images, evaluation)
+    batches = _batches(images, mean_image, std, runtime, chosen.execution)
+    evaluator = Evaluator(net, batches, num_classes=num_classes, dtype=runtime.dtype)  # once: no graph to pay for
+    return Outcome(str(target), name, step, images, evaluator())
 
 
 def _saved(target: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:

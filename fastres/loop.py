@@ -1,33 +1,31 @@
 """The training loop, one function read from top to bottom."""
 
 import contextlib
+import functools
 import math
 import signal
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from types import FrameType
 from typing import Any
 
-import torch
-
 from fastres import optim
-from fastres.build import build_loader, build_net, build_optimizer, evaluation_set, load_images, lr_schedule
+from fastres.build import build_evaluator, build_loader, build_net, build_optimizer, load_images, lr_schedule
 from fastres.checkpoint import Checkpoint
 from fastres.clock import Clocks
 from fastres.config import Output, Recipe, RunConfig, differences
 from fastres.console import Console, Progress, Verbosity
+from fastres.cudagraph import CapturedGraph
 from fastres.curves import draw_curves
 from fastres.data.imageset import ImageSet
-from fastres.errors import Diverged, InputError, Interrupted, OutOfMemory
+from fastres.errors import Diverged, InputError, Interrupted
+from fastres.guards import Interrupt, explained_memory_errors, interrupts
 from fastres.models.cifar import num_parameters
 from fastres.result import RunResult, result_of, summary
 from fastres.rundir import CONFIG, ENVIRONMENT, RESULT, RunDir, default_path
 from fastres.runstate import RunState, data_note, load_state
-from fastres.runtime import Runtime, environment, prepare, synchronize
-from fastres.step import TrainStep, Window, evaluate
+from fastres.runtime import Runtime, environment, peak_memory, prepare, synchronize
+from fastres.step import Replica, TrainStep, Window
+from fastres.steptimer import StepTimer, milliseconds
 
 LOOK_AHEAD_STEPS = 20  # after so many steps the whole run's time is known well enough to warn
 LONG_RUN_SECONDS = 3_600
@@ -74,13 +72,13 @@ def train(
         path = run.path if run else Path(config.output.out) if config.output.out else default_path(config)
         if run is None:
             RunDir.check_free(path, overwrite=overwrite)  # before minutes are spent on a download
-        runtime = prepare(config.execution)
+        runtime = prepare(config.execution, depth=config.model.depth)
         for note in runtime.notes:
             console.say(note)
         with clocks("data"):
             images = load_images(config.data, config.execution, say=console.say, progress=console.download)
         run = run or RunDir.create(path, overwrite=overwrite)
-        with run.locked(), _interrupts() as interrupt, _explained_memory_errors(config):
+        with run.locked(), interrupts() as interrupt, explained_memory_errors(config):
             console.attach(run)
             saved = load_state(run, images, console.say) if resume is not None else None
             if saved is None:
@@ -97,7 +95,7 @@ def _run(
     saved: Checkpoint | None,
     console: Console,
     clocks: Clocks,
-    interrupt: "_Interrupt",
+    interrupt: Interrupt,
 ) -> RunResult:
     """Build, train, test, save. A step counts as done after its update; all records name the number of steps done."""
     recipe, output = config.recipe, config.output
@@ -110,14 +108,19 @@ def _run(
     with clocks("data"):
         loader = build_loader(config, images, mean, runtime)
     with contextlib.closing(loader):
-        train_step = TrainStep(net, optimizer, loader, runtime, num_steps=recipe.steps)
-        if runtime.compile:
+        replica = Replica(net, optimizer, loader, runtime, num_steps=recipe.steps)
+        train_step = TrainStep([replica])
+        test = build_evaluator(net, config, images, mean, runtime)
+        if runtime.compile_scope != "none" or runtime.cuda_graph:
             console.say("compiling (later runs of the same model find the result in the compiler's cache)")
             with clocks("compile"):
-                train_step.warm_up(*loader.load(0))
+                capture = CapturedGraph if runtime.cuda_graph else None
+                train_step.warm_up(capture, graph_steps=config.execution.graph_steps)
 
         # Resume, or begin.
-        state = RunState.restored(saved, train_step) if saved else RunState()
+        state = RunState.restored(saved, replica) if saved else RunState()
+        train_step.seek(state.step)
+        replica.set_lrs(functools.partial(schedule.at, warmup_end=state.warmup_end))
         clocks.add(state.seconds)
         first = state.step
         if saved:
@@ -132,12 +135,15 @@ def _run(
         console.show(progress)
         logged_at = clocks.read("train")
         saved_at, epoch_shown = perf_counter(), int(progress.epochs)
+        timer, step_seconds = StepTimer(runtime.device), list[float]()
 
         with clocks("train"):
-            for step in range(first, recipe.steps):
-                lr = schedule.at(step, state.warmup_end)
-                train_step(step, lr)
-                state.step = done = step + 1
+            timer.begin()
+            while state.step < recipe.steps:
+                launched = train_step(state.step, _next_stop(config, state, first))
+                timer.mark(launched)
+                state.step += launched
+                done, lr = state.step, schedule.at(state.step - 1, state.warmup_end)
                 last = done == recipe.steps
                 console.tick(done)
 
@@ -145,8 +151,9 @@ def _run(
                     synchronize(runtime.device)  # host sync: once a run, to know how long it will take
                     _warn_if_long(console, run, perf_counter() - began, done - first, recipe.steps - done)
 
-                if state.warmup_end is None and _warmup_is_over(recipe, train_step, done):
+                if state.warmup_end is None and _warmup_is_over(recipe, replica, done):
                     state.warmup_end = done
+                    replica.set_lrs(functools.partial(schedule.at, warmup_end=done), done)
                     run.append_metrics({"kind": "warmup_end", "step": done, "lr": schedule.at(done, done)})
                     console.say(f"step {done:,}: warm-up ends, lr {lr:.4g} -> {schedule.at(done, done):.4g}")
 
@@ -154,8 +161,9 @@ def _run(
                 saves = last or signum is not None or _is_due(output, done, saved_at)
                 logs, tests = last or done % output.log_every == 0, last or done % output.eval_every == 0
                 if logs or tests or saves:
-                    window = train_step.window(state.logged, done)  # host sync: losses and errors since the last log
+                    window = replica.window(state.logged, done)  # host sync: losses and errors since the last log
                     _stop_if_diverged(window, lr, runtime, run)
+                    step_seconds += timer.collect()
                 if logs:
                     record = _train_record(window, config, state, lr, clocks, logged_at)
                     logged_at = record["clock"]["train"]
@@ -165,7 +173,7 @@ def _run(
                     progress.images_per_second = record["clock"]["images_per_second"]
                 if tests:
                     with clocks("evaluate"):
-                        result = evaluate(net, evaluation_set(config, images, mean, runtime), runtime.dtype)
+                        result = test()
                     state.saw(result, done)
                     progress.test_error = result.error
                     run.append_metrics(
@@ -185,8 +193,10 @@ def _run(
                     epoch_shown = int(progress.epochs)
                 if saves:
                     with clocks("checkpoint"):
-                        state.save(run, train_step, config, images, mean, clocks.totals())
+                        state.save(run, replica, config, images, mean, clocks.totals())
                     saved_at = perf_counter()
+                if logs or tests or saves:
+                    timer.begin()
                 if signum is not None and not last:
                     raise Interrupted(
                         f"stopped by {signal.Signals(signum).name} after step {done}, all saved; "
@@ -197,7 +207,7 @@ def _run(
         # The result: the last step's test error.
         if first == recipe.steps:  # cut between the last checkpoint and the result
             with clocks("evaluate"):
-                result = evaluate(net, evaluation_set(config, images, mean, runtime), runtime.dtype)
+                result = test()
         records = run.metrics()
         draw_curves(records, f"{config.name}, {images.name}, seed {config.seed}", run.path)
         outcome = RunResult(
@@ -212,6 +222,8 @@ def _run(
             warmup_end=state.warmup_end,
             num_parameters=num_parameters(net),
             images_per_second=recipe.steps * recipe.batch_size / clocks.read("train"),
+            step_milliseconds=milliseconds(step_seconds),
+            peak_memory=peak_memory(runtime.device),
             seconds=clocks.totals(),
         )
         if recipe.warmup == "error" and state.warmup_end is None:
@@ -275,14 +287,29 @@ def _stop_if_diverged(window: Window, lr: float, runtime: Runtime, run: RunDir) 
             )
 
 
-def _warmup_is_over(recipe: Recipe, train_step: TrainStep, done: int) -> bool:
+def _warmup_is_over(recipe: Recipe, replica: Replica, done: int) -> bool:
     if recipe.warmup != "error":
         return recipe.warmup != "none" and done >= recipe.warmup_steps
     if done % optim.WARMUP_LOOK_EVERY != 0 or done < optim.WARMUP_WINDOW:
         return False
     # host sync: every 100 steps of the warm-up only
-    window = train_step.window(done - optim.WARMUP_WINDOW, done)
+    window = replica.window(done - optim.WARMUP_WINDOW, done)
     return optim.warmup_over(window.errors, recipe.batch_size)
+
+
+def _next_stop(config: RunConfig, state: RunState, first: int) -> int:
+    """The next number of steps done at which the loop has something to do; no launch may go beyond it."""
+    done, recipe, output = state.step, config.recipe, config.output
+    stops = [recipe.steps, *(done + every - done % every for every in (output.log_every, output.eval_every))]
+    if output.checkpoint_steps:
+        stops.append(done + output.checkpoint_steps - done % output.checkpoint_steps)
+    if done < first + LOOK_AHEAD_STEPS:
+        stops.append(first + LOOK_AHEAD_STEPS)
+    if state.warmup_end is None and recipe.warmup == "error":
+        stops.append(done + optim.WARMUP_LOOK_EVERY - done % optim.WARMUP_LOOK_EVERY)
+    elif state.warmup_end is None and recipe.warmup != "none":
+        stops.append(max(recipe.warmup_steps, done + 1))
+    return min(stops)
 
 
 def _is_due(output: Output, done: int, saved_at: float) -> bool:
@@ -301,47 +328,3 @@ def _warn_if_long(console: Console, run: RunDir, seconds: float, taken: int, lef
             "Shorter: a GPU, --preset fast, fewer --steps or a smaller --depth. "
             f"Ctrl-C saves; fastres train --resume {run.path} goes on"
         )
-
-
-@dataclass
-class _Interrupt:
-    signum: int | None = None
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[_Interrupt]:
-    """Turn SIGINT and SIGTERM into a flag that the loop reads after each step; a second Ctrl-C stops at once.
-
-    Only the main thread may set handlers; elsewhere the flag stays unset.
-    """
-    interrupt = _Interrupt()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
-
-    def note(signum: int, _frame: FrameType | None) -> None:
-        if interrupt.signum is not None:
-            raise KeyboardInterrupt
-        interrupt.signum = signum
-
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interrupt
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-@contextlib.contextmanager
-def _explained_memory_errors(config: RunConfig) -> Iterator[None]:
-    """Turn torch's out-of-memory errors, GPU and CPU, into OutOfMemory with a way out."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a bare RuntimeError
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        batch_size = config.recipe.batch_size
-        raise OutOfMemory(
-            f"out of memory with {config.name} at batch size {batch_size}: {str(error).splitlines()[0]}; "
-            f"try --batch-size {max(1, batch_size // 2)}"
-        ) from error

@@ -121,10 +121,15 @@ def make_sgd(
     return optimizer
 
 
-def set_lr(optimizer: torch.optim.SGD, lr: float) -> None:
-    """Set the learning rate of the next step, in place: the tensor stays the one that a captured graph reads."""
+def set_lr(optimizer: torch.optim.SGD, lr: Tensor) -> None:
+    """Set the learning rate of the next step, in place: the tensor stays the one that a captured graph reads.
+
+    Args:
+        optimizer: From `make_sgd`.
+        lr: One number, float32, on the optimizer's device.
+    """
     for tensor in {id(group["lr"]): group["lr"] for group in optimizer.param_groups}.values():
-        tensor.fill_(lr)
+        tensor.copy_(lr.view(()))
 
 
 def momentum_buffers(net: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:

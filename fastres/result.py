@@ -26,6 +26,8 @@ class RunResult:
     warmup_end: int | None  # step at which warm-up ended; None without one
     num_parameters: int
     images_per_second: float  # training clock alone
+    step_milliseconds: dict[str, float]  # "p50" and "p99", of this process's steps; empty if it took none
+    peak_memory: int  # bytes: of the GPU's memory where there is one, else of the process
     seconds: dict[str, float]  # by clock: import, data, compile, train, evaluate, checkpoint, other
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,13 +47,15 @@ def result_of(run: RunDir) -> RunResult:
 def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]:
     """What a person wants to know at the end, line by line."""
     held_out = "validation" if config.data.val_split else "test"
-    seconds = result.seconds
+    seconds, step = result.seconds, result.step_milliseconds
     labelled = "" if images.official else f"  (data set not the official one: {images.digest[:23]}...)"
     return [
         f"{config.name} after {result.steps:,} steps: {held_out} error {percent(result.test_error)}{labelled}",
         f"  best over steps   {percent(result.best_test_error)} at step {result.best_step:,} (chosen on that set)",
         f"  training error    {percent(result.train_error)} (running, augmented)",
         f"  training clock    {duration(seconds.get('train', 0.0))}, {result.images_per_second:,.0f} img/s",
+        *([f"  a step            {step['p50']:.3g} ms, 99 % below {step['p99']:.3g} ms"] if step else []),
+        f"  memory            {result.peak_memory / 1e9:.2f} GB at most",
         *(f"  {name:<17} {duration(value)}" for name, value in seconds.items() if name != "train"),
         f"  run folder        {result.run}",
         f"  curves            {result.run / 'curves.png'}",

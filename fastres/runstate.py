@@ -14,9 +14,10 @@ from fastres.config import RunConfig
 from fastres.data.imageset import ImageSet
 from fastres.data.pixels import SCALE
 from fastres.errors import Diverged, InputError
+from fastres.evaluator import Evaluation
 from fastres.optim import WARMUP_WINDOW, momentum_buffers
 from fastres.rundir import RunDir
-from fastres.step import Evaluation, TrainStep
+from fastres.step import Replica
 
 
 @dataclass
@@ -38,7 +39,7 @@ class RunState:
     def save(
         self,
         run: RunDir,
-        train_step: TrainStep,
+        replica: Replica,
         config: RunConfig,
         images: ImageSet,
         mean: Mean,
@@ -54,10 +55,10 @@ class RunState:
         """
         start = min(self.logged, max(0, self.step - WARMUP_WINDOW))  # what the log and the warm-up rule will still need
         tensors: dict[str, Tensor] = {
-            **train_step.net.state_dict(),
-            **{f"momentum/{k}": v for k, v in momentum_buffers(train_step.net, train_step.optimizer).items()},
-            "log/losses": train_step.losses[start : self.step],
-            "log/errors": train_step.errors[start : self.step],
+            **replica.net.state_dict(),
+            **{f"momentum/{k}": v for k, v in momentum_buffers(replica.net, replica.optimizer).items()},
+            "log/losses": replica.losses[start : self.step],
+            "log/errors": replica.errors[start : self.step],
             "data/mean": torch.from_numpy(mean),
         }
         if not checkpoint.all_finite(tensors):
@@ -72,7 +73,7 @@ class RunState:
             "warmup_end": self.warmup_end,
             "best_error": self.best_error,
             "best_step": self.best_step,
-            "scaler": train_step.scaler.state_dict(),
+            "scaler": replica.scaler.state_dict(),
             "config": config.to_dict(),
             "data": {
                 "name": images.name,
@@ -87,13 +88,13 @@ class RunState:
         checkpoint.save(run.path, tensors, meta)
 
     @staticmethod
-    def restored(saved: Checkpoint, train_step: TrainStep) -> "RunState":
+    def restored(saved: Checkpoint, replica: Replica) -> "RunState":
         """Put a checkpoint's tensors back in place and return the rest."""
         meta = saved.meta
-        copies = {**train_step.net.state_dict()}
-        copies |= {f"momentum/{k}": v for k, v in momentum_buffers(train_step.net, train_step.optimizer).items()}
+        copies = {**replica.net.state_dict()}
+        copies |= {f"momentum/{k}": v for k, v in momentum_buffers(replica.net, replica.optimizer).items()}
         window = slice(meta["log_start"], meta["step"])
-        copies |= {"log/losses": train_step.losses[window], "log/errors": train_step.errors[window]}
+        copies |= {"log/losses": replica.losses[window], "log/errors": replica.errors[window]}
         with torch.no_grad():
             for name, tensor in copies.items():
                 if name not in saved.tensors or saved.tensors[name].shape != tensor.shape:
@@ -101,7 +102,7 @@ class RunState:
                         f"{saved.path} does not fit the run's network: {name} is missing or has another shape"
                     )
                 tensor.copy_(saved.tensors[name])
-        train_step.scaler.load_state_dict(meta["scaler"])
+        replica.scaler.load_state_dict(meta["scaler"])
         return RunState(
             meta["step"],
             meta["logged"],

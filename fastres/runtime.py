@@ -11,18 +11,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fastres.config import Execution
 from fastres.errors import InputError, MachineError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEEP = 110  # layers from which on the network is compiled block by block: as a whole it takes a minute or more
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Runtime:
     """What `Execution` resolves to on this machine."""
 
     device: torch.device
-    precision: str  # fp32, bf16 or fp16
-    compile: bool
-    threads: int  # CPU threads
-    notes: tuple[str, ...]  # lines the user should see: a fall-back that was taken
+    precision: str  # fp32, tf32, bf16 or fp16
+    compile_scope: Literal["none", "blocks", "whole"] = "none"
+    cuda_graph: bool = False
+    deterministic: bool = False
+    threads: int = 1  # CPU threads
+    notes: tuple[str, ...] = ()  # lines the user should see: a fall-back that was taken
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,11 +44,15 @@ class Runtime:
         return DTYPES[self.precision]
 
 
-def prepare(execution: Execution) -> Runtime:
-    """Choose device, precision and threads, and set torch's global switches for them.
+def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
+    """Choose device, precision, compilation and threads, and set torch's global switches for them.
+
+    Args:
+        execution: What was asked for.
+        depth: Layers of the network that will be compiled.
 
     Raises:
-        MachineError: A GPU, precision or compiler was asked for by name and is not there.
+        MachineError: A GPU, precision, graph or compiler was asked for by name and is not there.
         InputError: A GPU index that does not exist.
     """
     notes = []
@@ -55,16 +62,46 @@ def prepare(execution: Execution) -> Runtime:
     threads = execution.threads or num_cores()
     torch.set_num_threads(threads)
     compiled = device.type == "cuda" if execution.compile is None else execution.compile
-    if compiled and device.type == "cpu" and not _has_cpp_compiler():
-        raise MachineError(
-            "--compile on the CPU needs a C++ compiler and none was found; install g++, or use --no-compile"
-        )
+    if compiled and not _has_cpp_compiler():  # on a GPU for the launchers that Triton builds
+        raise MachineError(f"--compile on {device.type} needs a C++ compiler; install g++, or use --no-compile")
+    if execution.cuda_graph and device.type != "cuda":
+        raise MachineError("--cuda-graph needs a GPU; leave it out to train on the CPU")
+    precision = _precision(execution.precision, device)
     if device.type == "cpu":
         _keep_freed_memory()
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # one shape for the whole run, so the search pays once
-    return Runtime(device, _precision(execution.precision, device), compiled, threads, tuple(notes))
+        _set_up_cuda(device, precision, deterministic=execution.deterministic)
+    scope = execution.compile_scope
+    if scope == "auto":
+        scope = "blocks" if device.type == "cuda" and depth >= DEEP else "whole"
+    return Runtime(
+        device=device,
+        precision=precision,
+        compile_scope=scope if compiled else "none",
+        cuda_graph=device.type == "cuda" and execution.cuda_graph is not False,
+        deterministic=execution.deterministic,
+        threads=threads,
+        notes=tuple(notes),
+    )
+
+
+def _set_up_cuda(device: torch.device, precision: str, *, deterministic: bool) -> None:
+    """Set what torch, cuDNN, cuBLAS and Inductor do on a GPU."""
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    # One shape for the whole run, so the timed search for cuDNN's kernels pays; it may choose another one each time.
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+        import torch._inductor.config as inductor  # seconds, so only where it is wanted
+
+        inductor.deterministic = True  # no choice by timing
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Autocast to `dtype`, or nothing at all in fp32. Weights stay in fp32 and are cast anew each step."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def num_cores() -> int:
@@ -90,6 +127,18 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch held on a GPU, or that this process held in host memory, so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else 1024 * kilobytes  # macOS counts bytes
+
+
 def environment(runtime: Runtime) -> dict[str, Any]:
     """Machine, versions and commit, as JSON values, for `environment.json` and benchmark results."""
     cuda = runtime.device.type == "cuda"
@@ -109,7 +158,9 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "threads": runtime.threads,
         "device": str(runtime.device),
         "precision": runtime.precision,
-        "compile": runtime.compile,
+        "compile": runtime.compile_scope,
+        "cuda_graph": runtime.cuda_graph,
+        "deterministic": runtime.deterministic,
         "platform": platform.platform(),
     }
 
@@ -132,6 +183,8 @@ def _precision(name: str, device: torch.device) -> str:
             gpu = torch.cuda.get_device_name(device)
             raise MachineError(f"{gpu} has no bf16 (Ampere and later do); use --precision fp16 or fp32")
         return name if name != "auto" else "bf16" if native_bf16 else "fp16"
+    if name == "tf32":
+        raise MachineError("--precision tf32 needs a GPU; use fp32 on the CPU")
     if name != "auto":
         return name
     # AMX multiplies bf16 many times as fast as fp32. AVX512-BF16 alone does not: on an Emerald Rapids whose AMX was

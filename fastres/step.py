@@ -1,10 +1,12 @@
-"""One training step, and evaluation: forward, backward, update.
+"""One training step of one or several replicas: load, forward, backward, update, log; all of it on the device.
 
-`train` and the benchmarks run the same `TrainStep`.
+`train` and the benchmarks run the same `TrainStep`. The step counter, the learning rates and the logs are device
+tensors, and the step begins with `loader.load(counter)`, so a step asks nothing of the host: on a GPU it is captured
+once as a CUDA graph and replayed.
 """
 
-import contextlib
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres import optim
-from fastres.runtime import Runtime, eager
+from fastres.cudagraph import WARM_UP_CALLS, Capture, Replay
+from fastres.runtime import Runtime, autocast
+
+MAX_GRAPH_STEPS = 64
+SPARE = WARM_UP_CALLS * MAX_GRAPH_STEPS  # places behind the last step in tables and logs, for the steps of a warm-up
 
 
 class Loader(Protocol):
@@ -21,8 +27,14 @@ class Loader(Protocol):
 
     name: str
 
-    def load(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images `(batch, 3, 32, 32)` in the training precision and labels int64 `(batch,)` of a 0-based step."""
+    def prepare(self, step: int) -> None:
+        """Host's work before 0-based step `step` is launched: enqueues what it needs, waits for nothing."""
+
+    def load(self, counter: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of the step that `counter` says, an int64 `(1,)` on the device; called inside the captured graph.
+
+        Images `(batch, 3, 32, 32)` in the training precision, labels int64 `(batch,)`.
+        """
 
     def close(self) -> None:
         """Release threads and buffers."""
@@ -37,41 +49,60 @@ class Window:
     errors: list[int]  # wrong answers in each step's batch
 
 
-class TrainStep:
-    """Forward, loss, backward and update on the batch of one step, with a log of what came out.
+class Replica:
+    """One network in training: weights, optimizer, samples, counter and log, all its own.
+
+    Args:
+        net: On its device; gives logits `(batch, classes)`.
+        optimizer: Of its parameters, from `optim.make_sgd`.
+        loader: Of its samples.
+        runtime: Device, precision, whether to compile.
+        num_steps: Steps of the whole run.
 
     Attributes:
-        losses: float32 `(num_steps,)`, the mean cross-entropy of each step's batch; on the device.
-        errors: int32 `(num_steps,)`, wrong answers in each step's batch; on the device.
+        counter: int64 `(1,)` on the device: the 0-based step that comes next.
+        lrs: float32 `(num_steps + SPARE,)`, the learning rate of each step.
+        losses: float32 `(num_steps + SPARE,)`, the mean cross-entropy of each step's batch.
+        errors: int32 `(num_steps + SPARE,)`, wrong answers in each step's batch.
     """
 
     def __init__(
         self, net: nn.Module, optimizer: torch.optim.SGD, loader: Loader, runtime: Runtime, *, num_steps: int
     ) -> None:
         self.net, self.optimizer, self.loader = net, optimizer, loader
-        self.device, self.dtype = runtime.device, runtime.dtype
-        self.losses = torch.zeros(num_steps, dtype=torch.float32, device=self.device)
-        self.errors = torch.zeros(num_steps, dtype=torch.int32, device=self.device)
-        # fp16's range needs its gradients scaled; the scale is part of the state
+        self.device, self.dtype, self.num_steps = runtime.device, runtime.dtype, num_steps
+        self.counter = torch.zeros(1, dtype=torch.int64, device=self.device)
+        size = num_steps + SPARE
+        self.lrs = torch.zeros(size, dtype=torch.float32, device=self.device)
+        self.losses = torch.zeros(size, dtype=torch.float32, device=self.device)
+        self.errors = torch.zeros(size, dtype=torch.int32, device=self.device)
+        # fp16's range needs its gradients scaled; the scale is part of the state, and stays on the device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        if runtime.compile:
+        self._predict, self._record = _predict, _record
+        if runtime.compile_scope == "blocks":
             compile_blocks(net)
+        elif runtime.compile_scope == "whole":
+            self._predict = torch.compile(_predict, fullgraph=True, dynamic=False, options=_options(self.device))
+        if runtime.compile_scope != "none" and self.device.type == "cuda":  # two launches instead of a dozen
+            self._record = torch.compile(_record, fullgraph=True, dynamic=False)
 
-    def __call__(self, step: int, lr: float) -> None:
-        """Take 0-based step `step` with learning rate `lr`. Nothing is read back from the device."""
-        images, labels = self.loader.load(step)
-        optim.set_lr(self.optimizer, lr)
+    def set_lrs(self, lr_at: Callable[[int], float], start: int = 0) -> None:
+        """Fill the table of learning rates from 0-based step `start` on; takes part from the next step launched."""
+        values = torch.tensor([lr_at(step) for step in range(start, self.num_steps)], dtype=torch.float32)
+        self.lrs[start : self.num_steps] = values.to(self.device)
+
+    def step(self) -> None:
+        """Take the step that the counter says. Nothing is read back from the device."""
+        images, labels = self.loader.load(self.counter)
+        optim.set_lr(self.optimizer, self.lrs.index_select(0, self.counter))
         logits, loss = self.forward(images, labels)
         self.backward(loss)
         self.update()
-        self.losses[step] = loss.detach()
-        self.errors[step] = (logits.detach().argmax(dim=1) != labels).sum()
+        self._record(self.counter, logits.detach(), labels, loss.detach(), self.losses, self.errors)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `(batch, classes)` and the mean cross-entropy, taken in fp32 (in fp64 for an fp64 network)."""
-        with autocast(self.device, self.dtype):
-            logits = self.net(images)
-        return logits, F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+        return self._predict(self.net, images, labels, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients into `.grad`, which the last update left empty."""
@@ -87,15 +118,88 @@ class TrainStep:
         """The log of 0-based steps `start` to `stop - 1`. Waits for the device; for log steps only."""
         return Window(start, self.losses[start:stop].tolist(), self.errors[start:stop].tolist())
 
-    def warm_up(self, images: Tensor, labels: Tensor) -> None:
-        """Compile on a dummy batch, then put back every weight, BN statistic and momentum as it was."""
-        state = [*self.net.state_dict().values(), *optim.momentum_buffers(self.net, self.optimizer).values()]
-        before = [t.clone() for t in state]
-        self.backward(self.forward(images, labels)[1])
-        self.optimizer.zero_grad(set_to_none=True)
+    def state(self) -> list[Tensor]:
+        """Every tensor that a step changes, the scaler's apart."""
+        momentum = optim.momentum_buffers(self.net, self.optimizer)
+        lrs = {id(group["lr"]): group["lr"] for group in self.optimizer.param_groups}
+        logs = (self.counter, self.losses, self.errors)
+        return [*self.net.state_dict().values(), *momentum.values(), *lrs.values(), *logs]
+
+
+class TrainStep:
+    """The steps of one or several replicas, which have nothing in common.
+
+    Args:
+        replicas: Usually one. Several are parallel branches of one graph.
+    """
+
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        self.replicas = tuple(replicas)
+        self._graphs: dict[int, Replay] = {}  # by number of steps
+
+    def __call__(self, step: int, stop: int | None = None) -> int:
+        """Launch 0-based step `step`, which the counters must stand at; nothing is waited for.
+
+        Args:
+            step: As said.
+            stop: Several steps may be launched in one go, but none from here on; default: `step + 1`.
+
+        Returns:
+            The number of steps launched.
+        """
+        room = 1 if stop is None else stop - step
+        count = max((n for n in self._graphs if n <= room), default=1)
+        for replica in self.replicas:
+            for ahead in range(count):
+                replica.loader.prepare(step + ahead)
+        if count in self._graphs:
+            self._graphs[count].replay()
+        else:
+            for replica in self.replicas:
+                replica.step()
+        return count
+
+    def seek(self, step: int) -> None:
+        """Have the counters stand at 0-based step `step`."""
+        for replica in self.replicas:
+            replica.counter.fill_(step)
+
+    def warm_up(self, capture: Capture | None = None, *, graph_steps: int = 1) -> None:
+        """Compile and capture, before any clock runs, and leave no trace: weights, momentum, BN and logs are put back.
+
+        Args:
+            capture: `cudagraph.CapturedGraph`; None captures nothing and only takes a step, which compiles.
+            graph_steps: Capture a second graph of so many steps, where above 1.
+        """
+        state = [tensor for replica in self.replicas for tensor in replica.state()]
+        before = [tensor.clone() for tensor in state]
+        scalers = [replica.scaler.state_dict() for replica in self.replicas]
+        for replica in self.replicas:
+            replica.loader.prepare(0)
+        if capture is None:
+            for replica in self.replicas:
+                replica.step()
+        else:
+            for count in sorted({1, graph_steps}):
+                self.seek(0)
+                branches = [functools.partial(_steps, replica, count) for replica in self.replicas]
+                self._graphs[count] = capture(branches, state)
         with torch.no_grad():
             for now, was in zip(state, before, strict=True):
                 now.copy_(was)
+        for replica, scaler in zip(self.replicas, scalers, strict=True):
+            replica.scaler.load_state_dict(scaler)
+            replica.optimizer.zero_grad(set_to_none=True)
+
+    def check(self) -> None:
+        """Raise RuntimeError where a tensor that a graph uses has moved."""
+        for graph in self._graphs.values():
+            graph.check()
+
+
+def _steps(replica: Replica, count: int) -> None:
+    for _ in range(count):
+        replica.step()
 
 
 def compile_blocks(net: nn.Module) -> None:
@@ -109,63 +213,23 @@ def compile_blocks(net: nn.Module) -> None:
             block.compile(fullgraph=True, dynamic=False)
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    """Autocast to `dtype`, or nothing at all in fp32. Weights stay in fp32 and are cast anew each step."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
+def _options(device: torch.device) -> dict[str, bool | str | int | Callable[..., object]] | None:
+    """Inductor's options for the whole network; it makes no graphs of its own, ours is around it."""
+    return {"combo_kernels": True} if device.type == "cuda" else None
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What a network says of labelled images, one view each."""
-
-    loss: float  # mean cross-entropy
-    confusion: list[list[int]]  # [true class][answer]: number of images
-
-    @property
-    def num_images(self) -> int:
-        """Images evaluated."""
-        return sum(map(sum, self.confusion))
-
-    @property
-    def error(self) -> float:
-        """Fraction of wrong answers, 0 to 1."""
-        right = sum(row[k] for k, row in enumerate(self.confusion))
-        return 1 - right / self.num_images
-
-    @property
-    def class_errors(self) -> list[float | None]:
-        """Fraction of wrong answers by true class; None for a class without images."""
-        return [1 - row[k] / sum(row) if sum(row) else None for k, row in enumerate(self.confusion)]
+# Plain functions, so that equal networks share one compilation.
 
 
-@torch.no_grad()
-def evaluate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Evaluation:
-    """Test a network in evaluation mode (running BN statistics); its mode is put back afterwards.
+def _predict(net: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    with autocast(images.device, dtype):
+        logits = net(images)
+    return logits, F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
-    Args:
-        net: On its device; gives logits `(batch, classes)`.
-        batches: Images `(batch, 3, 32, 32)` and labels int64 `(batch,)`, on the same device.
-        dtype: Precision of the activations; loss and counts are taken from fp32 logits.
-    """
-    training = net.training
-    net.eval()
-    loss_sum: Tensor | float = 0.0
-    confusion: Tensor | None = None
-    try:
-        with eager():
-            for images, labels in batches:
-                with autocast(images.device, dtype):
-                    logits = net(images).float()
-                loss_sum = loss_sum + F.cross_entropy(logits, labels, reduction="sum").double()
-                classes = logits.shape[1]
-                counts = torch.bincount(labels * classes + logits.argmax(dim=1), minlength=classes * classes)
-                confusion = counts if confusion is None else confusion + counts
-    finally:
-        net.train(training)
-    if confusion is None:
-        raise ValueError("no batches to evaluate")
-    side = int(len(confusion) ** 0.5)
-    table = confusion.view(side, side).tolist()  # host sync: the evaluation's one read
-    return Evaluation(float(loss_sum) / sum(map(sum, table)), table)
+
+def _record(counter: Tensor, logits: Tensor, labels: Tensor, loss: Tensor, losses: Tensor, errors: Tensor) -> None:
+    """Write what a step gave into its place in the logs, and count the step."""
+    wrong = (logits.argmax(dim=1) != labels).sum(dtype=torch.int32)
+    losses.index_copy_(0, counter, loss.to(losses.dtype).view(1))
+    errors.index_copy_(0, counter, wrong.view(1))
+    counter.add_(1)

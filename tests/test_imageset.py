@@ -31,7 +31,8 @@ def test_the_last_5000_training_images_are_held_out(images: ImageSet, monkeypatc
 
 def test_the_mean_is_of_each_pixel_over_the_training_images_alone(images: ImageSet) -> None:
     mean = images.mean_image()
-    assert (mean.shape, mean.dtype) == ((32, 32, 3), np.float32)
+    assert mean.shape == (32, 32, 3)
+    assert mean.dtype == np.float32
     np.testing.assert_allclose(mean, images.train_images.astype(np.float64).mean(axis=0), rtol=1e-7)
     shuffled = replace(images, train_images=images.train_images[::-1])
     assert np.array_equal(shuffled.mean_image(), mean)

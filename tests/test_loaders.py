@@ -1,6 +1,7 @@
 """The loaders execute one plan: resident and DALI are equal to a slow, obvious reference and to each other."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastres.data import dali
+from fastres.data import dali, deviceplan
 from fastres.data.dali import DaliLoader, dali_available
+from fastres.data.deviceplan import DevicePlan
 from fastres.data.imageset import ImageSet
 from fastres.data.pixels import SCALE
 from fastres.data.plan import EpochPlan
 from fastres.data.resident import ResidentLoader, evaluation_batches
+from fastres.data.table import TableLoader
 from fastres.data.torchvision import TorchvisionLoader
 from fastres.errors import MachineError
 
@@ -70,11 +73,19 @@ def make(kind: type, images: ImageSet, *, seed: int = 1, dtype: torch.dtype = to
     return kind(images, plan, batch_size=BATCH, device=CPU, dtype=dtype, **how)
 
 
+def take(loader: Any, step: int) -> tuple[Tensor, Tensor]:
+    """The batch of a step, as a training step asks for it."""
+    loader.prepare(step)
+    batch: tuple[Tensor, Tensor] = loader.load(torch.tensor([step]))
+    return batch
+
+
 def labels_of(images: ImageSet, step: int) -> Tensor:
     return torch.from_numpy(images.train_labels[EpochPlan(1, NUM).at(step * BATCH, BATCH).index].astype(np.int64))
 
 
 EXACT = [
+    (TableLoader, {}),
     (ResidentLoader, {}),
     pytest.param(DaliLoader, {"num_threads": 1, "steps_per_run": 1}, marks=needs_dali),
     pytest.param(DaliLoader, {"num_threads": 2, "steps_per_run": 3}, marks=needs_dali),
@@ -89,7 +100,7 @@ def test_equal_to_the_reference_over_three_epochs(
 ) -> None:
     loader = make(kind, images, dtype=dtype, **how)
     for step, expected in enumerate(references):
-        batch, labels = loader.load(step)
+        batch, labels = take(loader, step)
         assert batch.dtype == dtype
         assert torch.equal(batch, expected.to(dtype)), step
         assert batch.is_contiguous(memory_format=torch.channels_last)
@@ -102,9 +113,9 @@ def test_equal_to_the_reference_over_three_epochs(
 @needs_dali
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dali_is_resident(images: ImageSet, dtype: torch.dtype) -> None:
-    ours, theirs = make(DaliLoader, images, dtype=dtype), make(ResidentLoader, images, dtype=dtype)
+    ours, theirs = make(DaliLoader, images, dtype=dtype), make(TableLoader, images, dtype=dtype)
     for step in range(STEPS):
-        for a, b in zip(ours.load(step), theirs.load(step), strict=True):
+        for a, b in zip(take(ours, step), take(theirs, step), strict=True):
             assert torch.equal(a, b)
     ours.close()
 
@@ -117,7 +128,7 @@ def test_any_prefetch_depth_is_the_same(
     monkeypatch.setattr(dali, "RUNS_AHEAD", ahead)
     loader = make(DaliLoader, images, steps_per_run=2)
     for step, expected in enumerate(references):
-        assert torch.equal(loader.load(step)[0], expected), step
+        assert torch.equal(take(loader, step)[0], expected), step
     loader.close()
 
 
@@ -125,17 +136,17 @@ def test_any_prefetch_depth_is_the_same(
 def test_any_step_may_be_asked_for(images: ImageSet, references: list[Tensor], kind: type, how: dict[str, Any]) -> None:
     loader = make(kind, images, **how)
     for step in (7, 8, 2, 2, 10, 0, 1, 5):
-        batch, labels = loader.load(step)
+        batch, labels = take(loader, step)
         assert torch.equal(batch, references[step]), step
         assert torch.equal(labels, labels_of(images, step))
     loader.close()
 
 
-@pytest.mark.parametrize("kind", [ResidentLoader, pytest.param(DaliLoader, marks=needs_dali)])
+@pytest.mark.parametrize("kind", [TableLoader, ResidentLoader, pytest.param(DaliLoader, marks=needs_dali)])
 def test_layout_mean_and_augmentation_are_as_asked(images: ImageSet, kind: type) -> None:
     mean = np.full((32, 32, 3), 100, np.float32)
     loader = make(kind, images, augment=False, channels_last=False, mean=mean)
-    batch, _ = loader.load(0)
+    batch, _ = take(loader, 0)
     index = EpochPlan(1, NUM).at(0, BATCH).index
     expected = (images.train_images[index].astype(np.float32) - 100) / 64
     assert batch.is_contiguous()
@@ -149,7 +160,7 @@ def test_two_pipelines_do_not_share_anything(images: ImageSet) -> None:
     for step in range(4):
         for loader, seed in ((one, 1), (other, 2)):
             resident = make(ResidentLoader, images, seed=seed)
-            assert torch.equal(loader.load(step)[0], resident.load(step)[0])
+            assert torch.equal(take(loader, step)[0], take(resident, step)[0])
     one.close()
     other.close()
 
@@ -207,7 +218,7 @@ def test_torchvision_gives_each_image_once_an_epoch_in_a_true_crop(
     loader, mean = torchvision_loader(), images.mean_image()
     dice = set()
     for step in range(7):
-        batch, labels = loader.load(step)
+        batch, labels = take(loader, step)
         assert batch.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(labels, labels_of(images, step))
         for pixels, index in zip(batch, EpochPlan(1, NUM).at(step * BATCH, BATCH).index, strict=True):
@@ -230,18 +241,94 @@ def test_torchvision_resumes_and_counts_no_workers(
 
     monkeypatch.setattr(TorchvisionLoader, "_start", counted)
     whole, resumed = torchvision_loader(), torchvision_loader(num_workers=num_workers)
-    batches = [whole.load(step)[0] for step in range(6)]
+    batches = [take(whole, step)[0] for step in range(6)]
     for step in (3, 4, 5, 1):
-        assert torch.equal(resumed.load(step)[0], batches[step])
+        assert torch.equal(take(resumed, step)[0], batches[step])
     assert starts == [0, 3, 1]  # workers live on from step to step
-    assert not torch.equal(torchvision_loader(seed=2).load(0)[0], batches[0])
+    assert not torch.equal(take(torchvision_loader(seed=2), 0)[0], batches[0])
 
 
 @forks
 def test_torchvision_leaves_this_process_alone(torchvision_loader: Callable[..., TorchvisionLoader]) -> None:
     state, threads = torch.get_rng_state(), threading.active_count()
     loader = torchvision_loader(dtype=torch.bfloat16, augment=False)
-    assert loader.load(0)[0].dtype == torch.bfloat16
+    assert take(loader, 0)[0].dtype == torch.bfloat16
     loader.close()
     assert torch.equal(torch.get_rng_state(), state)
     assert threading.active_count() <= threads
+
+
+# --- steps that are prepared before they are launched, as a graph of several steps has it
+
+
+@pytest.mark.parametrize(("kind", "how"), EXACT)
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_steps_may_be_prepared_before_the_first_is_loaded(
+    images: ImageSet, references: list[Tensor], kind: type, how: dict[str, Any], ahead: int
+) -> None:
+    """A loader that reuses a place too early would hand out a later step's batch."""
+    if ahead > how.get("steps_per_run", ahead):
+        pytest.skip("no more than a run's steps")
+    loader = make(kind, images, **how)
+    for first in range(0, STEPS - ahead + 1, ahead):
+        for step in range(first, first + ahead):
+            loader.prepare(step)
+        for step in range(first, first + ahead):
+            batch, labels = loader.load(torch.tensor([step]))
+            assert torch.equal(batch, references[step]), step
+            assert torch.equal(labels, labels_of(images, step))
+    loader.close()
+
+
+def test_the_device_plan_moves_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deviceplan, "CHUNK", 4)
+    plan = EpochPlan(3, NUM)
+    ours = DevicePlan(plan, BATCH, CPU)
+    for step in (*range(30), 7, 1000, 1001, 0):
+        ours.prepare(step)
+        index, dy, dx, flip = deviceplan.decode(ours.load(torch.tensor([step])))
+        expected = plan.at(step * BATCH, BATCH)
+        for got, wanted in ((index, expected.index), (dy, expected.dy), (dx, expected.dx), (flip, expected.flip)):
+            assert got.tolist() == wanted.tolist()
+    with pytest.raises(ValueError, match="at most"):
+        DevicePlan(EpochPlan(0, 2**20 + 1), 1, CPU)
+
+
+@needs_dali
+@pytest.mark.parametrize("pause", [0.0, 0.02])
+def test_the_ring_holds_for_slow_and_fast_consumers(images: ImageSet, references: list[Tensor], pause: float) -> None:
+    """A batch stays what it is until the next run is entered, whatever DALI does meanwhile."""
+    loader = make(DaliLoader, images, steps_per_run=2)
+    for step, expected in enumerate(references):
+        loader.prepare(step)
+        time.sleep(pause)
+        assert torch.equal(loader.load(torch.tensor([step]))[0], expected), step
+    loader.close()
+
+
+@needs_dali
+@pytest.mark.parametrize("fails_at", [0, 1, 4])
+def test_a_pipeline_that_fails_is_an_error_and_no_hang(images: ImageSet, fails_at: int) -> None:
+    loader = make(DaliLoader, images, steps_per_run=1)
+    outputs, calls = loader._pipeline.outputs, []
+
+    class Failing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(pipeline, name)
+
+        def outputs(self, **how: Any) -> Any:
+            calls.append(1)
+            if len(calls) > fails_at:
+                raise RuntimeError("\n\nCritical error in pipeline:\nmore")
+            return outputs(**how)
+
+    pipeline = loader._pipeline
+    loader._pipeline = Failing()
+
+    def all_steps() -> None:
+        for step in range(STEPS):
+            take(loader, step)
+
+    with pytest.raises(MachineError, match=r"DALI failed at its run \d: Critical error.*--loader resident"):
+        all_steps()
+    loader.close()

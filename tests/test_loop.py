@@ -10,16 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fastres
 from fastres import build, checkpoint, loop
 from fastres.clock import Clocks
+from fastres.data import synthetic
 from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfMemory
 from fastres.rundir import RunDir
 from fastres.step import TrainStep
 from tests.runs import assert_same_run, timeless_metrics, tiny
+
+FOUR = np.arange(4, dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +38,10 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int = signa
     """Send this process a signal while 0-based step `step` is computed."""
     take = TrainStep.__call__
 
-    def stopped(self: TrainStep, now: int, lr: float) -> None:
+    def stopped(self: TrainStep, now: int, stop: int | None = None) -> int:
         if now == step:
             os.kill(os.getpid(), signum)
-        take(self, now, lr)
+        return take(self, now, stop)
 
     monkeypatch.setattr(TrainStep, "__call__", stopped)
 
@@ -65,9 +69,10 @@ def test_metrics_say_what_the_steps_gave(tmp_path: Path, monkeypatch: pytest.Mon
     seen: list[tuple[float, int]] = []
     take = TrainStep.__call__
 
-    def watched(self: TrainStep, step: int, lr: float) -> None:
-        take(self, step, lr)
-        seen.append((float(self.losses[step]), int(self.errors[step])))
+    def watched(self: TrainStep, step: int, stop: int | None = None) -> int:
+        take(self, step, stop)
+        seen.append((float(self.replicas[0].losses[step]), int(self.replicas[0].errors[step])))
+        return 1
 
     monkeypatch.setattr(TrainStep, "__call__", watched)
     fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
@@ -149,7 +154,7 @@ def test_a_run_cut_between_its_last_checkpoint_and_its_result_gets_the_result(wh
     (out / "result.json").unlink()
     result = fastres.train(resume=out, verbosity="quiet").to_dict()
     expected = json.loads((whole / "result.json").read_text())
-    timed = ("run", "seconds", "images_per_second")
+    timed = ("run", "seconds", "images_per_second", "step_milliseconds", "peak_memory")
     assert {k: v for k, v in result.items() if k not in timed} == {k: expected[k] for k in result if k not in timed}
     assert_same_run(whole, out)
 
@@ -180,11 +185,12 @@ def test_a_nan_loss_stops_at_the_next_log_step_and_keeps_the_good_checkpoint(
 ) -> None:
     take = TrainStep.__call__
 
-    def poisoned(self: TrainStep, step: int, lr: float) -> None:
-        take(self, step, lr)
+    def poisoned(self: TrainStep, step: int, stop: int | None = None) -> int:
+        take(self, step, stop)
         if step == 16:
             with torch.no_grad():
-                self.net.get_parameter("fc.bias").fill_(float("nan"))
+                self.replicas[0].net.get_parameter("fc.bias").fill_(float("nan"))
+        return 1
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
     with pytest.raises(Diverged, match=r"nan at step 18.*last good checkpoint"):
@@ -200,11 +206,12 @@ def test_nan_weights_are_never_saved_even_while_the_loss_is_finite(
 ) -> None:
     take = TrainStep.__call__
 
-    def poisoned(self: TrainStep, step: int, lr: float) -> None:
-        take(self, step, lr)
+    def poisoned(self: TrainStep, step: int, stop: int | None = None) -> int:
+        take(self, step, stop)
         if step == 13:  # the step after which the second checkpoint is due
             with torch.no_grad():
-                self.net.get_parameter("fc.bias").fill_(float("inf"))
+                self.replicas[0].net.get_parameter("fc.bias").fill_(float("inf"))
+        return 1
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
     with pytest.raises(Diverged, match="weight or momentum"):
@@ -232,9 +239,10 @@ def test_warmup_by_error_waits_for_the_error_and_survives_a_stop(
     monkeypatch.setattr("fastres.optim.WARMUP_LOOK_EVERY", 4)
     take = TrainStep.__call__
 
-    def scripted(self: TrainStep, step: int, lr: float) -> None:
-        take(self, step, lr)
-        self.errors[step] = 15 if step < 10 else 4  # of 16: above 80 % for ten steps, then well below
+    def scripted(self: TrainStep, step: int, stop: int | None = None) -> int:
+        take(self, step, stop)
+        self.replicas[0].errors[step] = 15 if step < 10 else 4  # of 16: above 80 % for ten steps, then well below
+        return 1
 
     monkeypatch.setattr(TrainStep, "__call__", scripted)
     recipe = {"warmup": "error", "warmup_lr": 0.001}
@@ -295,10 +303,12 @@ def test_works_outside_the_main_thread(whole: Path, tmp_path: Path) -> None:
 
 
 def test_fp16_scaler_survives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    half = {"execution": {"precision": "fp16"}, "recipe": {"steps": 8}}
+    few = replace(synthetic.make_synthetic(), test_images=np.zeros((4, 32, 32, 3), np.uint8), test_labels=FOUR)
+    monkeypatch.setattr(synthetic, "make_synthetic", lambda: few)  # fp16 is slow on a CPU
+    half = {"execution": {"precision": "fp16"}, "recipe": {"steps": 4, "batch_size": 4}}
     fastres.train(tiny(tmp_path / "whole", **half), verbosity="quiet")
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
+        interrupt_at(patch, 2)
         with pytest.raises(Interrupted):
             fastres.train(tiny(tmp_path / "cut", **half), verbosity="quiet")
     fastres.train(resume=tmp_path / "cut", verbosity="quiet")

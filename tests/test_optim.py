@@ -102,7 +102,7 @@ def test_update_is_the_papers(fused: bool, decay_on: Literal["all", "weights"]) 
     velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
     generator = torch.Generator().manual_seed(1)
     for lr in (0.1, 0.1, 0.01, 0.5):
-        set_lr(optimizer, lr)
+        set_lr(optimizer, torch.tensor([lr]))
         lr32 = float(torch.tensor(lr))  # the optimizer holds it in fp32
         for name, p in net.named_parameters():
             p.grad = torch.randn(p.shape, dtype=p.dtype, generator=generator)
@@ -139,7 +139,7 @@ def test_lr_and_velocities_are_the_same_tensors_throughout() -> None:
     assert list(before) == [name for name, _ in net.named_parameters()]
     assert not any(buffer.any() for buffer in before.values())
     net(torch.randn(2, 3, 32, 32)).sum().backward()
-    set_lr(optimizer, 0.025)
+    set_lr(optimizer, torch.tensor([0.025]))
     optimizer.step()
     after = momentum_buffers(net, optimizer)
     assert all(after[name] is before[name] and after[name].any() for name in before if not name.startswith("fc.b"))

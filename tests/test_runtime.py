@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +12,16 @@ import torch
 from fastres import runtime
 from fastres.config import Execution
 from fastres.errors import InputError, MachineError
-from fastres.runtime import eager, environment, prepare
+from fastres.runtime import environment, prepare
+
+
+@pytest.fixture(autouse=True)
+def switches_put_back() -> Iterator[None]:
+    cudnn, matmul, threads = torch.backends.cudnn, torch.backends.cuda.matmul, torch.get_num_threads()
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    yield
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+    torch.set_num_threads(threads)
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], count: int = 1) -> None:
@@ -20,7 +30,6 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], co
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
 
 
 def test_no_gpu_means_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +37,8 @@ def test_no_gpu_means_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     chosen = prepare(Execution(threads=1))
     assert chosen.device.type == "cpu"
     assert chosen.notes == ("no GPU found: training on the CPU",)
-    assert not chosen.compile
+    assert chosen.compile_scope == "none"
+    assert not chosen.cuda_graph
     assert prepare(Execution(device="cpu", threads=1)).notes == ()
     with pytest.raises(MachineError, match="--device cuda:0 was asked for"):
         prepare(Execution(device="cuda:0"))
@@ -47,8 +57,17 @@ def test_auto_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch, flags: str, pr
 def test_auto_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str) -> None:
     pretend_gpu(monkeypatch, capability)
     chosen = prepare(Execution(threads=1))
-    assert (chosen.device, chosen.precision, chosen.compile) == (torch.device("cuda", 0), precision, True)
-    assert not prepare(Execution(threads=1, compile=False)).compile
+    assert (chosen.device, chosen.precision, chosen.compile_scope) == (torch.device("cuda", 0), precision, "whole")
+    assert chosen.cuda_graph
+    assert prepare(Execution(threads=1), depth=110).compile_scope == "blocks"
+    assert prepare(Execution(threads=1, compile_scope="whole"), depth=110).compile_scope == "whole"
+    assert prepare(Execution(threads=1, compile=False)).compile_scope == "none"
+    assert not prepare(Execution(threads=1, cuda_graph=False)).cuda_graph
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    prepare(Execution(threads=1, precision="tf32"))
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_what_a_gpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,22 +101,6 @@ def test_environment_is_json_and_names_the_machine() -> None:
     assert found["gpu"] is None
     assert found["cores"] >= 1
     assert found["fastres"]
-
-
-def test_eager_stops_compiled_modules_from_compiling() -> None:
-    calls = []
-
-    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
-        calls.append(1)
-        return graph
-
-    net = torch.nn.Linear(2, 2)
-    net.compile(backend=backend)
-    with eager():
-        net(torch.zeros(1, 2))
-    assert not calls
-    net(torch.zeros(1, 2))
-    assert calls
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told anything")

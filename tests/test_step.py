@@ -1,17 +1,19 @@
 """step.py: the update is the plain one, its log is true, and how it runs does not change what is computed."""
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastres.cudagraph import WARM_UP_CALLS
 from fastres.models.cifar import CifarNet, init_he_
-from fastres.optim import make_sgd, momentum_buffers
+from fastres.optim import make_sgd
 from fastres.runtime import DTYPES, Runtime
-from fastres.step import Evaluation, TrainStep, evaluate
+from fastres.step import Replica, TrainStep
 
 BATCH, STEPS = 8, 6
 CPU = torch.device("cpu")
@@ -24,15 +26,19 @@ def compiles(test: Callable[..., None]) -> Callable[..., None]:
 
 
 class Noise:
-    """A loader of random batches, a function of the step."""
+    """A loader of random batches, a function of seed and step."""
 
     name = "noise"
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        self.dtype, self.seed = dtype, seed
+        self.prepared: list[int] = []
 
-    def load(self, step: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(step)
+    def prepare(self, step: int) -> None:
+        self.prepared.append(step)
+
+    def load(self, counter: Tensor | int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + int(counter))
         images = torch.randn(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64)
         labels = torch.randint(10, (BATCH,), generator=generator)
         return images.to(self.dtype).contiguous(memory_format=torch.channels_last), labels
@@ -40,24 +46,39 @@ class Noise:
     def close(self) -> None: ...
 
 
-def make_net(dtype: torch.dtype = torch.float32) -> CifarNet:
+def make_net(dtype: torch.dtype = torch.float32, seed: int = 0) -> CifarNet:
     net = CifarNet(8, residual=True)
-    init_he_(net, mode="fan_in", generator=torch.Generator().manual_seed(0))
+    init_he_(net, mode="fan_in", generator=torch.Generator().manual_seed(seed))
     return net.to(dtype)
 
 
-def make_step(
-    precision: str = "fp32", *, compiled: bool = False, dtype: torch.dtype | None = None, steps: int = STEPS
-) -> TrainStep:
-    """A TrainStep on noise; `dtype` makes the whole network of that type, without autocast."""
-    runtime = Runtime(CPU, precision, compiled, 1, ())
-    net = make_net(dtype or torch.float32)
+def make_replica(
+    precision: str = "fp32",
+    *,
+    scope: Literal["none", "blocks", "whole"] = "none",
+    dtype: torch.dtype | None = None,
+    steps: int = STEPS,
+    seed: int = 0,
+) -> Replica:
+    """A replica on noise; `dtype` makes the whole network of that type, without autocast."""
+    runtime = Runtime(CPU, precision, scope)
+    net = make_net(dtype or torch.float32, seed)
     optimizer = make_sgd(net, lr=0.1, weight_decay=1e-2)
-    return TrainStep(net, optimizer, Noise(dtype or runtime.dtype), runtime, num_steps=steps)
+    replica = Replica(net, optimizer, Noise(dtype or runtime.dtype, seed), runtime, num_steps=steps)
+    replica.set_lrs(lambda step: 0.1 / (step + 1))
+    return replica
+
+
+def gradient(**how: Any) -> Tensor:
+    """The gradient of the first batch, all parameters in one; the batch is the same but for rounding."""
+    replica = make_replica(**how)
+    images, labels = Noise(torch.bfloat16).load(0)
+    replica.backward(replica.forward(images.to(replica.loader.load(replica.counter)[0].dtype), labels)[1])
+    return torch.cat([p.grad.flatten().double() for p in replica.net.parameters() if p.grad is not None])
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -65,12 +86,11 @@ def one_thread() -> Any:
 
 
 def test_steps_are_the_plain_loop() -> None:
-    ours, net = make_step(), make_net()
+    replica, net = make_replica(), make_net()
+    ours, loader = TrainStep([replica]), Noise()
     velocities = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
-    loader = Noise()
     for k in range(STEPS):
-        lr = 0.1 / (k + 1)
-        ours(k, lr)
+        assert ours(k) == 1
         images, labels = loader.load(k)
         logits = net(images)
         loss = F.cross_entropy(logits, labels)
@@ -78,145 +98,171 @@ def test_steps_are_the_plain_loop() -> None:
         with torch.no_grad():
             for (name, p), g in zip(net.named_parameters(), gradients, strict=True):
                 velocities[name].mul_(0.9).add_(g.add(p, alpha=1e-2))
-                p.sub_(velocities[name] * lr)
-        assert float(ours.losses[k]) == pytest.approx(loss.item(), rel=1e-5)
-        assert int(ours.errors[k]) == int((logits.argmax(1) != labels).sum())
-    for (name, a), b in zip(ours.net.state_dict().items(), net.state_dict().values(), strict=True):
+                p.sub_(velocities[name] * (0.1 / (k + 1)))
+        assert float(replica.losses[k]) == pytest.approx(loss.item(), rel=1e-5)
+        assert int(replica.errors[k]) == int((logits.argmax(1) != labels).sum())
+    for (name, a), b in zip(replica.net.state_dict().items(), net.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)  # the fused update rounds its own way
-    window = ours.window(1, 4)
-    assert window.start == 1
-    assert window.losses == ours.losses[1:4].tolist()
-    assert window.errors == ours.errors[1:4].tolist()
+    assert replica.loader.prepared == list(range(STEPS))  # type: ignore[attr-defined]
+    assert int(replica.counter) == STEPS
+    window = replica.window(1, 4)
+    assert (window.start, window.losses, window.errors) == (
+        1,
+        replica.losses[1:4].tolist(),
+        replica.errors[1:4].tolist(),
+    )
+
+
+def test_learning_rates_change_from_a_step_on() -> None:
+    replica = make_replica()
+    replica.set_lrs(lambda step: step + 0.5, 2)
+    assert replica.lrs[:STEPS].tolist() == pytest.approx([0.1, 0.05, 2.5, 3.5, 4.5, 5.5])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_keeps_its_state_in_fp32(precision: str) -> None:
-    ours = make_step(precision, steps=2)
-    ours(0, 0.1)
-    state = [*ours.net.state_dict().values(), *momentum_buffers(ours.net, ours.optimizer).values(), ours.losses]
-    assert {t.dtype for t in state} == {torch.float32}
-    logits, loss = ours.forward(*ours.loader.load(1))
+    replica = make_replica(precision, steps=2)
+    TrainStep([replica])(0)
+    floats = [t for t in replica.state() if t.is_floating_point()]
+    assert {t.dtype for t in floats} == {torch.float32}
+    logits, loss = replica.forward(*replica.loader.load(replica.counter))
     assert logits.dtype == DTYPES[precision]
     assert loss.dtype == torch.float32
-    assert ours.scaler.is_enabled() == (precision == "fp16")
+    assert replica.scaler.is_enabled() == (precision == "fp16")
 
 
 def test_a_bf16_gradient_is_the_fp32_gradient_but_for_rounding() -> None:
-    def gradient(precision: str) -> Tensor:
-        ours = make_step(precision)
-        ours.backward(ours.forward(*ours.loader.load(0))[1])
-        return torch.cat([p.grad.flatten() for p in ours.net.parameters() if p.grad is not None])
-
-    exact, rounded = gradient("fp32"), gradient("bf16")
+    exact, rounded = gradient(precision="fp32"), gradient(precision="bf16")
     assert not torch.equal(exact, rounded)
     assert F.cosine_similarity(exact, rounded, dim=0) > 0.99
 
 
-def snapshot(ours: TrainStep) -> dict[str, Tensor]:
-    buffers = momentum_buffers(ours.net, ours.optimizer)
-    return {k: t.clone() for k, t in {**ours.net.state_dict(), **{f"v/{k}": t for k, t in buffers.items()}}.items()}
+# --- warm-up and capture, with a stand-in for the GPU's graph
 
 
-def test_warm_up_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a backward that also updates, as capture of a whole step does: weights, velocities and BN all change."""
-    ours = make_step()
-    ours(0, 0.1)
-    before, generator = snapshot(ours), torch.get_rng_state()
-    during: list[dict[str, Tensor]] = []
-    backward = ours.backward
+class StandIn:
+    """Does to weights, momentum, BN statistics and counters what a capture does, and replays by calling."""
 
-    def whole_step(loss: Tensor) -> None:
-        backward(loss)
-        ours.optimizer.step()
-        during.append(snapshot(ours))
+    def __init__(self, branches: Sequence[Callable[[], None]], static: Sequence[Tensor]) -> None:
+        self.branches, self.static = branches, static
+        self.replays = 0
+        self.before = [t.clone() for t in static]
+        for _ in range(WARM_UP_CALLS):
+            for branch in branches:
+                branch()
+        self.changed = [not torch.equal(now, was) for now, was in zip(static, self.before, strict=True)]
 
-    monkeypatch.setattr(ours, "backward", whole_step)
-    ours.warm_up(*ours.loader.load(1))
-    assert {name for name in before if torch.equal(before[name], during[0][name])} == set()  # it would show
-    after = snapshot(ours)
-    assert {name for name in before if not torch.equal(before[name], after[name])} == set()
+    def replay(self) -> None:
+        self.replays += 1
+        for branch in self.branches:
+            branch()
+
+    def check(self) -> None: ...
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_warm_up_and_capture_leave_no_trace(precision: str) -> None:
+    ours = TrainStep([make_replica(precision), make_replica(precision, seed=1)])
+    ours(0)
+    state = [t for replica in ours.replicas for t in replica.state()]
+    before, generator = [t.clone() for t in state], torch.get_rng_state()
+    scales = [replica.scaler.state_dict() for replica in ours.replicas]
+    made: list[StandIn] = []
+
+    def capture(branches: Sequence[Callable[[], None]], static: Sequence[Tensor]) -> StandIn:
+        made.append(StandIn(branches, static))
+        return made[-1]
+
+    ours.warm_up(capture, graph_steps=3)
+    assert len(made) == 2
+    assert all(made[0].changed)  # every tensor of the state: one left out of the restore would show
+    assert all(torch.equal(now, was) for now, was in zip(state, before, strict=True))
+    assert [replica.scaler.state_dict() for replica in ours.replicas] == scales
     assert torch.equal(torch.get_rng_state(), generator)
-    assert all(p.grad is None for p in ours.net.parameters())
+    assert all(p.grad is None for replica in ours.replicas for p in replica.net.parameters())
+
+
+def test_captured_steps_are_the_same_steps_one_or_several_at_a_time() -> None:
+    plain, captured = TrainStep([make_replica(steps=10)]), TrainStep([make_replica(steps=10)])
+    made: list[int] = []
+
+    def capture(branches: Sequence[Callable[[], None]], static: Sequence[Tensor]) -> StandIn:
+        return StandIn(branches, static)
+
+    captured.warm_up(capture, graph_steps=4)
+    step = 0
+    while step < 10:  # to a log step at 6, then to the end: 4 1 1 4
+        made.append(captured(step, 6 if step < 6 else 10))
+        step += made[-1]
+    assert made == [4, 1, 1, 4]
+    for step in range(10):
+        plain(step)
+    for a, b in zip(plain.replicas[0].state(), captured.replicas[0].state(), strict=True):
+        assert torch.equal(a, b)
+    assert captured.replicas[0].loader.prepared == [0, *range(10)]  # type: ignore[attr-defined]
+
+
+def test_replicas_side_by_side_are_what_each_is_alone() -> None:
+    together = TrainStep([make_replica(seed=seed) for seed in range(3)])
+    for step in range(STEPS):
+        together(step)
+    for seed in range(3):
+        alone = TrainStep([make_replica(seed=seed)])
+        for step in range(STEPS):
+            alone(step)
+        for a, b in zip(alone.replicas[0].state(), together.replicas[seed].state(), strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(together.replicas[0].losses, together.replicas[1].losses)
+
+
+def test_seek() -> None:
+    ours = TrainStep([make_replica(), make_replica(seed=1)])
+    ours.seek(4)
+    ours(4)
+    assert [int(replica.counter) for replica in ours.replicas] == [5, 5]
+    assert float(ours.replicas[0].losses[4]) > 0
+    assert not ours.replicas[0].losses[:4].any()
+
+
+# --- compiled
 
 
 @compiles
-def test_compiled_is_eager_in_fp64_over_50_steps() -> None:
+@pytest.mark.parametrize("scope", ["blocks", "whole"])
+def test_compiled_is_eager_in_fp64_over_50_steps(scope: Literal["blocks", "whole"]) -> None:
     """fp64, where rounding cannot grow into a difference within 50 steps, so that only a wrong formula would."""
-    eager, compiled = (make_step(compiled=on, dtype=torch.float64, steps=50) for on in (False, True))
+    make = functools.partial(make_replica, dtype=torch.float64, steps=50)
+    eager, compiled = make(), make(scope=scope)
     names = list(compiled.net.state_dict())
-    for k in range(50):
+    for _ in range(50):
         losses = []
         for one in (eager, compiled):
-            images, labels = one.loader.load(k)
+            images, labels = one.loader.load(one.counter)
             loss = one.forward(images, labels)[1]
             one.backward(loss)
             one.update()
+            one.counter.add_(1)
             losses.append(loss.item())
         assert losses[1] == pytest.approx(losses[0], rel=1e-8)
     assert names == list(eager.net.state_dict())  # saved names stay clean
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5  # equal blocks share their code
 
 
 @compiles
-def test_compiled_bf16_is_as_exact_as_eager_bf16() -> None:
-    def gradient(**how: Any) -> Tensor:
-        ours = make_step(**how)
-        images, labels = Noise(torch.bfloat16).load(0)
-        ours.backward(ours.forward(images.to(ours.loader.load(0)[0].dtype), labels)[1])
-        return torch.cat([p.grad.flatten().double() for p in ours.net.parameters() if p.grad is not None])
-
+@pytest.mark.parametrize("scope", ["blocks", "whole"])
+def test_compiled_bf16_is_as_exact_as_eager_bf16(scope: str) -> None:
     exact = gradient(dtype=torch.float64)
-    eager = (gradient(precision="bf16") - exact).norm()
-    compiled = (gradient(precision="bf16", compiled=True) - exact).norm()
+    eager, compiled = ((gradient(precision="bf16", scope=s) - exact).norm() for s in ("none", scope))
     assert eager > 0
     assert compiled <= 1.2 * eager
 
 
-class Fixed(nn.Module):
-    """Answers with its input's first ten numbers; complains in training mode."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        assert not self.training
-        return images.flatten(1)[:, :10]
-
-
-def batches_of(answers: list[int], labels: list[int], size: int) -> list[tuple[Tensor, Tensor]]:
-    images = torch.zeros(len(answers), 3, 32, 32)
-    images.view(len(answers), -1)[torch.arange(len(answers)), torch.tensor(answers)] = 1
-    target = torch.tensor(labels)
-    return [(images[k : k + size], target[k : k + size]) for k in range(0, len(answers), size)]
-
-
-@pytest.mark.parametrize("size", [1, 3, 4, 7])
-def test_evaluation_counts_what_was_answered(size: int) -> None:
-    answers, labels = [0, 1, 2, 2, 9, 9, 3], [0, 1, 2, 3, 9, 0, 3]
-    net = Fixed()
-    result = evaluate(net, batches_of(answers, labels, size), torch.float32)
-    assert net.training
-    assert result.num_images == 7
-    assert result.error == pytest.approx(2 / 7)
-    assert result.confusion[3][2] == 1
-    assert result.confusion[0][9] == 1
-    assert result.class_errors[:4] == [0.5, 0.0, 0.0, 0.5]
-    assert result.class_errors[5] is None
-    exp = torch.tensor(1.0).exp()
-    right, wrong = (-torch.log(v / (exp + 9)) for v in (exp, torch.tensor(1.0)))
-    assert result.loss == pytest.approx(float(5 * right + 2 * wrong) / 7, rel=1e-6)
-
-
-def test_evaluation_uses_running_statistics_and_leaves_them() -> None:
-    net = make_net()
-    images, labels = Noise().load(0)
-    before = {k: t.clone() for k, t in net.state_dict().items()}
-    together = evaluate(net, [(images, labels)], torch.float32)
-    one_by_one = evaluate(net, [(images[k : k + 1], labels[k : k + 1]) for k in range(BATCH)], torch.float32)
-    assert together.confusion == one_by_one.confusion
-    assert together.loss == pytest.approx(one_by_one.loss, rel=1e-5)
-    assert all(torch.equal(before[k], t) for k, t in net.state_dict().items())
-    assert net.training
-
-
-def test_evaluation_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no batches"):
-        evaluate(make_net(), [], torch.float32)
-    assert Evaluation(0.0, [[1, 0], [0, 1]]).error == 0
+@compiles
+@pytest.mark.parametrize(("scope", "graphs"), [("blocks", 5), ("whole", 1)])
+def test_equal_networks_share_one_compilation(scope: Literal["blocks", "whole"], graphs: int) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ours = TrainStep([make_replica(scope=scope, seed=seed) for seed in range(3)])
+    ours.warm_up()
+    ours(0)
+    ours(1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= graphs

@@ -6,6 +6,7 @@ sequence of frames, rearranged out of the data set (itself one sequence, handed 
 shifted and mirrored by an affine map a frame, zeros outside.
 """
 
+import contextlib
 import importlib
 import importlib.util
 from typing import Any
@@ -16,12 +17,14 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from fastres.data.deviceplan import DevicePlan, decode
 from fastres.data.imageset import IMAGE_SIZE, ImageSet
 from fastres.data.pixels import Floats, pixels
 from fastres.data.plan import PAD, EpochPlan, Samples
 from fastres.errors import MachineError
 
 RUNS_AHEAD = 2  # runs that are asked for before the first of them is taken
+RING_RUNS = 4  # runs in the ring: in use, next, being copied, and the one before, which may not be launched to its end
 FRAMES_PER_RUN = 4_096  # 50 MB in fp32; large enough that a run's fixed cost does not show
 
 
@@ -70,53 +73,83 @@ class DaliLoader:
                 "the DALI loader needs NVIDIA DALI, which is not installed (it exists for Linux): "
                 "pip install nvidia-dali-cuda120, or use --loader resident"
             )
-        self.plan, self.batch_size, self.device, self.dtype = plan, batch_size, device, dtype
-        self.channels_last = channels_last
+        self.plan, self.batch_size, self.channels_last = plan, batch_size, channels_last
         self.steps_per_run = steps_per_run or max(1, FRAMES_PER_RUN // batch_size)
         mean = images.mean_image() if mean is None else mean
         self._labels = torch.from_numpy(images.train_labels.astype(np.int64)).to(device)
+        self._codes = DevicePlan(plan, batch_size, device)
+        shape = (RING_RUNS * self.steps_per_run, batch_size, IMAGE_SIZE, IMAGE_SIZE, 3)
+        self._ring = torch.zeros(shape, dtype=dtype, device=device)
+        # On which the ring is filled, beside the training.
+        self._side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._filled: dict[int, torch.cuda.Event | None] = {}  # runs in the ring, and when their copy is done
         self._data = torch.from_numpy(pixels(images.train_images, mean)).to(device)[None]  # DALI reads it in place
         self._pipeline: Any = _pipeline(device, num_threads)
         self._feed("data", self._data)
         self._next_run = 0  # the run that will be asked for next
         self._asked: list[int] = []  # runs under way, oldest first
         self._started = False
-        self._frames: Tensor | None = None  # of the run that is being handed out
-        self._run = -1
+        self._frames: Tensor | None = None  # of the run taken last: DALI's buffer, kept until its copy is done
+        self._run = -1  # the run that is being used
 
-    def load(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of a 0-based step: images `(batch, 3, 32, 32)`, labels int64 `(batch,)`.
+    def prepare(self, step: int) -> None:
+        """Where 0-based step `step` begins a run: have it and the next in the ring, and DALI at those after them.
 
-        In fp32 the images are a view of DALI's buffer and good until the next call. Any step may be asked for; steps in
-        order are what is quick.
+        Waits for no device; for DALI's host threads only where they are slower than the training. Any step may be asked
+        for; steps in order are what is quick. Up to a run's steps may be prepared before the first is launched.
         """
-        run, position = divmod(step, self.steps_per_run)
-        if run != self._run:
-            self._advance_to(run)
-        assert self._frames is not None
-        frames = self._frames[position * self.batch_size : (position + 1) * self.batch_size]
-        batch = frames.to(self.dtype).permute(0, 3, 1, 2)
-        samples = self.plan.at(step * self.batch_size, self.batch_size)
-        labels = self._labels.index_select(0, torch.from_numpy(samples.index.astype(np.int64)).to(self.device))
-        return (batch if self.channels_last else batch.contiguous()), labels
+        self._codes.prepare(step)
+        run = step // self.steps_per_run
+        if run == self._run:
+            return
+        if run not in self._filled:  # the first, or a jump
+            self._filled.clear()
+        self._run = run
+        # By now every step of the runs before the last one is launched, so this event covers all that read their slots.
+        used = torch.cuda.current_stream().record_event() if self._side else None
+        for wanted in (run, run + 1, run + 2):
+            if wanted not in self._filled:
+                self._fill(wanted, used)
+        for old in [old for old in self._filled if old < run]:
+            del self._filled[old]
+        if (ready := self._filled[run]) is not None:
+            torch.cuda.current_stream().wait_event(ready)
+
+    def load(self, counter: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of the step that `counter` says: images `(batch, 3, 32, 32)`, labels int64 `(batch,)`."""
+        batch = self._ring.index_select(0, counter % len(self._ring))[0].permute(0, 3, 1, 2)
+        index, *_ = decode(self._codes.load(counter))
+        return (batch if self.channels_last else batch.contiguous()), self._labels.index_select(0, index)
 
     def close(self) -> None:
         """Stop DALI's threads and let go of the data."""
+        if self._side:
+            self._side.synchronize()  # the last copies read DALI's buffers
         self._frames = None
-        while self._asked:
-            self._take()
+        with contextlib.suppress(MachineError):  # what it was at is of no use any more
+            self._drain()
         self._pipeline = None
 
-    def _advance_to(self, run: int) -> None:
-        """Make `run` the current one, with the runs after it under way."""
+    def _fill(self, run: int, used: torch.cuda.Event | None) -> None:
+        """Copy a run into its place in the ring, cast to the training precision, behind `used`."""
         if self._asked and self._asked[0] != run:  # a jump: what was asked for is of no use
-            while self._asked:
-                self._take()
+            self._drain()
         if not self._asked:
             self._next_run = run
         while len(self._asked) < RUNS_AHEAD:
             self._ask(self._next_run)
-        self._frames, self._run = self._take(), run
+        place = run % RING_RUNS * self.steps_per_run
+        slots = self._ring[place : place + self.steps_per_run]
+        with torch.cuda.stream(self._side):  # does nothing where there is none
+            if self._side and used:
+                self._side.wait_event(used)
+            self._frames = self._take()
+            slots.copy_(self._frames.view(slots.shape), non_blocking=True)
+            self._filled[run] = self._side.record_event() if self._side else None
+
+    def _drain(self) -> None:
+        while self._asked:
+            self._take()
 
     def _ask(self, run: int) -> None:
         """Have the pipeline make a run, behind those it is at."""
@@ -133,9 +166,16 @@ class DaliLoader:
             self._started = True
 
     def _take(self) -> Tensor:
-        """The frames float32 `(steps_per_run * batch, 32, 32, 3)` of the oldest run under way; waits for them."""
-        self._asked.pop(0)
-        (frames,) = self._pipeline.outputs()
+        """The frames float32 `(steps_per_run * batch, 32, 32, 3)` of the oldest run under way, on the side stream."""
+        run = self._asked.pop(0)
+        try:
+            (frames,) = self._pipeline.outputs(cuda_stream=self._side and self._side.cuda_stream)
+        except RuntimeError as error:
+            self._asked.clear()  # a pipeline that has failed gives nothing more
+            first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+            raise MachineError(
+                f"DALI failed at its run {run}: {first.strip()}; --loader resident does without"
+            ) from error
         tensor: Tensor = torch.utils.dlpack.from_dlpack(frames[0])
         return tensor
 

@@ -1,38 +1,28 @@
-"""Batches by plain torch from a tensor that lives on the device: the CPU's path, and the reference for DALI's."""
+"""Batches by plain torch from images that live on the device; the host is asked nothing, so a step can be captured."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastres.data.deviceplan import DevicePlan, decode
 from fastres.data.imageset import IMAGE_SIZE, Bytes, ImageSet
-from fastres.data.pixels import Floats, pixels
+from fastres.data.pixels import SCALE, Floats, pixels
 from fastres.data.plan import PAD, EpochPlan
-
-CHUNK = 1_000  # images converted at a time, to bound memory
-PITCH = (
-    IMAGE_SIZE + PAD
-)  # pixels from one row to the next, rows from one image to the next: neighbours share their zeros
-IMAGE_PITCH = PITCH * PITCH  # pixels from one image to the next
-MARGIN = PAD * PITCH + PAD  # pixels of zeros before the first image
 
 
 class ResidentLoader:
-    """Training batches by one gather from a table of zero-padded pixels in the training precision.
-
-    The table is one stream of pixels: each row is followed by four zeros and each image by four rows of zeros, which
-    serve the neighbours on both sides. Every row of every crop is then 32 neighbouring pixels of it, and a batch is a
-    gather of `batch * 32` such rows. A mirrored copy of the table stands behind the plain one: the mirrored crop at
-    column dx is the mirror image's crop at column 8 - dx.
+    """Training batches computed pixel by pixel from the uint8 images: one kernel, where it is compiled.
 
     Args:
-        images: Its training images are used.
+        images: Its training images are used; uint8, 3,072 bytes each on the device.
         plan: Order, crops and flips.
         mean: float32 `(32, 32, 3)`, 0 to 255; default: of the training images.
         batch_size: Images a step.
         device, dtype: Of the batches.
         channels_last: Memory format of the batches; False makes another copy.
+        compiled: Compile `crop`; else each of its operations is a kernel.
     """
 
     name = "resident"
@@ -47,41 +37,54 @@ class ResidentLoader:
         device: torch.device,
         dtype: torch.dtype,
         channels_last: bool = True,
+        compiled: bool = False,
     ) -> None:
-        self.plan, self.batch_size, self.device, self.channels_last = plan, batch_size, device, channels_last
-        mean = images.mean_image() if mean is None else mean
-        num_images = len(images.train_images)
-        half = MARGIN + num_images * IMAGE_PITCH
-        table = torch.zeros(2 * half, 3, dtype=dtype, device=device)
-        plain, mirrored = (
-            part[MARGIN:].view(num_images, PITCH, PITCH, 3)[:, :IMAGE_SIZE, :IMAGE_SIZE]
-            for part in (table[:half], table[half:])
-        )
-        for start in range(0, num_images, CHUNK):
-            part = slice(start, start + CHUNK)
-            chunk = torch.from_numpy(pixels(images.train_images[part], mean)).to(device)
-            plain[part] = chunk
-            mirrored[part] = chunk.flip(2)
-        self._mirror_offset = half
-        # Row r of this view is pixels r to r + 31; the rows overlap, nothing is copied.
-        self._rows = table.as_strided((2 * half - IMAGE_SIZE + 1, IMAGE_SIZE * 3), (3, 1))
+        self.dtype, self.channels_last = dtype, channels_last
+        self._plan = DevicePlan(plan, batch_size, device)
+        self._pixels = torch.from_numpy(images.train_images).view(-1, 3).to(device)
+        self._mean = torch.from_numpy(images.mean_image() if mean is None else mean).view(-1, 3).to(device)
         self._labels = torch.from_numpy(images.train_labels.astype(np.int64)).to(device)
-        self._row_starts = np.arange(IMAGE_SIZE, dtype=np.int64) * PITCH
+        self._crop: Callable[..., tuple[Tensor, Tensor]] = crop
+        if compiled:
+            self._crop = torch.compile(crop, fullgraph=True, dynamic=False)
 
-    def load(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of a 0-based step: images `(batch, 3, 32, 32)`, labels int64 `(batch,)`. New tensors each time."""
-        samples = self.plan.at(step * self.batch_size, self.batch_size)
-        index = samples.index.astype(np.int64)
-        column = np.where(samples.flip, self._mirror_offset + 2 * PAD - samples.dx, samples.dx)
-        first = index * IMAGE_PITCH + samples.dy * PITCH + column
-        starts = (first[:, None] + self._row_starts).reshape(-1)
-        rows = self._rows.index_select(0, torch.from_numpy(starts).to(self.device))
-        batch = rows.view(-1, IMAGE_SIZE, IMAGE_SIZE, 3).permute(0, 3, 1, 2)
-        labels = self._labels.index_select(0, torch.from_numpy(index).to(self.device))
+    def prepare(self, step: int) -> None:
+        """Copy the plan of steps to come, once in many steps."""
+        self._plan.prepare(step)
+
+    def load(self, counter: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of the step that `counter` says: images `(batch, 3, 32, 32)`, labels int64 `(batch,)`."""
+        codes = self._plan.load(counter)
+        batch, labels = self._crop(codes, self._pixels, self._mean, self._labels, self.dtype)
+        batch = batch.permute(0, 3, 1, 2)
         return (batch if self.channels_last else batch.contiguous()), labels
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def crop(codes: Tensor, table: Tensor, mean: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Crop, flip, mean and cast, as `pixels.py` defines a pixel.
+
+    Args:
+        codes: int32 `(batch,)`, from `deviceplan.encode`.
+        table: uint8 `(num_images * 1024, 3)`, the images' pixels.
+        mean: float32 `(1024, 3)`.
+        labels: int64 `(num_images,)`.
+        dtype: Of the result.
+
+    Returns:
+        Images `(batch, 32, 32, 3)` and labels `(batch,)`.
+    """
+    index, dy, dx, flip = decode(codes)
+    place = torch.arange(IMAGE_SIZE, device=codes.device)
+    rows = place + (dy - PAD)[:, None]
+    columns = torch.where(flip[:, None], IMAGE_SIZE - 1 - place, place) + (dx - PAD)[:, None]
+    rows, columns = rows[:, :, None], columns[:, None, :]
+    inside = (rows >= 0) & (rows < IMAGE_SIZE) & (columns >= 0) & (columns < IMAGE_SIZE)
+    source = rows.clamp(0, IMAGE_SIZE - 1) * IMAGE_SIZE + columns.clamp(0, IMAGE_SIZE - 1)  # (batch, 32, 32)
+    values = table[index[:, None, None] * IMAGE_SIZE**2 + source].float() - mean[source]
+    return torch.where(inside[..., None], values * SCALE, 0.0).to(dtype), labels[index]
 
 
 def evaluation_batches(

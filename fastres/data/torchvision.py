@@ -14,6 +14,7 @@ from fastres.data.pixels import SCALE, Floats
 from fastres.data.plan import PAD, EpochPlan
 
 NUM_WORKERS = 2
+RING = 64  # as many steps as a captured graph may hold
 
 
 class TorchvisionLoader:
@@ -47,29 +48,36 @@ class TorchvisionLoader:
         channels_last: bool = True,
         num_workers: int = NUM_WORKERS,
     ) -> None:
-        self.plan, self.batch_size, self.device, self.dtype = plan, batch_size, device, dtype
+        self.plan, self.batch_size, self.device, self.channels_last = plan, batch_size, device, channels_last
         self.num_workers = num_workers
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._dataset = _Images(images, images.mean_image() if mean is None else mean, plan)
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
         self._next = -1  # the step that `_batches` gives next
+        # Steps that are prepared before the first of them is launched find their batches here.
+        self._images = torch.zeros(RING, batch_size, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=dtype, device=device)
+        self._labels = torch.zeros(RING, batch_size, dtype=torch.int64, device=device)
 
-    def load(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of a 0-based step: images `(batch, 3, 32, 32)`, labels int64 `(batch,)`. New tensors each time.
-
-        Any step may be asked for; one that is not the next starts new workers.
-        """
+    def prepare(self, step: int) -> None:
+        """Wait for the workers' batch and copy it to the device. Any step but the next starts new workers."""
+        if step == self._next - 1:
+            return  # it is there
         if self._batches is None or step != self._next:
             self.close()
             self._batches, self._next = self._start(step), step
         images, labels = next(self._batches)
         self._next += 1
-        images = images.to(self.device, non_blocking=True).to(self.dtype, memory_format=self._layout)
-        return images.contiguous(memory_format=self._layout), labels.to(self.device, non_blocking=True)
+        self._images[step % RING].permute(0, 3, 1, 2).copy_(images, non_blocking=True)
+        self._labels[step % RING].copy_(labels, non_blocking=True)
+
+    def load(self, counter: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of the step that `counter` says: images `(batch, 3, 32, 32)`, labels int64 `(batch,)`."""
+        slot = counter % RING
+        batch = self._images.index_select(0, slot)[0].permute(0, 3, 1, 2)
+        return (batch if self.channels_last else batch.contiguous()), self._labels.index_select(0, slot)[0]
 
     def close(self) -> None:
         """Stop the worker processes."""
-        self._batches = None  # the last reference: the iterator ends its workers
+        self._batches, self._next = None, -1  # the last reference: the iterator ends its workers
 
     def _start(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         pinned = self.device.type == "cuda"

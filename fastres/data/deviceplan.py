@@ -1,0 +1,73 @@
+"""The samples of the steps to come as tensors on the device, so that a captured step can look its own up."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastres.data.plan import EpochPlan, Samples
+
+CHUNK = 256  # steps that are copied at a time
+CHUNKS = 3  # in use, next, and the one before, whose last steps may not have been launched yet
+INDEX_BITS, OFFSET_BITS = 20, 4  # over a million images; offsets 0 to 8
+
+
+class DevicePlan:
+    """A window of the plan that moves along with the steps; a sample is one int32.
+
+    Args:
+        plan: Samples in order.
+        batch_size: Samples a step.
+        device: Where the window lives.
+    """
+
+    def __init__(self, plan: EpochPlan, batch_size: int, device: torch.device) -> None:
+        if plan.num_images > 1 << INDEX_BITS:
+            raise ValueError(f"{plan.num_images:,} images; at most {1 << INDEX_BITS:,} fit")
+        self.plan, self.batch_size, self.device = plan, batch_size, device
+        self._codes = torch.zeros(CHUNKS * CHUNK, batch_size, dtype=torch.int32, device=device)
+        self._have = [-1] * CHUNKS  # the chunk that each place holds
+        self._at = -1  # the chunk of the last step prepared
+
+    def prepare(self, step: int) -> None:
+        """Have 0-based step `step` and the chunk after it on the device, behind all that was launched before.
+
+        Up to `CHUNK` steps may be prepared before the first of them is launched.
+        """
+        chunk = step // CHUNK
+        if chunk == self._at:
+            return
+        self._at = chunk
+        for wanted in (chunk, chunk + 1):
+            place = wanted % CHUNKS
+            if self._have[place] != wanted:
+                codes = torch.from_numpy(self._chunk(wanted))
+                if self.device.type == "cuda":
+                    codes = codes.pin_memory()  # or the copy would wait for the device
+                self._codes[place * CHUNK : (place + 1) * CHUNK].copy_(codes, non_blocking=True)
+                self._have[place] = wanted
+
+    def load(self, counter: Tensor) -> Tensor:
+        """The codes int32 `(batch,)` of the step that `counter`, int64 `(1,)`, says."""
+        return self._codes.index_select(0, counter % len(self._codes)).view(-1)
+
+    def _chunk(self, chunk: int) -> npt.NDArray[np.int32]:
+        count = CHUNK * self.batch_size
+        return encode(self.plan.at(chunk * count, count)).reshape(CHUNK, self.batch_size)
+
+
+def encode(samples: Samples) -> npt.NDArray[np.int32]:
+    """Index, dy, dx and flip in one int32, lowest bits first."""
+    code = samples.index | samples.dy << INDEX_BITS | samples.dx << (INDEX_BITS + OFFSET_BITS)
+    encoded: npt.NDArray[np.int32] = code | samples.flip.astype(np.int32) << (INDEX_BITS + 2 * OFFSET_BITS)
+    return encoded
+
+
+def decode(codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Index, dy, dx (int64) and flip (bool) of int32 codes, any shape."""
+    wide = codes.long()
+    offset = (1 << OFFSET_BITS) - 1
+    index = wide & ((1 << INDEX_BITS) - 1)
+    dy = wide >> INDEX_BITS & offset
+    dx = wide >> (INDEX_BITS + OFFSET_BITS) & offset
+    return index, dy, dx, (wide >> (INDEX_BITS + 2 * OFFSET_BITS)).bool()

@@ -1,0 +1,94 @@
+"""Testing a network: loss, and what was answered for each class."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres.cudagraph import Capture, Replay
+from fastres.runtime import autocast, eager
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network says of labelled images, one view each."""
+
+    loss: float  # mean cross-entropy
+    confusion: list[list[int]]  # [true class][answer]: number of images
+
+    @property
+    def num_images(self) -> int:
+        """Images evaluated."""
+        return sum(map(sum, self.confusion))
+
+    @property
+    def error(self) -> float:
+        """Fraction of wrong answers, 0 to 1."""
+        right = sum(row[k] for k, row in enumerate(self.confusion))
+        return 1 - right / self.num_images
+
+    @property
+    def class_errors(self) -> list[float | None]:
+        """Fraction of wrong answers by true class; None for a class without images."""
+        return [1 - row[k] / sum(row) if sum(row) else None for k, row in enumerate(self.confusion)]
+
+
+class Evaluator:
+    """Tests one network on one set of images, again and again; the images stay on the device.
+
+    Args:
+        net: On its device; gives logits `(batch, num_classes)`.
+        batches: Images `(batch, 3, 32, 32)` and labels int64 `(batch,)`, on the same device; any sizes.
+        num_classes: Logits.
+        dtype: Precision of the activations; loss and answers are taken from fp32 logits.
+        capture: `cudagraph.CapturedGraph`: the first call captures all batches as one graph. None: launched one by one.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        *,
+        num_classes: int,
+        dtype: torch.dtype,
+        capture: Capture | None = None,
+    ) -> None:
+        self.net, self.num_classes, self.dtype = net, num_classes, dtype
+        self._batches = list(batches)
+        if not self._batches:
+            raise ValueError("no batches to evaluate")
+        device = self._batches[0][1].device
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+        self._capture = capture
+        self._graph: Replay | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> Evaluation:
+        """Test the network in evaluation mode (running BN statistics); its mode is put back. Waits for the device."""
+        training = self.net.training
+        self.net.eval()
+        try:
+            if self._capture is None:
+                self._launch()
+            else:
+                self._graph = self._graph or self._capture([self._launch], [*self.net.state_dict().values()])
+                self._graph.replay()
+        finally:
+            self.net.train(training)
+        counts = self._confusion.view(self.num_classes, -1).tolist()  # host sync: the evaluation's one read
+        return Evaluation(float(self._loss_sum) / sum(map(sum, counts)), counts)
+
+    def _launch(self) -> None:
+        self._loss_sum.zero_()
+        self._confusion.zero_()
+        with eager():
+            for images, labels in self._batches:
+                with autocast(images.device, self.dtype):
+                    logits = self.net(images).float()
+                self._loss_sum.add_(F.cross_entropy(logits, labels, reduction="sum"))
+                answers = labels * self.num_classes + logits.argmax(dim=1)
+                # not bincount, which asks the device for its length
+                self._confusion.index_add_(0, answers, torch.ones_like(answers))

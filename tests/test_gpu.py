@@ -1,0 +1,200 @@
+"""What only a GPU can show: graph equals no graph, loaders equal the reference, nothing waits, resume is exact."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import fastres
+from fastres.build import build_evaluator, build_loader, build_net, build_optimizer, lr_schedule
+from fastres.config import RunConfig, make_config, merge
+from fastres.cudagraph import CapturedGraph
+from fastres.data.dali import dali_available
+from fastres.data.synthetic import make_synthetic
+from fastres.data.table import TableLoader
+from fastres.errors import Interrupted
+from fastres.runtime import prepare
+from fastres.step import Replica, TrainStep
+from tests.runs import assert_same_run
+from tests.test_loop import interrupt_at
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+LOADERS = ["resident", pytest.param("dali", marks=pytest.mark.skipif(not dali_available(), reason="DALI is missing"))]
+DETERMINISTIC = {"deterministic": True, "device": "cuda"}
+
+
+@pytest.fixture(autouse=True)
+def switches_put_back() -> Iterator[None]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
+    yield
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before[:3]
+    torch.use_deterministic_algorithms(before[3])
+
+
+def config(**changes: Any) -> RunConfig:
+    base: dict[str, Any] = {
+        "data": {"dataset": "synthetic"},
+        "execution": {"device": "cuda"},
+        "recipe": {"steps": 300, "lr": 0.05, "milestones": [150, 250]},
+    }
+    return make_config("paper", **merge(base, changes))
+
+
+def built(config: RunConfig, *, seeds: tuple[int, ...] = (0,)) -> tuple[TrainStep, Any]:
+    """A TrainStep, warmed up and captured as `train` does, and its evaluator."""
+    images = make_synthetic()
+    runtime, mean = prepare(config.execution, depth=config.model.depth), images.mean_image()
+    replicas = []
+    for seed in seeds:
+        one = RunConfig.from_dict({**config.to_dict(), "seed": seed})
+        net = build_net(one, runtime, num_classes=10)
+        loader = build_loader(one, images, mean, runtime)
+        replica = Replica(net, build_optimizer(net, one.recipe), loader, runtime, num_steps=one.recipe.steps)
+        replica.set_lrs(lr_schedule(one.recipe).at)
+        replicas.append(replica)
+    step = TrainStep(replicas)
+    if runtime.compile_scope != "none" or runtime.cuda_graph:
+        step.warm_up(CapturedGraph if runtime.cuda_graph else None, graph_steps=config.execution.graph_steps)
+    return step, build_evaluator(replicas[0].net, config, images, mean, runtime)
+
+
+def close(step: TrainStep) -> None:
+    for replica in step.replicas:
+        replica.loader.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_batches_on_the_gpu_are_the_cpus(loader: str, precision: str) -> None:
+    step, _ = built(config(execution={"loader": loader, "precision": precision, "compile": False, "cuda_graph": False}))
+    replica, images = step.replicas[0], make_synthetic()
+    from fastres.data.plan import EpochPlan
+
+    plan = EpochPlan(0, len(images.train_images))
+    reference = TableLoader(images, plan, batch_size=128, device=torch.device("cpu"), dtype=replica.dtype)
+    for k in range(3 * len(images.train_images) // 128 + 2):
+        replica.loader.prepare(k)
+        counter = torch.tensor([k])
+        for ours, theirs in zip(replica.loader.load(counter.cuda()), reference.load(counter), strict=True):
+            assert torch.equal(ours.cpu(), theirs), k
+    close(step)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_graph_equals_no_graph_in_every_bit(loader: str, precision: str) -> None:
+    states: list[list[Tensor]] = []
+    for graph, graph_steps in ((False, 1), (True, 1), (True, 4)):
+        how = {"cuda_graph": graph, "graph_steps": graph_steps, "loader": loader, "precision": precision}
+        step, _ = built(config(execution={**how, **DETERMINISTIC}))
+        done = 0
+        while done < 100:
+            done += step(done, 100)
+        states.append([t.cpu() for t in step.replicas[0].state()])
+        close(step)
+    for other in states[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(states[0], other, strict=True))
+
+
+def test_warm_up_and_capture_leave_no_trace() -> None:
+    step, _ = built(config(execution=DETERMINISTIC))
+    fresh, _ = built(config(execution={**DETERMINISTIC, "compile": False, "cuda_graph": False}))
+    for a, b in zip(step.replicas[0].state(), fresh.replicas[0].state(), strict=True):
+        assert torch.equal(a, b)
+    close(step)
+    close(fresh)
+
+
+def test_replicas_side_by_side_are_what_each_is_alone() -> None:
+    together, _ = built(config(execution=DETERMINISTIC), seeds=(0, 1, 2))
+    for k in range(60):
+        together(k)
+    for seed in range(3):
+        alone, _ = built(config(execution=DETERMINISTIC), seeds=(seed,))
+        for k in range(60):
+            alone(k)
+        for a, b in zip(alone.replicas[0].state(), together.replicas[seed].state(), strict=True):
+            assert torch.equal(a, b)
+        close(alone)
+    close(together)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_steps_wait_for_nothing(loader: str) -> None:
+    """No host sync in 200 steps, which are launched in under 20 % of the time the GPU takes for them."""
+    step, _ = built(config(execution={"loader": loader}))
+    for k in range(64):
+        step(k)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        start = time.perf_counter()
+        for k in range(64, 264):
+            step(k)
+        launched = time.perf_counter() - start
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert launched < 0.2 * (time.perf_counter() - start)
+    step.check()
+    close(step)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_the_profiler_sees_no_synchronisation_either(loader: str) -> None:
+    """The debug mode sees neither torch.cuda.synchronize nor DALI's waits."""
+    step, _ = built(config(execution={"loader": loader}))
+    for k in range(64):
+        step(k)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        for k in range(64, 128):
+            step(k)
+    waits = {e.key: e.count for e in seen.key_averages() if "Synchronize" in e.key}
+    waits.pop("cudaDeviceSynchronize", None)  # the profiler's own, at its end
+    assert waits == {}
+    close(step)
+
+
+def test_an_evaluation_captured_is_one_launched_kernel_by_kernel() -> None:
+    step, captured = built(config(execution=DETERMINISTIC))
+    for k in range(50):
+        step(k)
+    first = captured()
+    assert captured() == first
+    captured._capture = None
+    assert captured().confusion == first.confusion
+    close(step)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str) -> None:
+    def run(out: Path) -> RunConfig:
+        return config(
+            execution={**DETERMINISTIC, "loader": loader},
+            recipe={"steps": 120, "milestones": [60]},
+            output={"out": str(out), "log_every": 10, "eval_every": 40, "checkpoint_every": "25"},
+        )
+
+    fastres.train(run(tmp_path / "whole"), verbosity="quiet")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 63)
+        with pytest.raises(Interrupted):
+            fastres.train(run(tmp_path / "cut"), verbosity="quiet")
+    fastres.train(resume=tmp_path / "cut", verbosity="quiet")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_training_learns_in_every_precision(tmp_path: Path) -> None:
+    for precision in ("bf16", "fp16", "tf32"):
+        changes = {
+            "execution": {"device": "cuda", "precision": precision},
+            "output": {"out": str(tmp_path / precision)},
+        }
+        assert fastres.train(make_config("smoke", **changes), verbosity="quiet").test_error < 0.1
