@@ -87,7 +87,7 @@ class Evaluator:
         with eager():
             for images, labels in self._batches:
                 with autocast(images.device, self.dtype):
-                    logits = self.net(images).float()
+                    logits = self.net(images)
                 self._loss_sum.add_(F.cross_entropy(logits, labels, reduction="sum"))
                 answers = labels * self.num_classes + logits.argmax(dim=1)
                 # not bincount, which asks the device for its length

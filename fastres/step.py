@@ -101,7 +101,7 @@ class Replica:
         self._record(self.counter, logits.detach(), labels, loss.detach(), self.losses, self.errors)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `(batch, classes)` and the mean cross-entropy, taken in fp32 (in fp64 for an fp64 network)."""
+        """Logits `(batch, classes)` and the mean cross-entropy, both fp32 (fp64 for an fp64 network)."""
         return self._predict(self.net, images, labels, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
@@ -224,7 +224,7 @@ def _options(device: torch.device) -> dict[str, bool | str | int | Callable[...,
 def _predict(net: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     with autocast(images.device, dtype):
         logits = net(images)
-    return logits, F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+    return logits, F.cross_entropy(logits, labels)
 
 
 def _record(counter: Tensor, logits: Tensor, labels: Tensor, loss: Tensor, losses: Tensor, errors: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The README says what is so: its commands run, its links lead somewhere, its file tree is the real one."""
 
+import json
 import os
 import re
 import shutil
@@ -72,6 +73,9 @@ def test_commands_run(tmp_path: Path) -> None:
     for line in commands():
         if line != test_line and EXCEPTIONS.get(line) != NOT_RUN:
             shell(line.removeprefix(SETUP) + (" --dry-run" if EXCEPTIONS.get(line) == DRY else ""), tmp_path)
+        if "--preset smoke" in line and SETUP in line:
+            (result,) = tmp_path.glob("runs/*/result.json")
+            assert json.loads(result.read_text())["test_error"] < 0.1  # where a linear classifier has over 0.5
 
 
 def test_python_examples_run(tmp_path: Path) -> None:
