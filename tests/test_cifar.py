@@ -8,15 +8,16 @@ import os
 import pickle
 import struct
 import tarfile
-import time
 import tracemalloc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import ClassVar, Literal
+from unittest.mock import Mock
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fastres.data import cifar, cifar_pickle, download
@@ -26,67 +27,66 @@ from fastres.errors import InputError, MachineError
 NUM = 10  # images a batch, but in the tests at full size
 FULL = cifar.IMAGES_PER_BATCH
 Records = npt.NDArray[np.uint8]  # (images, 3073): the binary layout
+Batches = dict[str, Records]
 Say = list[str]
+Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: Patch) -> None:
     monkeypatch.setattr(cifar, "IMAGES_PER_BATCH", NUM)
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(monkeypatch: Patch) -> None:
     def refuse(*_: object, **__: object) -> Path:
         raise AssertionError("the cache and the network must not be asked")
 
     monkeypatch.setattr(download, "cached", refuse)
 
 
-def make_records(num: int = NUM, seed: int = 0) -> dict[str, Records]:
+def make_records(num: int = NUM, seed: int = 0) -> Batches:
     chance = np.random.Generator(np.random.Philox(seed))
     records = chance.integers(0, 256, (len(BATCHES), num, 3073), dtype=np.uint8)
     records[:, :, 0] %= 10
     return dict(zip(BATCHES, records, strict=True))
 
 
-def pickle_like_python2(records: Records, *, fortran: bool = False) -> bytes:
-    """A batch as Python 2's cPickle wrote the official ones: protocol 2, byte strings, numpy's old state."""
-    memo = iter(range(1, 1 << 20))
+class Python2Pickler(pickle._Pickler):
+    """Writes text and bytes as the strings of Python 2, in which the official batches were written."""
 
-    def put() -> bytes:
-        n = next(memo)
-        return b"q" + bytes([n]) if n < 256 else b"r" + struct.pack("<I", n)
+    write: Callable[[bytes], object]
+    memoize: Callable[[object], None]
+    dispatch: ClassVar[dict[type, Callable[..., None]]] = dict(pickle._Pickler.dispatch)
 
-    def text(value: bytes) -> bytes:
-        return b"U" + bytes([len(value)]) + value + put()
+    def save_string(self, value: str | bytes) -> None:
+        raw = value.encode() if isinstance(value, str) else value
+        self.write(b"U" + bytes([len(raw)]) if len(raw) < 256 else b"T" + struct.pack("<i", len(raw)))
+        self.write(raw)
+        self.memoize(value)
 
-    def a_list(items: Iterable[bytes]) -> bytes:
-        head, rest = b"]" + put(), list(items)
-        chunks = (b"".join(rest[k : k + 1000]) for k in range(0, len(rest), 1000))
-        return head + b"".join(b"(" + chunk + b"e" for chunk in chunks)
-
-    def an_array() -> bytes:
-        pixels = records[:, 1:].tobytes(order="F" if fortran else "C")
-        made = b"cnumpy.core.multiarray\n_reconstruct\n" + put() + b"cnumpy\nndarray\n" + put()
-        made += b"K\x00\x85U\x01b\x87R" + put() + b"(K\x01M" + struct.pack("<H", len(records)) + b"M\x00\x0c\x86"
-        made += b"cnumpy\ndtype\n" + put() + b"U\x02u1K\x00K\x01\x87R" + put()
-        made += b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb" + (b"\x88" if fortran else b"\x89")
-        return made + b"T" + struct.pack("<i", len(pixels)) + pixels + b"tb"
-
-    return (
-        b"\x80\x02}" + put() + b"(" + text(b"batch_label") + text(b"training batch 1 of 5")
-        + text(b"labels") + a_list(b"K" + bytes([label]) for label in records[:, 0].tolist())
-        + text(b"data") + an_array()
-        + text(b"filenames") + a_list(text(b"leptodactylus_s_%06d.png" % k) for k in range(len(records))) + b"u."
-    )  # fmt: skip
+    dispatch[str] = dispatch[bytes] = save_string
 
 
-def write_folder(folder: Path, records: dict[str, Records], *, python: bool = False) -> Path:
+def pickled(batch: Records, *, protocol: int = 2, order: Literal["C", "F"] = "C") -> bytes:
+    """A batch in the python layout; protocol 2 as cPickle and the numpy of its time wrote it."""
+    names = [f"leptodactylus_s_{k:06}.png" for k in range(len(batch))]
+    fields = {
+        "batch_label": "training batch 1 of 5",
+        "labels": batch[:, 0].tolist(),
+        "data": np.array(batch[:, 1:], order=order),
+        "filenames": names,
+    }
+    if protocol > 2:
+        return pickle.dumps(fields, protocol)
+    Python2Pickler(buffer := io.BytesIO(), 2).dump(fields)
+    return buffer.getvalue().replace(b"numpy._core.", b"numpy.core.")
+
+
+def write_folder(folder: Path, records: Batches, *, python: bool = False) -> Path:
     folder.mkdir(parents=True)
     for name, batch in records.items():
-        (folder / (name + ("" if python else ".bin"))).write_bytes(
-            pickle_like_python2(batch) if python else batch.tobytes()
-        )
+        (folder / (name + ("" if python else ".bin"))).write_bytes(pickled(batch) if python else batch.tobytes())
     return folder
 
 
@@ -98,30 +98,17 @@ def member(name: str, content: bytes = b"", **fields: object) -> tuple[tarfile.T
     return info, content
 
 
-def members(records: dict[str, Records], *, python: bool = False) -> list[tuple[tarfile.TarInfo, bytes]]:
-    """In the order of the official archives, with what else they hold."""
-    if python:
-        order = (
-            "data_batch_4",
-            "readme.html",
-            "test_batch",
-            "data_batch_3",
-            "batches.meta",
-            *BATCHES[1::3],
-            BATCHES[0],
-        )
-    else:
-        order = ("batches.meta.txt", *BATCHES[:5], "readme.html", "test_batch")
+def members(records: Batches, *, python: bool = False) -> list[tuple[tarfile.TarInfo, bytes]]:
+    """What an official archive holds; in the python one the batches lie in no order."""
     top = cifar.PYTHON if python else cifar.BINARY
-    result = [member(top, type=tarfile.DIRTYPE)]
-    for name in order:
-        if name not in BATCHES:
-            result.append(member(f"{top}/{name}", b"airplane\n"))
-        elif python:
-            result.append(member(f"{top}/{name}", pickle_like_python2(records[name])))
-        else:
-            result.append(member(f"{top}/{name}.bin", records[name].tobytes()))
-    return result
+    batches = [
+        member(f"{top}/{name}", pickled(records[name]))
+        if python
+        else member(f"{top}/{name}.bin", records[name].tobytes())
+        for name in (BATCHES[::-1] if python else BATCHES)
+    ]
+    readme = member(f"{top}/readme.html", b"airplane")
+    return [member(top, type=tarfile.DIRTYPE), *batches[:5], readme, batches[5]]
 
 
 def write_tar(path: Path, entries: Iterable[tuple[tarfile.TarInfo, bytes]], **options: object) -> Path:
@@ -132,12 +119,12 @@ def write_tar(path: Path, entries: Iterable[tuple[tarfile.TarInfo, bytes]], **op
 
 
 @pytest.fixture
-def records() -> dict[str, Records]:
+def records() -> Batches:
     return make_records()
 
 
 @pytest.fixture
-def binary_tar(tmp_path: Path, records: dict[str, Records]) -> Path:
+def binary_tar(tmp_path: Path, records: Batches) -> Path:
     return write_tar(tmp_path / "cifar-10-binary.tar.gz", members(records))
 
 
@@ -153,74 +140,46 @@ def refusal(path: Path, tmp_path: Path) -> str:
     return message
 
 
+@contextlib.contextmanager
+def memory_below(limit: float) -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
 # --- every layout gives the same arrays
 
 
-def binary_folder(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
-    return (folder := write_folder(tmp / cifar.BINARY, records)), folder
-
-
-def binary_parent(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
-    return tmp, write_folder(tmp / cifar.BINARY, records)
-
-
-def binary_renamed(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
-    return (folder := write_folder(tmp / "mine", records)), folder
-
-
-def python_folder(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
-    return (folder := write_folder(tmp / cifar.PYTHON, records, python=True)), folder
-
-
-def python_parent(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
-    return tmp, write_folder(tmp / cifar.PYTHON, records, python=True)
-
-
-def binary_archive(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
-    return (path := write_tar(tmp / "any-name.tgz", members(records))), path
-
-
-def binary_archive_in_folder(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
-    return tmp, write_tar(tmp / "cifar-10-binary.tar.gz", members(records))
-
-
-def python_archive_in_folder(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
-    return tmp, write_tar(tmp / "cifar-10-python.tar.gz", members(records, python=True))
-
-
-def archive_beside_half_a_folder(tmp: Path, records: dict[str, Records]) -> tuple[Path, Path]:
-    (write_folder(tmp / cifar.BINARY, records) / "test_batch.bin").unlink()
-    return binary_archive_in_folder(tmp, records)
-
-
-LAYOUTS = [
-    binary_folder,
-    binary_parent,
-    binary_renamed,
-    python_folder,
-    python_parent,
-    binary_archive,
-    binary_archive_in_folder,
-    python_archive_in_folder,
-    archive_beside_half_a_folder,
-]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_arrays(
-    layout: Callable[[Path, dict[str, Records]], tuple[Path, Path]], tmp_path: Path, records: dict[str, Records]
-) -> None:
-    given_path, source = layout(tmp_path, records)
+@pytest.mark.parametrize(
+    ("at", "lies"),
+    [
+        (cifar.BINARY, cifar.BINARY),
+        (".", cifar.BINARY),
+        ("mine", "mine"),
+        (cifar.PYTHON, cifar.PYTHON),
+        (".", cifar.PYTHON),
+        ("any-name.tgz", "any-name.tgz"),
+        (".", "cifar-10-binary.tar.gz"),
+        (".", "cifar-10-python.tar.gz"),
+    ],
+)
+def test_every_layout_gives_the_same_arrays(at: str, lies: str, tmp_path: Path, records: Batches) -> None:
+    python = "py" in lies
+    if lies.endswith("gz"):
+        write_tar(tmp_path / lies, members(records, python=python))
+    else:
+        write_folder(tmp_path / lies, records, python=python)
     said: Say = []
-    images = load_cifar10(given_path, say=said.append)
+    images = load_cifar10(tmp_path / at, say=said.append)
     raw = b"".join(records[name].tobytes() for name in BATCHES)
     assert images.digest == f"sha256:{hashlib.sha256(raw).hexdigest()}"
-    assert (images.name, images.official, images.source) == ("cifar10", False, str(source))
+    assert (images.name, images.official, images.source) == ("cifar10", False, str(tmp_path / lies))
     assert (len(images.train_images), len(images.test_images)) == (5 * NUM, NUM)
-    pixels, labels = (
-        np.concatenate(pair)
-        for pair in ((images.train_images, images.test_images), (images.train_labels, images.test_labels))
-    )
+    pixels = np.concatenate((images.train_images, images.test_images))
+    labels = np.concatenate((images.train_labels, images.test_labels))
     assert pixels.dtype == labels.dtype == np.uint8
     for k in range(6 * NUM):
         record = raw[k * 3073 : (k + 1) * 3073]
@@ -230,11 +189,29 @@ def test_every_layout_gives_the_same_arrays(
     assert len(said) == 1
     assert "not the official CIFAR-10" in said[0]
     assert images.digest in said[0]
+    assert "\n" not in said[0]
 
 
-def test_official_is_decided_by_every_batch(
-    tmp_path: Path, records: dict[str, Records], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("lies", [cifar.BINARY, cifar.PYTHON, "cifar-10-binary.tar.gz"])
+def test_the_test_batch_alone(lies: str, tmp_path: Path, records: Batches, monkeypatch: Patch) -> None:
+    """It is enough to evaluate; and training batches that are there and damaged do not matter then."""
+    only = {"test_batch": records["test_batch"]}
+    if lies.endswith("gz"):
+        write_tar(tmp_path / lies, [entry for entry in members(records) if "data_batch" not in entry[0].name])
+    else:
+        write_folder(tmp_path / lies, only, python=lies == cifar.PYTHON)
+    raw = records["test_batch"].tobytes()
+    pin = hashlib.sha1(raw, usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(cifar, "OFFICIAL_SHA1", (*["0" * 40] * 5, pin))
+    images = load_cifar10(tmp_path, train=False)
+    assert images.official
+    assert images.digest == f"sha256:{hashlib.sha256(raw).hexdigest()}"
+    assert images.test_labels.tolist() == records["test_batch"][:, 0].tolist()
+    assert (len(images.train_images), len(images.train_labels), len(images.test_images)) == (0, 0, NUM)
+    assert "lacks data_batch_1" in refusal(tmp_path, tmp_path)
+
+
+def test_official_is_decided_by_every_batch(tmp_path: Path, records: Batches, monkeypatch: Patch) -> None:
     pins = tuple(hashlib.sha1(records[name].tobytes(), usedforsecurity=False).hexdigest() for name in BATCHES)
     folder = write_folder(tmp_path / cifar.BINARY, records)
     monkeypatch.setattr(cifar, "OFFICIAL_SHA1", pins)
@@ -246,20 +223,13 @@ def test_official_is_decided_by_every_batch(
         assert not load_cifar10(folder, say=said.append).official
 
 
-def test_pins_are_digests() -> None:
-    assert len(bytes.fromhex(cifar.REMOTE.sha256)) == 32
-    assert {len(bytes.fromhex(sha1)) for sha1 in cifar.OFFICIAL_SHA1} == {20}
-    assert len(set(cifar.OFFICIAL_SHA1)) == len(BATCHES) == 6
-
-
 # --- where it is looked for
 
 
-def test_environment_variable_is_second_to_data_dir(
-    tmp_path: Path, records: dict[str, Records], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_variable_is_second_to_data_dir(tmp_path: Path, records: Batches, monkeypatch: Patch) -> None:
     one, other = (write_folder(tmp_path / name, records) for name in ("one", "other"))
-    monkeypatch.setenv("FASTRES_DATA", str(other))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FASTRES_DATA", "~/other")
     assert load_cifar10(one, say=Say().append).source == str(one)
     assert load_cifar10(say=Say().append).source == str(other)
     monkeypatch.setenv("FASTRES_DATA", str(tmp_path / "gone"))
@@ -269,31 +239,35 @@ def test_environment_variable_is_second_to_data_dir(
         load_cifar10(tmp_path / "nowhere")
 
 
-def test_a_folder_without_cifar_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_a_folder_without_cifar_or_with_a_part_of_it(tmp_path: Path, records: Batches) -> None:
     message = refusal(tmp_path, tmp_path)
     for name in ("cifar-10-batches-bin/data_batch_1.bin", "cifar-10-batches-py/data_batch_1", *cifar.ARCHIVES):
         assert name in message
-
-
-def test_a_folder_with_a_part_of_cifar_says_what_lacks(tmp_path: Path, records: dict[str, Records]) -> None:
     folder = write_folder(tmp_path / cifar.BINARY, records)
     (folder / "data_batch_3.bin").unlink()
     (folder / "test_batch.bin").unlink()
     assert f"{folder} lacks data_batch_3.bin, test_batch.bin" in refusal(tmp_path, tmp_path)
+    archive = write_tar(tmp_path / "cifar-10-binary.tar.gz", members(records))
+    assert load_cifar10(tmp_path, say=Say().append).source == str(archive)
 
 
-def test_a_path_that_cannot_be_looked_at(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="File name too long"):
-        load_cifar10(tmp_path / ("a" * 300))
+def test_paths_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    for path, complaint in ((tmp_path / ("a" * 300), "File name too long"), (Path("~nobody.here/x"), "home directory")):
+        with pytest.raises(InputError, match=rf"^--data-dir .* cannot be read: .*{complaint}"):
+            load_cifar10(path)
 
 
-def test_home_is_expanded(tmp_path: Path, records: dict[str, Records], monkeypatch: pytest.MonkeyPatch) -> None:
-    write_folder(tmp_path / "cifar", records)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert load_cifar10(Path("~/cifar"), say=Say().append).source == str(tmp_path / "cifar")
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and cannot be read")
+def test_files_that_cannot_be_read(tmp_path: Path, records: Batches) -> None:
+    folder = write_folder(tmp_path / cifar.BINARY, records)
+    (folder / "data_batch_1.bin").unlink()
+    for path in (folder / "data_batch_1.bin", tmp_path / "c.tar.gz"):
+        path.symlink_to("/proc/self/mem")
+    for path in (folder, tmp_path / "c.tar.gz"):
+        assert "cannot be read: Input/output error" in refusal(path, tmp_path)
 
 
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_folder(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cifar.default_cache_dir() == tmp_path / "fastres"
@@ -301,18 +275,34 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cifar.default_cache_dir() == Path("/home/someone/.cache/fastres")
     monkeypatch.setenv("FASTRES_CACHE", "~/elsewhere")
     assert cifar.default_cache_dir() == Path("/home/someone/elsewhere")
+    monkeypatch.setenv("FASTRES_CACHE", "~nobody.here/x")
+    with pytest.raises(MachineError, match="set FASTRES_CACHE"):
+        cifar.default_cache_dir()
 
 
-def test_what_is_fetched_is_read(binary_tar: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked = []
+def test_the_cache_comes_before_the_network(binary_tar: Path, monkeypatch: Patch, tmp_path: Path) -> None:
+    monkeypatch.undo()  # `offline`; nothing gets past this machine all the same
+    monkeypatch.setattr(cifar, "IMAGES_PER_BATCH", NUM)
+    monkeypatch.setenv("no_proxy", "*")
+    whole = binary_tar.read_bytes()
+    remote = download.Remote(f"http://127.0.0.1:1/{binary_tar.name}", len(whole), hashlib.sha256(whole).hexdigest())
+    monkeypatch.setattr(cifar, "REMOTE", remote)
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "empty"))
+    assert load_cifar10(cache_dir=tmp_path, say=Say().append).source == str(binary_tar)
+    with pytest.raises(MachineError) as caught:
+        load_cifar10(say=Say().append)
+    assert caught.value.exit_code == 3
+    message = str(caught.value)
+    for part in (str(tmp_path / "empty"), remote.url, "Connection refused", "--data-dir FOLDER", "--dataset synthetic"):
+        assert part in message
+    assert message.count("\n") == 1
 
-    def cached(*arguments: object, **_: object) -> Path:
-        asked.append(arguments)
-        return binary_tar
 
-    monkeypatch.setattr(download, "cached", cached)
-    assert load_cifar10(urls=["http://a/b"], cache_dir=tmp_path, say=Say().append).source == str(binary_tar)
-    assert asked == [(cifar.REMOTE, tmp_path, ["http://a/b"])]
+def test_mirrors_and_callbacks_are_passed_on(binary_tar: Path, monkeypatch: Patch, tmp_path: Path) -> None:
+    monkeypatch.setattr(download, "cached", cached := Mock(return_value=binary_tar))
+    progress, say = Mock(), Mock()
+    load_cifar10(urls=["http://a/b"], cache_dir=tmp_path, progress=progress, say=say)
+    cached.assert_called_once_with(cifar.REMOTE, tmp_path, ["http://a/b"], progress=progress, say=say)
 
 
 # --- bad batches
@@ -330,7 +320,7 @@ def test_what_is_fetched_is_read(binary_tar: Path, monkeypatch: pytest.MonkeyPat
 )
 @pytest.mark.parametrize("as_archive", [False, True], ids=["folder", "archive"])
 def test_bad_batch(
-    change: Callable[[bytes], bytes], complaint: str, as_archive: bool, tmp_path: Path, records: dict[str, Records]
+    change: Callable[[bytes], bytes], complaint: str, as_archive: bool, tmp_path: Path, records: Batches
 ) -> None:
     raw = change(records["data_batch_2"].tobytes())
     if as_archive:
@@ -342,9 +332,7 @@ def test_bad_batch(
     assert complaint in refusal(path, tmp_path)
 
 
-def test_oversized_files_are_not_read_whole(
-    tmp_path: Path, records: dict[str, Records], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oversized_files_are_not_read_whole(tmp_path: Path, records: Batches, monkeypatch: Patch) -> None:
     for python, name in ((False, "data_batch_1.bin"), (True, "data_batch_1")):
         folder = write_folder(tmp_path / name, records, python=python)
         os.truncate(folder / name, 1 << 40)  # a sparse file of a terabyte
@@ -360,34 +348,22 @@ def test_truncated_archive(binary_tar: Path, keep: float, tmp_path: Path) -> Non
     assert "is not a whole tar.gz of CIFAR-10" in refusal(binary_tar, tmp_path)
 
 
-def test_a_flipped_bit_anywhere_in_an_archive_is_seen_or_harmless(binary_tar: Path, tmp_path: Path) -> None:
-    """Gzip's header (a date, a name) has no checksum; where it is flipped, the images are still the same."""
-    whole, images = binary_tar.read_bytes(), load_cifar10(binary_tar, say=Say().append)
-    seen = 0
-    for place in [*range(60), *range(60, len(whole) - 4, len(whole) // 40), len(whole) - 6]:
+def test_a_flipped_bit_is_seen_or_changes_no_image(binary_tar: Path, tmp_path: Path) -> None:
+    """Gzip's header (time, system, name) has no checksum: a flip there may go unseen, and nowhere else."""
+    whole, records = binary_tar.read_bytes(), make_records()
+    header = whole.index(b"\0", 10) + 1  # ten bytes, then the file's name
+    unseen = set()
+    for place in [*range(60), *range(60, len(whole) - 8, len(whole) // 40), *range(len(whole) - 8, len(whole))]:
         binary_tar.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
         try:
-            assert load_cifar10(binary_tar, say=Say().append).digest == images.digest
+            images = load_cifar10(binary_tar, say=Say().append)
         except InputError:
-            seen += 1
-    assert seen >= 45
-
-
-def test_not_an_archive(tmp_path: Path) -> None:
-    path = tmp_path / "cifar-10-binary.tar.gz"
-    for content in (
-        b"<html>not found</html>",
-        gzip.compress(b""),
-        gzip.compress(b"x" * 5000),
-        gzip.compress(bytes(9999)),
-    ):
-        path.write_bytes(content)
-        refusal(tmp_path, tmp_path)
-
-
-def test_archive_that_lacks_a_batch(tmp_path: Path, records: dict[str, Records]) -> None:
-    entries = [entry for entry in members(records) if "data_batch_4" not in entry[0].name]
-    assert "lacks data_batch_4;" in refusal(write_tar(tmp_path / "c.tar.gz", entries), tmp_path)
+            continue
+        unseen.add(place)
+        assert np.array_equal(images.test_labels, records["test_batch"][:, 0])
+        assert images.digest == f"sha256:{hashlib.sha256(b''.join(r.tobytes() for r in records.values())).hexdigest()}"
+    assert max(unseen) < header
+    assert not unseen & {0, 1, 2}  # what makes it a gzip file
 
 
 def test_archive_with_a_tail_is_refused(binary_tar: Path, tmp_path: Path) -> None:
@@ -413,7 +389,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("where", ["first", "last"])
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_member(kind: str, where: str, tmp_path: Path, records: dict[str, Records]) -> None:
+def test_hostile_member(kind: str, where: str, tmp_path: Path, records: Batches) -> None:
     entries = members(records)
     entries.insert(0 if where == "first" else len(entries), HOSTILE[kind])
     message = refusal(write_tar(tmp_path / "c.tar.gz", entries, format=tarfile.GNU_FORMAT), tmp_path)
@@ -422,12 +398,12 @@ def test_hostile_member(kind: str, where: str, tmp_path: Path, records: dict[str
 
 
 @pytest.mark.parametrize("name", ["data_batch_1.bin", "elsewhere/data_batch_1.bin", "data_batch_1"])
-def test_a_batch_twice(name: str, tmp_path: Path, records: dict[str, Records]) -> None:
+def test_a_batch_twice(name: str, tmp_path: Path, records: Batches) -> None:
     entries = [*members(records), member(name, records["data_batch_2"].tobytes())]
     assert "holds data_batch_1 twice" in refusal(write_tar(tmp_path / "c.tar.gz", entries), tmp_path)
 
 
-def test_bombs_stop_early(tmp_path: Path, records: dict[str, Records]) -> None:
+def test_bombs_stop_early(tmp_path: Path, records: Batches) -> None:
     """Small archives that ask for 256 MB as a batch, as a file beside them, as a header, or for a million members."""
     large = bytes(1 << 28)
     header = tarfile.TarInfo("././@LongLink")
@@ -440,12 +416,8 @@ def test_bombs_stop_early(tmp_path: Path, records: dict[str, Records]) -> None:
     }
     for complaint, entries in bombs.items():
         path = write_tar(tmp_path / "bomb.tar.gz", entries)
-        tracemalloc.start()
-        try:
+        with memory_below(1 << 24):
             assert complaint in refusal(path, tmp_path)
-            assert tracemalloc.get_traced_memory()[1] < 1 << 24
-        finally:
-            tracemalloc.stop()
 
 
 def test_a_chain_of_headers(tmp_path: Path) -> None:
@@ -460,31 +432,16 @@ def test_a_chain_of_headers(tmp_path: Path) -> None:
 # --- pickled batches
 
 
-def as_pickle(batch: Records, tmp_path: Path, content: bytes) -> str:
-    folder = write_folder(tmp_path / cifar.PYTHON, make_records(), python=True)
-    (folder / "data_batch_1").write_bytes(content)
-    return refusal(folder, tmp_path)
-
-
-@pytest.mark.parametrize("protocol", [3, 4])
-@pytest.mark.parametrize("fortran", [False, True])
-@pytest.mark.parametrize("key", [str, str.encode])
-def test_pickles_of_python_3(protocol: int, fortran: bool, key: Callable[[str], object]) -> None:
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_pickles_of_python_2_and_3(protocol: int, order: Literal["C", "F"]) -> None:
     batch = make_records()["data_batch_1"]
-    pixels = np.array(batch[:, 1:], order="F" if fortran else "C")
-    fields = {"labels": batch[:, 0].tolist(), "data": pixels, "filenames": ["a.png"] * NUM}
-    content = pickle.dumps({key(name): value for name, value in fields.items()}, protocol)
-    assert cifar_pickle.to_binary_layout(content, NUM) == batch.tobytes()
-
-
-@pytest.mark.parametrize("fortran", [False, True])
-def test_pickles_of_python_2(fortran: bool) -> None:
-    batch = make_records()["data_batch_1"]
-    content = pickle_like_python2(batch, fortran=fortran)
+    content = pickled(batch, protocol=protocol, order=order)
     assert cifar_pickle.to_binary_layout(content, NUM) == batch.tobytes()
     honest = pickle.loads(content, encoding="bytes")  # and it is a pickle as numpy reads it
-    assert np.array_equal(honest[b"data"], batch[:, 1:])
-    assert honest[b"labels"] == batch[:, 0].tolist()
+    key = bytes if protocol == 2 else str
+    assert {type(name) for name in honest} == {key}
+    assert np.array_equal(honest[b"data" if protocol == 2 else "data"], batch[:, 1:])
 
 
 class Runs:
@@ -498,20 +455,17 @@ class Runs:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_that_runs_code_does_not(protocol: int, tmp_path: Path) -> None:
+def test_a_pickle_that_runs_code_does_not(protocol: int, tmp_path: Path, records: Batches) -> None:
     marker = tmp_path / "marker"
     content = pickle.dumps({"data": Runs(marker), "labels": []}, protocol)
-    assert "is not a pickled CIFAR-10 batch" in as_pickle(make_records()["data_batch_1"], tmp_path, content)
+    folder = write_folder(tmp_path / cifar.PYTHON, records, python=True)
+    (folder / "data_batch_5").write_bytes(content)
+    entries = [member("data_batch_5", content), *members(records, python=True)]
+    for path in (folder, write_tar(tmp_path / "c.tar.gz", entries)):
+        assert "data_batch_5 is not a pickled CIFAR-10 batch: it " in refusal(path, tmp_path)
     assert not marker.exists()
     pickle.loads(content)
     assert marker.exists()  # it would have
-
-
-def test_a_pickle_in_an_archive_that_runs_code_does_not(tmp_path: Path, records: dict[str, Records]) -> None:
-    hostile = pickle.dumps(Runs(tmp_path / "marker"), 2)
-    path = write_tar(tmp_path / "c.tar.gz", [member("x/data_batch_1", hostile), *members(records, python=True)])
-    assert "which no CIFAR-10 batch does" in refusal(path, tmp_path)
-    assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize(
@@ -546,13 +500,8 @@ BOMBS = {
 
 @pytest.mark.parametrize("kind", BOMBS)
 def test_pickles_that_ask_for_memory(kind: str) -> None:
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError, match=r"."):
-            cifar_pickle.to_binary_layout(BOMBS[kind], NUM)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 25
-    finally:
-        tracemalloc.stop()
+    with memory_below(1 << 25), pytest.raises(ValueError, match=r"."):
+        cifar_pickle.to_binary_layout(BOMBS[kind], NUM)
 
 
 @pytest.mark.parametrize("name", [RECONSTRUCT, DTYPE, b"cnumpy\nndarray\n"])
@@ -568,14 +517,11 @@ def test_a_pickle_cannot_change_the_stand_ins(name: bytes) -> None:
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"labels": [0] * 9 + [10]}, "has label 10 at image 9"),
         ({"labels": [0] * 9 + [256]}, "a label that is not from 0 to 9"),
         ({"labels": [0] * 9 + [-1]}, "a label that is not from 0 to 9"),
         ({"labels": [0] * 9}, "not a list of 10 integers"),
         ({"labels": [0] * 9 + ["1"]}, "not a list of 10 integers"),
-        ({"labels": [0] * 9 + [True]}, "not a list of 10 integers"),
         ({"labels": bytes(10)}, "not a list of 10 integers"),
-        ({"labels": None}, "not a list of 10 integers"),
         ({"data": np.zeros((9, 3072), np.uint8)}, "not a 10 x 3,072 array of uint8"),
         ({"data": np.zeros((3072, 10), np.uint8)}, "not a 10 x 3,072 array"),
         ({"data": np.zeros((10, 3072), np.int8)}, "not uint8"),
@@ -583,14 +529,10 @@ def test_a_pickle_cannot_change_the_stand_ins(name: bytes) -> None:
         ({"data": bytes(30720)}, "not a 10 x 3,072 array"),
     ],
 )
-def test_pickles_of_something_else(fields: dict[str, object], complaint: str, tmp_path: Path) -> None:
+def test_pickles_of_something_else(fields: dict[str, object], complaint: str) -> None:
     batch: dict[str, object] = {"data": np.zeros((10, 3072), np.uint8), "labels": [0] * 10}
-    assert complaint in as_pickle(make_records()["data_batch_1"], tmp_path, pickle.dumps(batch | fields, 4))
-
-
-@pytest.mark.parametrize("content", [b"", b".", b"\x80\x02].", b"\x80\x02N.", b"not a pickle\n", b"\x80\x02}."])
-def test_not_a_pickled_batch(content: bytes, tmp_path: Path) -> None:
-    assert "is not a pickled CIFAR-10 batch" in as_pickle(make_records()["data_batch_1"], tmp_path, content)
+    with pytest.raises(ValueError, match=complaint):
+        cifar_pickle.to_binary_layout(pickle.dumps(batch | fields, 4), NUM)
 
 
 # --- rubbish: nothing but the documented error comes out
@@ -603,13 +545,15 @@ PICKLE_CODES = st.sampled_from([bytes([code]) for code in b"}]()tabesuUTKMJqrhcR
 
 @FUZZ
 @given(st.one_of(st.binary(max_size=400), st.lists(st.one_of(PICKLE_CODES, st.binary(max_size=3))).map(b"".join)))
+@example(b"].")
+@example(b"}.")
 def test_rubbish_is_no_pickle(content: bytes) -> None:
     for start in (b"", b"\x80\x02"):
         with pytest.raises(ValueError, match=r"."):
             cifar_pickle.to_binary_layout(start + content, NUM)
 
 
-HONEST = pickle_like_python2(make_records(1)["data_batch_1"])
+HONEST = pickled(make_records(1)["data_batch_1"])
 HEAD = HONEST.index(b"T" + struct.pack("<i", 3072))
 
 
@@ -646,81 +590,49 @@ def test_a_changed_archive_is_read_or_refused(tmp_path: Path, data: st.DataObjec
 
 @FUZZ
 @given(content=st.binary(max_size=2000))
+@example(content=b"")
+@example(content=b"<html>not found</html>")
+@example(content=bytes(9999))
 def test_rubbish_is_no_archive(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "c.tar.gz"
+    path = tmp_path / "cifar-10-binary.tar.gz"
     for whole in (content, gzip.compress(content, 1), b"\x1f\x8b\x08\x00" + content):
         path.write_bytes(whole)
-        refusal(path, tmp_path)
+        refusal(tmp_path, tmp_path)
 
 
 # --- full size
 
 
 @pytest.fixture
-def full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def full_size(monkeypatch: Patch) -> None:
     monkeypatch.setattr(cifar, "IMAGES_PER_BATCH", FULL)
 
 
-def test_full_size_folder_in_a_second_and_in_little_memory(full_size: None, tmp_path: Path) -> None:
-    folder = tmp_path / cifar.BINARY
-    folder.mkdir()
+def test_full_size_folder_in_little_memory(full_size: None, tmp_path: Path) -> None:
+    (tmp_path / cifar.BINARY).mkdir()
     for k, name in enumerate(BATCHES):
-        with (folder / f"{name}.bin").open("wb") as file:
-            file.write(bytes([k]))
-            file.truncate(30_730_000 - 1)
-            file.seek(0, os.SEEK_END)
-            file.write(bytes([100 + k]))
-    tracemalloc.start()
-    try:
-        start = time.process_time()
+        path = tmp_path / cifar.BINARY / f"{name}.bin"
+        path.write_bytes(bytes([k]))
+        os.truncate(path, 30_730_000)
+    with memory_below(1.4 * 60_000 * 3073):  # the images, a batch, and one that is on its way
         images = load_cifar10(tmp_path, say=Say().append)
-        taken = time.process_time() - start
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
     assert images.train_images.shape == (50_000, 32, 32, 3)
     assert images.test_images.shape == (10_000, 32, 32, 3)
     assert images.train_labels[::10_000].tolist() == [0, 1, 2, 3, 4]
-    assert images.train_images[9_999::10_000, 31, 31].tolist() == [[0, 0, 100 + k] for k in range(5)]
     assert images.test_labels[0] == 5
-    assert images.test_images[-1, 31, 31, 2] == 105
-    assert peak < 1.4 * 60_000 * 3073
-    assert taken < 5  # 0.5 s where nothing else runs
 
 
-def test_full_size_pickles_pass_the_fences(full_size: None) -> None:
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_full_size_pickles_pass_the_fences(full_size: None, protocol: int) -> None:
     batch = np.zeros((FULL, 3073), np.uint8)
     batch[:, 0] = np.arange(FULL) % 10
     batch[:, 1:] = np.arange(FULL)[:, None] % 256
-    content = pickle_like_python2(batch)
+    content = pickled(batch, protocol=protocol)
     assert len(content) < cifar.MAX_PICKLE_BYTES
     assert cifar._unpickled(content, Path("data_batch_1")) == batch.tobytes()
-    names = [f"leptodactylus_pentadactylus_s_{k:06}.png" for k in range(FULL)]
-    fields = {"labels": batch[:, 0].tolist(), "data": batch[:, 1:], "filenames": names}
-    for protocol in (3, 4):
-        assert cifar_pickle.to_binary_layout(pickle.dumps(fields, protocol), FULL) == batch.tobytes()
 
 
 def test_full_size_archive(full_size: None, tmp_path: Path) -> None:
     zeros = {name: np.zeros((FULL, 3073), np.uint8) for name in BATCHES}
     images = load_cifar10(write_tar(tmp_path / "c.tar.gz", members(zeros)), say=Say().append)
     assert images.digest == f"sha256:{hashlib.sha256(bytes(60_000 * 3073)).hexdigest()}"
-
-
-# --- fetched
-
-
-def test_without_data_and_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    nowhere = download.Remote(f"http://127.0.0.1:1/{cifar.ARCHIVES[0]}", 10, "0" * 64)
-    monkeypatch.setattr(cifar, "REMOTE", nowhere)
-    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
-    monkeypatch.setenv("no_proxy", "*")
-    said: Say = []
-    with pytest.raises(MachineError) as caught:
-        load_cifar10(say=said.append)
-    assert caught.value.exit_code == 3
-    message = str(caught.value)
-    for part in (str(tmp_path), nowhere.url, "Connection refused", "--data-dir FOLDER", "--dataset synthetic"):
-        assert part in message
-    assert message.count("\n") == 1

@@ -1,8 +1,12 @@
 """The loaders execute one plan: resident and DALI are equal to a slow, obvious reference and to each other."""
 
-import threading
+import gc
+import importlib.util
+import multiprocessing
+import pickle
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastres.data import dali, deviceplan
+from fastres.data import dali, deviceplan, table, torchvision
 from fastres.data.dali import DaliLoader, dali_available
 from fastres.data.deviceplan import DevicePlan
 from fastres.data.imageset import ImageSet
@@ -142,7 +146,70 @@ def test_any_step_may_be_asked_for(images: ImageSet, references: list[Tensor], k
     loader.close()
 
 
-@pytest.mark.parametrize("kind", [TableLoader, ResidentLoader, pytest.param(DaliLoader, marks=needs_dali)])
+@needs_dali
+def test_dali_makes_many_steps_in_a_run_and_works_ahead(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    take_run = DaliLoader._take
+
+    def counted(self: DaliLoader) -> Tensor:
+        taken.append(self._asked[0])
+        return take_run(self)
+
+    monkeypatch.setattr(DaliLoader, "_take", counted)
+    loader = make(DaliLoader, images, steps_per_run=3)
+    for step in range(9):
+        take(loader, step)
+        assert taken == list(range(step // 3 + 3))  # its own and the two after it
+        assert loader._asked == [step // 3 + 3]  # under way meanwhile
+    loader.close()
+    for frames, steps in ((BATCH * 4, 4), (BATCH - 1, 1)):
+        monkeypatch.setattr(dali, "FRAMES_PER_RUN", frames)
+        loader = make(DaliLoader, images)
+        assert loader.steps_per_run == steps
+        loader.close()
+
+
+@needs_dali
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc: threads cannot be counted")
+def test_dali_ends_its_threads(images: ImageSet) -> None:
+    def threads() -> int:
+        return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+    gc.collect()  # pipelines of tests before
+    first = make(DaliLoader, images)  # some of DALI's threads are the library's, and stay
+    take(first, 0)
+    first.close()
+    before = threads()
+    loader = make(DaliLoader, images, num_threads=4)
+    take(loader, 0)
+    assert threads() > before
+    loader.close()
+    assert threads() <= before
+
+
+@pytest.mark.parametrize(("kind", "how"), EXACT)
+def test_a_batch_is_not_overwritten_by_later_ones(
+    images: ImageSet, references: list[Tensor], kind: type, how: dict[str, Any]
+) -> None:
+    loader = make(kind, images, **how)
+    kept = [take(loader, step)[0] for step in range(STEPS)]
+    assert all(torch.equal(batch, expected) for batch, expected in zip(kept, references, strict=True))
+    loader.close()
+
+
+@pytest.mark.parametrize("chunk", [16, 25, 49])
+def test_the_table_is_filled_piece_by_piece(
+    images: ImageSet, references: list[Tensor], monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(table, "CHUNK", chunk)
+    loader = make(TableLoader, images)
+    assert all(torch.equal(take(loader, step)[0], references[step]) for step in range(4))
+
+
+@forks
+@pytest.mark.parametrize(
+    "kind", [TableLoader, ResidentLoader, pytest.param(DaliLoader, marks=needs_dali), TorchvisionLoader]
+)
 def test_layout_mean_and_augmentation_are_as_asked(images: ImageSet, kind: type) -> None:
     mean = np.full((32, 32, 3), 100, np.float32)
     loader = make(kind, images, augment=False, channels_last=False, mean=mean)
@@ -165,6 +232,19 @@ def test_two_pipelines_do_not_share_anything(images: ImageSet) -> None:
     other.close()
 
 
+def test_dali_is_looked_for_without_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_nothing(name: str) -> None:
+        return None
+
+    def find_no_namespace(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name.partition('.')[0]!r}")
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_nothing)
+    assert not dali_available()
+    monkeypatch.setattr(importlib.util, "find_spec", find_no_namespace)  # not even another of NVIDIA's packages
+    assert not dali_available()
+
+
 def test_dali_that_is_not_there_says_what_to_do(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali, "dali_available", lambda: False)
     with pytest.raises(MachineError, match=r"pip install nvidia-dali-cuda120, or use --loader resident"):
@@ -182,6 +262,16 @@ def test_evaluation_is_one_plain_view_of_each_image(images: ImageSet, batch_size
     assert torch.equal(torch.cat(seen), expected.to(torch.bfloat16))
     assert torch.cat(labels).tolist() == images.test_labels.tolist()
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_evaluation_in_the_other_layout(images: ImageSet) -> None:
+    mean, shown, labels = images.mean_image(), images.test_images, images.test_labels
+    how: dict[str, Any] = {"batch_size": 4, "device": CPU, "dtype": torch.float32}
+    batches = evaluation_batches(shown, labels, mean, channels_last=False, **how)
+    for (batch, _), start in zip(batches, (0, 4), strict=True):
+        expected = (shown[start : start + 4].astype(np.float32) - mean) / 64
+        assert batch.is_contiguous()
+        assert torch.equal(batch, torch.from_numpy(expected).permute(0, 3, 1, 2))
 
 
 # --- torchvision: the same order and pixels, its own dice
@@ -225,6 +315,9 @@ def test_torchvision_gives_each_image_once_an_epoch_in_a_true_crop(
             crops = crops_of(images.train_images[index], mean)
             dice.add(crops[pixels.permute(1, 2, 0).contiguous().numpy().tobytes()])
     assert len(dice) > 60  # of 112 draws from 162
+    dy, dx, flip = zip(*dice, strict=True)
+    assert set(dy) == set(dx) == set(range(9))
+    assert 0.3 < np.mean(flip) < 0.7
 
 
 @forks
@@ -250,12 +343,53 @@ def test_torchvision_resumes_and_counts_no_workers(
 
 @forks
 def test_torchvision_leaves_this_process_alone(torchvision_loader: Callable[..., TorchvisionLoader]) -> None:
-    state, threads = torch.get_rng_state(), threading.active_count()
+    state, before = torch.get_rng_state(), len(multiprocessing.active_children())
     loader = torchvision_loader(dtype=torch.bfloat16, augment=False)
     assert take(loader, 0)[0].dtype == torch.bfloat16
+    assert len(multiprocessing.active_children()) == before + 2
+    loader.close()
     loader.close()
     assert torch.equal(torch.get_rng_state(), state)
-    assert threading.active_count() <= threads
+    assert len(multiprocessing.active_children()) == before
+
+
+@pytest.mark.parametrize("num_workers", [-1, 0])
+def test_torchvision_has_workers(images: ImageSet, num_workers: int) -> None:
+    with pytest.raises(ValueError, match=f"num_workers is {num_workers}; it must be at least 1"):
+        make(TorchvisionLoader, images, num_workers=num_workers)
+
+
+def test_torchvision_can_send_its_images_to_workers_that_are_no_forks(images: ImageSet) -> None:
+    """As on macOS and from Python 3.14 on: by pickle. Such workers take seconds to start, so none is started here."""
+    with torch.random.fork_rng(devices=[]):
+        dataset = make(TorchvisionLoader, images)._dataset
+        there = pickle.loads(pickle.dumps(dataset))
+        for key in ((0, 3), (1, 3), (10**12, 49)):
+            (image, label), (expected, expected_label) = there[key], dataset[key]
+            assert torch.equal(image, expected)
+            assert label == expected_label
+
+
+@needs_dali
+@forks
+@pytest.mark.timeout(60)
+def test_torchvision_workers_outlive_a_forgotten_pipeline(
+    images: ImageSet, torchvision_loader: Callable[..., TorchvisionLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that collected it would wait for ever for DALI's threads, which a fork does not have."""
+    get = torchvision._Images.__getitem__
+
+    def collecting(self: torchvision._Images, key: tuple[int, int]) -> tuple[Tensor, int]:
+        if key[0] % BATCH == 0:
+            gc.collect()
+        return get(self, key)
+
+    monkeypatch.setattr(torchvision._Images, "__getitem__", collecting)
+    forgotten = make(DaliLoader, images)
+    take(forgotten, 0)
+    forgotten.itself = forgotten  # garbage that only the collector finds, as after an exception
+    del forgotten
+    assert len(take(torchvision_loader(), 0)[1]) == BATCH
 
 
 # --- steps that are prepared before they are launched, as a graph of several steps has it

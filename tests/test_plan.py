@@ -9,7 +9,7 @@ from fastres.data.plan import NUM_OFFSETS, EpochPlan, Samples
 FIELDS = ("index", "dy", "dx", "flip")
 # Chi-squared tests at the 1 in 10,000 level: with fixed seeds they pass or fail for good, and a fair plan had one
 # chance in ten thousand to be unlucky. Critical values of chi-squared by degrees of freedom.
-CRITICAL = {1: 15.1, 8: 31.8, 80: 135.8, 99: 160.1, 161: 236.4}
+CRITICAL = {1: 15.1, 8: 31.8, 17: 47.6, 80: 135.8, 99: 160.1, 161: 236.4}
 
 GOLDEN = (
     [35778, 40468, 27115, 31892, 2790, 22180, 18958, 32829],
@@ -64,6 +64,23 @@ def test_a_late_step_makes_only_its_own_epochs(monkeypatch: pytest.MonkeyPatch) 
     assert made == [8191, 8192]
 
 
+def test_two_epochs_are_kept_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader that works ahead goes to and fro over an epoch's edge; a long run must not gather epochs."""
+    made: list[int] = []
+    make = EpochPlan._make
+
+    def counted(self: EpochPlan, epoch: int) -> Samples:
+        made.append(epoch)
+        return make(self, epoch)
+
+    monkeypatch.setattr(EpochPlan, "_make", counted)
+    plan = EpochPlan(0, 100)
+    for start in (50, 150, 60, 160, 70, 210, 170, 220, 180, 310):
+        plan.at(start, 10)
+        assert len(plan._epochs) <= 2
+    assert made == [0, 1, 2, 3]
+
+
 def test_seeds_and_epochs_differ() -> None:
     a, b = EpochPlan(0, 1000), EpochPlan(1, 1000)
     stretches = [a.epoch(0), a.epoch(1), b.epoch(0), EpochPlan(2**62, 1000).epoch(0)]
@@ -98,6 +115,22 @@ def test_order_is_uniform_and_independent_of_what_follows() -> None:
     first, second = np.empty(50_000, int), np.empty(50_000, int)
     first[samples.index], second[same_image.index] = samples.dx, same_image.dx
     assert chi_squared(np.bincount(first * 9 + second, minlength=81)) < CRITICAL[80]
+
+
+def test_order_has_no_runs_and_says_nothing_of_the_dice() -> None:
+    """Half of all neighbours ascend (variance (n + 1) / 12) at the 1 in 10,000 level, 3.9 sigma.
+
+    And neither which image stands at a position nor where an image stands goes with its crop or flip.
+    """
+    num = 50_000
+    samples = EpochPlan(12, num).epoch(3)
+    ascents = int((np.diff(samples.index) > 0).sum())
+    assert abs(ascents - (num - 1) / 2) < 3.9 * ((num + 1) / 12) ** 0.5
+    for order in (samples.index, np.argsort(samples.index)):
+        ninth = order.astype(np.int64) * 9 // num
+        for dice in (samples.dy, samples.dx):
+            assert chi_squared(np.bincount(ninth * 9 + dice, minlength=81)) < CRITICAL[80]
+        assert chi_squared(np.bincount(ninth * 2 + samples.flip, minlength=18)) < CRITICAL[17]
 
 
 def test_without_augmentation_order_alone_is_random() -> None:

@@ -59,8 +59,8 @@ def load_cifar10(
     """CIFAR-10 from `data_dir`, else `$FASTRES_DATA`, else the cache, else the network.
 
     What is fetched must be the official archive. What the user points to must have its structure (sizes, labels 0 to 9,
-    50,000 + 10,000 images); other contents are allowed and said. The digest of the result is the SHA-256 over the six
-    batches in binary layout, data_batch_1 to 5 and test_batch, whatever layout they came in.
+    50,000 + 10,000 images); other contents are allowed and said. The digest of the result is the SHA-256 over the
+    batches that are read, in binary layout, data_batch_1 to 5 and test_batch, whatever layout they came in.
 
     Args:
         train: False reads the test batch alone; the rest need not be there, and the set has no training images.

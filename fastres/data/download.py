@@ -108,7 +108,7 @@ def cached(
 def _check_url(url: str) -> None:
     try:
         parts = urllib.parse.urlsplit(url)
-        fetchable = parts.scheme in ("http", "https") and bool(parts.hostname)
+        fetchable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0  # no port: None
     except ValueError:
         fetchable = False
     if not fetchable:
@@ -168,7 +168,7 @@ def _fetch(addresses: Sequence[str], remote: Remote, part: Path, progress: Progr
         try:
             return _fetch_from(url, remote, part, progress, say)
         except _Refused as error:
-            failures.append(f"{url} ({error})")
+            failures.append(f"{url} ({_printable(str(error))})")
             say(f"could not fetch CIFAR-10 from {failures[-1]}")
     raise MachineError(
         f"no CIFAR-10: no --data-dir or FASTRES_DATA given, none in {part.parent}, none from {'; '.join(failures)}\n"
@@ -232,10 +232,9 @@ def _receive(url: str, remote: Remote, part: Path, progress: Progress | None) ->
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             part.unlink(missing_ok=True)
             raise _Cut("it sent another part than was asked for")
-        length = response.headers.get("Content-Length", "")
-        if length.isdecimal() and have + int(length) != remote.num_bytes:
+        if response.length is not None and have + response.length != remote.num_bytes:  # None: it does not say
             part.unlink(missing_ok=True)
-            raise _Refused(f"it offers {have + int(length):,} bytes, the official file has {remote.num_bytes:,}")
+            raise _Refused(f"it offers {have + response.length:,} bytes, the official file has {remote.num_bytes:,}")
         _copy(response, part, have, remote.num_bytes, progress)
 
 
@@ -278,6 +277,11 @@ def _opener() -> urllib.request.OpenerDirector:
     ):
         opener.add_handler(handler)
     return opener
+
+
+def _printable(text: str) -> str:
+    """One short line: a part of `text` comes from the server, and may hold line ends and terminal codes."""
+    return "".join(char if char.isprintable() else " " for char in text)[:160]
 
 
 def _reason(error: Exception) -> str:

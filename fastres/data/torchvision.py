@@ -1,5 +1,6 @@
 """Batches as most people make them today, by torchvision's transforms in worker processes; for comparison."""
 
+import gc
 from collections.abc import Iterator
 
 import numpy as np
@@ -31,7 +32,7 @@ class TorchvisionLoader:
         batch_size: Images a step.
         device, dtype: Of the batches.
         channels_last: Memory format of the batches.
-        num_workers: Processes, at least 1.
+        num_workers: Processes, at least 1: each seeds its global generator, which in this process is the user's.
     """
 
     name = "torchvision"
@@ -48,6 +49,8 @@ class TorchvisionLoader:
         channels_last: bool = True,
         num_workers: int = NUM_WORKERS,
     ) -> None:
+        if num_workers < 1:
+            raise ValueError(f"num_workers is {num_workers}; it must be at least 1")
         self.plan, self.batch_size, self.device, self.channels_last = plan, batch_size, device, channels_last
         self.num_workers = num_workers
         self._dataset = _Images(images, images.mean_image() if mean is None else mean, plan)
@@ -80,6 +83,9 @@ class TorchvisionLoader:
         self._batches, self._next = None, -1  # the last reference: the iterator ends its workers
 
     def _start(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # Workers are forks of this process, where that is the platform's way. Were a forgotten DALI pipeline among the
+        # garbage that they inherit, collecting it there would wait for DALI's threads, which a fork does not have.
+        gc.collect()
         pinned = self.device.type == "cuda"
         order = _Order(self.plan, self.batch_size, step)
         return iter(
