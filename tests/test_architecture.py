@@ -27,6 +27,7 @@ LAYERS = (
     ("rundir",),
     ("console", "curves"),
     ("step", "steptimer", "guards"),
+    ("roofline",),
     ("build", "weights"),
     ("runstate", "result"),
     ("loop", "bench", "evaluate"),

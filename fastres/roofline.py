@@ -1,0 +1,96 @@
+"""How fast a step could be: what must be computed and moved, what this machine can do, and the floor that follows.
+
+Work is counted from the network's shapes, ceilings are measured on the machine in the same run. The floor assumes that
+arithmetic, memory and kernel launches overlap perfectly: the slowest of them is the least time a step can take.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from fastres.models.cifar import CifarNet, num_parameters
+from fastres.runtime import synchronize
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one training step must do, whatever the implementation."""
+
+    multiply_adds: int  # forward and backward
+    bytes_moved: int
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine does at best, measured."""
+
+    multiply_adds_per_second: float  # of a large matrix product in the training precision
+    bytes_per_second: float  # of a large copy, read and written
+
+    def floor(self, work: Work) -> float:
+        """Seconds below which a step cannot go: arithmetic's or memory's (the roofline of Williams et al. 2009)."""
+        return max(work.multiply_adds / self.multiply_adds_per_second, work.bytes_moved / self.bytes_per_second)
+
+
+def work_of(net: CifarNet, batch_size: int, bytes_each: int) -> Work:
+    """Count a training step from the shapes of the network's layers.
+
+    Multiply-adds: a convolution has `out_pixels * out_channels * in_channels * 9` an image forward, the fc layer
+    `in * out`; the backward has twice that (gradients of input and weight), but for the first layer, whose input needs
+    no gradient. Normalisation, ReLU and additions are not counted: they are memory's.
+
+    Bytes, the least with every layer's output in memory once: forward writes each convolution's output, and reads it
+    where the next begins; backward reads it once more (for the weight's gradient) and writes and reads its gradient:
+    five passes over each output. The images are read twice. Weights, momentum and gradients in fp32: forward and
+    backward read the weights, backward writes the gradients, the update reads all three and writes two: eight passes.
+
+    Args:
+        net: Its layers' shapes are looked at; nothing is run.
+        batch_size: Images a step.
+        bytes_each: Of an activation: 2 in bf16 and fp16, 4 in fp32.
+    """
+    forward = backward = outputs = 0
+    side = 32
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            if layer.kernel_size == (3, 3):
+                side //= layer.stride[0]
+            pixels = side * side
+            count = pixels * layer.out_channels * layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
+            forward += count
+            backward += count if name == "conv1" else 2 * count
+            outputs += pixels * layer.out_channels
+        elif isinstance(layer, nn.Linear):
+            forward += layer.in_features * layer.out_features
+            backward += 2 * layer.in_features * layer.out_features
+    images = 3 * 32 * 32
+    moved = batch_size * bytes_each * (5 * outputs + 2 * images) + 8 * 4 * num_parameters(net)
+    return Work(batch_size * (forward + backward), moved)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Time a large matrix product and a large copy on this machine; takes a second or two."""
+    gpu = device.type == "cuda"
+    side, numbers = (8192, 1 << 28) if gpu else (2048, 1 << 26)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = side**3 / _best(lambda: torch.mm(a, b), device)
+    source = torch.zeros(numbers, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
+    return Ceilings(product, copied)
+
+
+def _best(function: Callable[[], Tensor], device: torch.device, *, rounds: int = 7) -> float:
+    """The median of the faster half of the rounds, in seconds: ceilings are what the machine can, not what it did."""
+    seconds = []
+    for _ in range(rounds + 2):
+        synchronize(device)
+        start = perf_counter()
+        function()
+        synchronize(device)
+        seconds.append(perf_counter() - start)
+    return median(sorted(seconds[2:])[: rounds // 2 + 1])

@@ -1,0 +1,156 @@
+"""bench.py and roofline.py: what is timed is the training step, what is counted is right, verdicts are seldom wrong."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastres import bench
+from fastres.bench import Bench, Cell, compare, matrix, measure
+from fastres.data.synthetic import make_synthetic
+from fastres.models.cifar import CifarNet
+from fastres.roofline import Ceilings, Work, measure_ceilings, work_of
+from fastres.step import Replica
+from tests.runs import tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- roofline
+
+
+def test_work_of_resnet20_counted_by_hand() -> None:
+    """Section 4.2's ResNet-20: 3->16 at 32x32, then 6, 1+5 and 1+5 convolutions at 32x32, 16x16 and 8x8."""
+    stem, fc = 1024 * 16 * 3 * 9, 640
+    rest = 6 * 1024 * 16 * 16 * 9
+    rest += 256 * 32 * 16 * 9 + 5 * 256 * 32 * 32 * 9
+    rest += 64 * 64 * 32 * 9 + 5 * 64 * 64 * 64 * 9
+    outputs = 7 * 1024 * 16 + 6 * 256 * 32 + 6 * 64 * 64
+    work = work_of(CifarNet(20), 128, 2)
+    assert round((stem + rest + fc) / 1e6, 1) == 40.6
+    assert work.multiply_adds == 128 * (2 * stem + 3 * rest + 3 * fc)
+    assert work.bytes_moved == 128 * 2 * (5 * outputs + 2 * 3072) + 32 * 269_722
+
+
+@pytest.mark.parametrize("depth", [20, 110])
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_work_is_what_torch_counts(depth: int, shortcut: str) -> None:
+    with torch.device("meta"):
+        net = CifarNet(depth, shortcut="A" if shortcut == "A" else "B")
+        images = torch.zeros(2, 3, 32, 32)
+        with FlopCounterMode(display=False) as counter:
+            net(images).sum().backward()
+    assert 2 * work_of(net, 2, 4).multiply_adds == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_floor_is_the_slower_of_arithmetic_and_memory() -> None:
+    ceilings = Ceilings(multiply_adds_per_second=100.0, bytes_per_second=10.0)
+    assert ceilings.floor(Work(200, 10)) == 2
+    assert ceilings.floor(Work(200, 50)) == 5
+
+
+def test_ceilings_are_measured() -> None:
+    found = measure_ceilings(CPU, torch.float32)
+    assert 1e9 < found.multiply_adds_per_second < 1e14
+    assert 1e8 < found.bytes_per_second < 1e14
+
+
+# --- timing
+
+
+def cell(path: Path, label: str = "tiny", *, frozen: bool = False) -> Cell:
+    return Cell(label, tiny(path, recipe={"steps": 24}), frozen=frozen)
+
+
+def test_what_is_timed_is_the_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    step = Replica.step
+
+    def counted(self: Replica) -> None:
+        taken.append(int(self.counter))
+        step(self)
+
+    monkeypatch.setattr(Replica, "step", counted)
+    one = Bench(cell(tmp_path), make_synthetic(), num_steps=100)
+    assert one.run(7) > 0
+    parts = one.parts(5)
+    assert taken == list(range(12))
+    assert set(parts) == {"load", "forward", "backward", "update"}
+    assert min(parts.values()) > 0
+    assert one.run(3) > 0  # the stopwatches are gone
+    assert "forward" not in vars(one.replica)
+    one.close()
+
+
+def test_parts_make_up_the_step(tmp_path: Path) -> None:
+    one = Bench(cell(tmp_path), make_synthetic(), num_steps=200)
+    one.run(5)
+    whole = min(one.run(10) for _ in range(3))
+    assert 0.5 * whole < sum(one.parts(10).values()) < 2 * whole
+    one.close()
+
+
+def test_cells_take_turns_and_the_report_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    run = Bench.run
+
+    def noted(self: Bench, num_steps: int) -> float:
+        order.append(self.cell.label)
+        return run(self, num_steps)
+
+    monkeypatch.setattr(Bench, "run", noted)
+    cells = [cell(tmp_path, "a"), cell(tmp_path, "b", frozen=True)]
+    timings, report = measure(cells, rounds=3, chunk_seconds=0.01, say=lambda _: None)
+    assert "".join(order[4:]) == "abbaab"
+    assert json.loads(json.dumps(report)) == report
+    assert report["schema"] == bench.SCHEMA
+    assert [c["label"] for c in report["cells"]] == ["a", "b"]
+    for timing, found in zip(timings, report["cells"], strict=True):
+        assert found["step_seconds"]["n"] == len(timing.seconds) == 3
+        assert found["images_per_second"] == timing.images_per_second > 0
+        assert found["over_floor"] > 1  # nothing is faster than the machine
+        assert found["step_seconds"]["p5"] <= found["step_seconds"]["median"] <= found["step_seconds"]["p95"]
+
+
+def test_matrix_is_all_combinations(tmp_path: Path) -> None:
+    cells = list(matrix(tiny(tmp_path), {"depth": [8, 20], "loader": ["resident", "none"]}))
+    assert [c.label for c in cells] == ["depth=8 resident", "depth=8 none", "depth=20 resident", "depth=20 none"]
+    assert [c.config.model.depth for c in cells] == [8, 8, 20, 20]
+    assert [c.frozen for c in cells] == [False, True, False, True]
+
+
+# --- comparison: 200 resamplings of recorded timings
+
+
+def resampled(chance: random.Random, factor: float) -> tuple[list[float], list[float]]:
+    """Thirty rounds of two equal cells as recorded on a CPU (2 % noise that both share, 1 % of their own)."""
+    shared = [chance.gauss(1, 0.02) for _ in range(30)]
+    a = [0.16 * s * chance.gauss(1, 0.01) for s in shared]
+    return a, [0.16 * factor * s * chance.gauss(1, 0.01) for s in shared]
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "no difference"), (1.05, "slower"), (1 / 1.05, "faster")])
+def test_verdicts(factor: float, verdict: str) -> None:
+    chance = random.Random(1)
+    found = [compare(*resampled(chance, factor)).verdict for _ in range(200)]
+    assert found.count(verdict) >= 0.97 * 200
+
+
+def test_a_comparison_says_how_sure_it_is() -> None:
+    same = compare([1.0] * 10, [1.1] * 10)
+    assert (same.ratio, same.low, same.high, same.verdict) == (1.1, 1.1, 1.1, "slower")
+    noisy = compare([1.0, 1.0, 1.0, 1.0], [0.5, 2.0, 1.0, 1.2])
+    assert noisy.low < 1 < noisy.high
+    assert noisy.verdict == "no difference"
