@@ -1,6 +1,6 @@
 """Errors that a user can cause or meet, each with its exit code.
 
-A message is one or two lines: what is wrong, the value, what to type next. `cli.py` prints it without a traceback
+A message is one or two lines: what is wrong, the value, what to type next. `cli` prints it without a traceback
 (unless `--debug`) and exits with `exit_code`. Any other exception is a bug and exits with 1.
 """
 

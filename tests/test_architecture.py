@@ -32,7 +32,6 @@ LAYERS = (
     ("runstate", "result"),
     ("loop", "bench", "evaluate"),
     ("sweep", "reproduce"),
-    ("flags",),
     ("cli",),
     ("__main__",),
 )

@@ -1,4 +1,4 @@
-"""cli.py: flags become the config they say, errors become exit codes and one line."""
+"""cli: flags become the config they say, errors become exit codes and one line."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from fastres.cli import run
+from fastres.cli.flags import parse_model
 from fastres.config import RunConfig, make_config
 from fastres.errors import InputError
-from fastres.flags import parse_model
 
 TINY = shlex.split(
     "--dataset synthetic --depth 8 --batch-size 16 --device cpu --precision fp32 --threads 1 --log-every 5"

@@ -1,85 +1,18 @@
-"""The command line: flags to a config, one call, an exit code. torch is imported only inside commands."""
+"""`fastres train`: flags to a config, and one call."""
 
-import difflib
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastres import __version__
+from fastres.cli.flags import given, in_steps, parse_milestones, parse_model, read_toml, refuse_both
 from fastres.clock import Clocks
 from fastres.config import RunConfig, merge, preset_tree, with_dependent_defaults
-from fastres.errors import FastresError
-from fastres.flags import given, in_steps, parse_channels, parse_milestones, parse_model, read_toml, refuse_both
-
-app = typer.Typer(
-    name="fastres",
-    help="Train the CIFAR-10 ResNets and PlainNets of He et al. (CVPR 2016), fast and faithfully.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
 MODEL, RECIPE, DATA, EXECUTION, OUTPUT = "Model", "Recipe", "Data", "How it runs", "What is kept and shown"
 
 
-def main() -> None:
-    """Run the command line and exit with its code (`fastres.errors` lists them)."""
-    sys.exit(run(sys.argv[1:]))
-
-
-def run(argv: list[str]) -> int:
-    """Run one command and return its exit code. A bug's traceback is left to propagate."""
-    debug = "--debug" in argv
-    try:
-        code = app(args=[arg for arg in argv if arg != "--debug"], prog_name="fastres", standalone_mode=False)
-    except FastresError as error:
-        if debug:
-            raise
-        print(f"fastres: {error}", file=sys.stderr)
-        return error.exit_code
-    except typer.TyperException as error:  # usage: an unknown flag, a value of the wrong type
-        print(f"fastres: {_usage(error, argv)}", file=sys.stderr)
-        return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        print("fastres: stopped", file=sys.stderr)
-        return 130
-    return code if isinstance(code, int) else 0
-
-
-def _usage(error: typer.TyperException, argv: list[str]) -> str:
-    """A usage error in one line, with the nearest flag where one was misspelt."""
-    message = error.format_message()
-    if option := getattr(error, "option_name", None):
-        nearest = difflib.get_close_matches(option, getattr(error, "possibilities", None) or [], n=1)
-        message = f"no such option: {option}" + (f"; did you mean {nearest[0]}?" if nearest else "")
-    command = next((word for word in argv if word in ("train", "eval")), None)
-    helps = f"fastres {command} --help" if command else "fastres --help"
-    return f"{message.rstrip('.')} ({helps} lists what there is)"
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"fastres {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
-    ] = False,
-) -> None:
-    """Options of every command. `--debug` is taken off the line by `run`; it stands here to be listed."""
-
-
-@app.command()
 def train(
     depth: Annotated[
         int | None, typer.Option(help="Layers, 6n+2: 20, 32, 44, 56, 110, 1202.", rich_help_panel=MODEL)
@@ -278,44 +211,3 @@ def train(
     result = loop.train(resolved, resume=resume, overwrite=overwrite, console=console, clocks=clocks)
     if as_json:
         print(json.dumps(result.to_dict()))
-
-
-@app.command("eval")
-def evaluate(
-    target: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="A run folder, or a weights file.")],
-    arch: Annotated[
-        str | None, typer.Option(help="resnet or plain, for a weights file that does not say (they look alike).")
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="cifar10 or synthetic; default: what the run was trained on.")
-    ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where CIFAR-10 lies [env: FASTRES_DATA].")] = None,
-    data_url: Annotated[list[str] | None, typer.Option(help="A mirror of cifar-10-binary.tar.gz; repeatable.")] = None,
-    mean: Annotated[
-        str | None, typer.Option(help="Per-channel mean 0-1 that other weights were trained with: 0.485,0.456,0.406.")
-    ] = None,
-    std: Annotated[str | None, typer.Option(help="Per-channel standard deviation, likewise.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0.")] = "auto",
-    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16; default: the run's.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")] = False,
-) -> None:
-    """Test error and loss, in all and by class."""
-    from fastres.console import Console
-    from fastres.evaluate import evaluate_target, report
-
-    execution = given(
-        device=device,
-        precision=precision,
-        data_dir=None if data_dir is None else str(data_dir),
-        data_urls=data_url,
-    )
-    outcome = evaluate_target(
-        target,
-        execution,
-        arch=arch,
-        dataset=dataset,
-        mean=None if mean is None else parse_channels("--mean", mean),
-        std=None if std is None else parse_channels("--std", std),
-        say=Console("lines", stderr=True).say,
-    )
-    print(json.dumps(outcome.to_dict()) if as_json else report(outcome))

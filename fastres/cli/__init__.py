@@ -1,0 +1,78 @@
+"""The command line: one module a command, one call, an exit code. torch is imported only inside commands."""
+
+import difflib
+import sys
+from typing import Annotated
+
+import typer
+
+from fastres import __version__
+from fastres.cli.evaluate import evaluate
+from fastres.cli.train import train
+from fastres.errors import FastresError
+
+app = typer.Typer(
+    name="fastres",
+    help="Train the CIFAR-10 ResNets and PlainNets of He et al. (CVPR 2016), fast and faithfully.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command()(train)
+app.command("eval")(evaluate)
+COMMANDS = ("train", "eval")
+
+
+def main() -> None:
+    """Run the command line and exit with its code (`fastres.errors` lists them)."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code. A bug's traceback is left to propagate."""
+    debug = "--debug" in argv
+    try:
+        code = app(args=[arg for arg in argv if arg != "--debug"], prog_name="fastres", standalone_mode=False)
+    except FastresError as error:
+        if debug:
+            raise
+        print(f"fastres: {error}", file=sys.stderr)
+        return error.exit_code
+    except typer.TyperException as error:  # usage: an unknown flag, a value of the wrong type
+        print(f"fastres: {_usage(error, argv)}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("fastres: stopped", file=sys.stderr)
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _usage(error: typer.TyperException, argv: list[str]) -> str:
+    """A usage error in one line, with the nearest flag where one was misspelt."""
+    message = error.format_message()
+    if option := getattr(error, "option_name", None):
+        nearest = difflib.get_close_matches(option, getattr(error, "possibilities", None) or [], n=1)
+        message = f"no such option: {option}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+    command = next((word for word in argv if word in COMMANDS), None)
+    helps = f"fastres {command} --help" if command else "fastres --help"
+    return f"{message.rstrip('.')} ({helps} lists what there is)"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastres {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+    ] = False,
+) -> None:
+    """Options of every command. `--debug` is taken off the line by `run`; it stands here to be listed."""
