@@ -7,7 +7,6 @@ down slows them all.
 
 import contextlib
 import dataclasses
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
@@ -17,17 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres import nvml
 from fastres.build import build_loader, build_net, build_optimizer, load_images
 from fastres.config import RunConfig
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
+from fastres.guards import explained_memory_errors
+from fastres.parts import PARTS, Marks, marked
 from fastres.roofline import Ceilings, measure_ceilings, work_of
-from fastres.runtime import DTYPES, environment, peak_memory, prepare, synchronize
+from fastres.runtime import DTYPES, environment, prepare, synchronize
 from fastres.step import Loader, Replica, TrainStep
 
 SCHEMA = 1  # of the JSON; a reader refuses what it does not know
 FIRST_STEPS = 5  # after compilation, before the first timed chunk: allocator, cuDNN, caches
-PARTS = ("load", "forward", "backward", "update")
+MAX_STEPS = 1_000_000  # places in a cell's logs; no measurement takes as many
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,32 @@ class Timing:
     """What was measured of a cell. Seconds are of one step."""
 
     label: str
-    seconds: list[float]  # one value a chunk: its mean step
+    seconds: list[float]  # one value a round: the mean step of its chunk
     batch_size: int
-    compile_seconds: float  # compilation and capture
-    peak_memory: int  # bytes
+    compile_seconds: float  # compilation and capture; cells whose networks are equal share it, the first one pays
+    peak_memory: int | None  # bytes of GPU memory that this cell added; None on a CPU
     floor: float  # seconds: the roofline's
-    parts: dict[str, float]  # seconds of load, forward, backward, update: another pass, with waits between
+    parts: dict[str, float]  # seconds by part, of the profiled pass; the median over rounds
+    joules: float | None  # an image; None where NVML does not count
+
+    @property
+    def step_seconds(self) -> float:
+        """The median over the chunks."""
+        return median(self.seconds)
 
     @property
     def images_per_second(self) -> float:
         """At the median chunk."""
-        return self.batch_size / median(self.seconds)
+        return self.batch_size / self.step_seconds
+
+    @property
+    def gaps(self) -> float:
+        """Seconds of the unmodified step that no part of the profiled pass accounts for.
+
+        The host's share and idle time. The passes are apart, so noise can make it negative; far from zero on a CPU, the
+        two do not measure the same thing.
+        """
+        return self.step_seconds - sum(self.parts.values())
 
     def spread(self) -> tuple[float, float]:
         """The 5th and 95th percentile of the chunks, in seconds a step."""
@@ -93,68 +110,72 @@ class FrozenLoader:
 
 
 class Bench:
-    """A cell that is alive: `train`'s own step, warmed up."""
+    """A cell that is alive: `train`'s own step, warmed up.
 
-    def __init__(self, cell: Cell, images: ImageSet, num_steps: int) -> None:
+    Raises:
+        OutOfMemory: The batch does not fit.
+        MachineError: GPU, DALI or compiler are not there.
+    """
+
+    def __init__(self, cell: Cell, images: ImageSet, num_steps: int = MAX_STEPS) -> None:
         self.cell, config = cell, cell.config
         self.runtime = prepare(config.execution, depth=config.model.depth)
-        mean = images.mean_image()
-        net = build_net(config, self.runtime, num_classes=len(images.class_names))
-        loader = build_loader(config, images, mean, self.runtime)
-        if cell.frozen:
-            loader = FrozenLoader(loader, self.runtime.device)
-        self.replica = Replica(net, build_optimizer(net, config.recipe), loader, self.runtime, num_steps=num_steps)
-        self.replica.lrs.fill_(config.recipe.lr)
-        self.step = TrainStep([self.replica])
-        start = perf_counter()
-        if self.runtime.compile_scope != "none" or self.runtime.cuda_graph:
-            capture = CapturedGraph if self.runtime.cuda_graph else None
-            self.step.warm_up(capture, graph_steps=config.execution.graph_steps)
-            synchronize(self.runtime.device)
-        self.compile_seconds = perf_counter() - start
+        device = self.runtime.device
+        gpu = device.type == "cuda"
+        held = torch.cuda.memory_allocated(device) if gpu else 0
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        with explained_memory_errors(config):
+            net = build_net(config, self.runtime, num_classes=len(images.class_names))
+            loader = build_loader(config, images, images.mean_image(), self.runtime)
+            if cell.frozen:
+                loader = FrozenLoader(loader, device)
+            self.replica = Replica(net, build_optimizer(net, config.recipe), loader, self.runtime, num_steps=num_steps)
+            self.replica.lrs.fill_(config.recipe.lr)
+            self.step, self.done = TrainStep([self.replica]), 0
+            start = perf_counter()
+            if self.runtime.compile_scope != "none" or self.runtime.cuda_graph:
+                self.step.warm_up(self._capture, graph_steps=config.execution.graph_steps)
+                synchronize(device)
+            self.compile_seconds = perf_counter() - start
+            self.run(FIRST_STEPS)
+        self.peak_memory = torch.cuda.max_memory_allocated(device) - held if gpu else None
         self.work = work_of(net, config.recipe.batch_size, DTYPES[self.runtime.precision].itemsize)
-        self.done = 0
+
+    @property
+    def _capture(self) -> type[CapturedGraph] | None:
+        return CapturedGraph if self.runtime.cuda_graph else None
 
     def run(self, num_steps: int) -> float:
-        """Take steps; the mean seconds of one. The device is waited for before and after, not between."""
-        synchronize(self.runtime.device)
-        start, stop = perf_counter(), self.done + num_steps
+        """Take steps, unmodified; the mean seconds of one. Nothing is waited for between the first and the last."""
+        device = self.runtime.device
+        synchronize(device)
+        stop, clock = self.done + num_steps, Marks(device)
+        clock.mark("start")
         while self.done < stop:
             self.done += self.step(self.done, stop)
-        synchronize(self.runtime.device)
-        return (perf_counter() - start) / num_steps
+        clock.mark("stop")
+        return clock.seconds()["stop"] / num_steps
 
     def parts(self, num_steps: int) -> dict[str, float]:
-        """Seconds of each part of a step, launched alone and waited for: not what it costs in a captured graph."""
+        """Seconds of each part of a step, with marks between them: a pass of its own, which slows the step a little.
+
+        With a captured step the marks are nodes of a second graph: the parts are the graph's, not eager launches'.
+        """
+        replica, graphs = self.replica, dict(self.step.graphs)
+        marks = Marks(self.runtime.device)
         seconds = dict.fromkeys(PARTS, 0.0)
-        replica, device = self.replica, self.runtime.device
-
-        def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(*args: Any) -> Any:
-                synchronize(device)
-                start = perf_counter()
-                result = function(*args)
-                synchronize(device)
-                seconds[part] += perf_counter() - start
-                return result
-
-            return wrapped
-
-        plain = {part: getattr(replica, part) for part in PARTS[1:]}
-        load = replica.loader.load
-        for part, function in plain.items():
-            setattr(replica, part, timed(part, function))
-        replica.loader.load = timed("load", load)  # type: ignore[method-assign]
-        try:
+        with marked(replica, marks):
+            if graphs:
+                self.step.graphs.clear()
+                self.step.warm_up(self._capture)
+                self.step.seek(self.done)
             for _ in range(num_steps):
-                timed("load", replica.loader.prepare)(self.done)
-                replica.step()
-                self.done += 1
-        finally:
-            for part in plain:
-                delattr(replica, part)
-            del replica.loader.load
-        return {part: value / num_steps for part, value in seconds.items()}
+                self.done += self.step(self.done)
+                for part, value in marks.seconds().items():
+                    seconds[part] += value / num_steps
+        self.step.graphs.update(graphs)
+        return seconds
 
     def close(self) -> None:
         """Release threads and buffers."""
@@ -167,6 +188,7 @@ def measure(
     rounds: int = 10,
     chunk_seconds: float = 0.5,
     say: Callable[[str], None],
+    tick: Callable[[int, int], None] = lambda _done, _rounds: None,
 ) -> tuple[list[Timing], dict[str, Any]]:
     """Time cells, interleaved.
 
@@ -175,53 +197,63 @@ def measure(
         rounds: Chunks of each cell.
         chunk_seconds: About how long a chunk takes; its number of steps is chosen from the first ones.
         say: Takes one-line notices.
+        tick: Takes the rounds done and the rounds in all.
 
     Returns:
         The timings, and the report as JSON values: schema, environment, ceilings, cells.
     """
-    images: dict[Any, ImageSet] = {}
     with contextlib.ExitStack() as stack:
-        benches = []
-        for cell in cells:
-            config = cell.config
-            key = (config.data, config.execution.data_dir)
-            if key not in images:
-                images[key] = load_images(config.data, config.execution, say=say)
-            say(f"warming up {cell.label}")
-            bench = Bench(cell, images[key], num_steps=1_000_000)
-            stack.callback(bench.close)
-            bench.run(FIRST_STEPS)
-            benches.append(bench)
+        benches = list(_alive(cells, stack, say))
         lengths = [max(1, round(chunk_seconds / bench.run(FIRST_STEPS))) for bench in benches]
         seconds: list[list[float]] = [[] for _ in benches]
+        parts: list[list[dict[str, float]]] = [[] for _ in benches]
+        energy = [0.0 for _ in benches]
         for turn in range(rounds):
-            say(f"round {turn + 1} of {rounds}")
-            order = list(range(len(benches)))
+            tick(turn, rounds)
+            order = range(len(benches))
             for k in order if turn % 2 == 0 else reversed(order):
+                before = nvml.joules(benches[k].runtime.device)
                 seconds[k].append(benches[k].run(lengths[k]))
-        timings, ceilings = [], dict[str, Ceilings]()
-        for bench, length, values in zip(benches, lengths, seconds, strict=True):
-            runtime = bench.runtime
-            if runtime.precision not in ceilings:
-                ceilings[runtime.precision] = measure_ceilings(runtime.device, runtime.dtype)
-            timings.append(
-                Timing(
-                    bench.cell.label,
-                    values,
-                    bench.cell.config.recipe.batch_size,
-                    bench.compile_seconds,
-                    peak_memory(runtime.device),
-                    ceilings[runtime.precision].floor(bench.work),
-                    bench.parts(max(2, length // 2)),
-                )
+                energy[k] += nvml.joules(benches[k].runtime.device) - before
+            for k in order:
+                parts[k].append(benches[k].parts(max(1, lengths[k] // 4)))
+        ceilings = dict[str, Ceilings]()
+        for bench in benches:
+            if (precision := bench.runtime.precision) not in ceilings:
+                ceilings[precision] = measure_ceilings(bench.runtime.device, bench.runtime.dtype)
+        timings = [
+            Timing(
+                bench.cell.label,
+                seconds[k],
+                (batch_size := bench.cell.config.recipe.batch_size),
+                bench.compile_seconds,
+                bench.peak_memory,
+                ceilings[bench.runtime.precision].floor(bench.work),
+                {part: median(turn[part] for turn in parts[k]) for part in PARTS},
+                energy[k] / (rounds * lengths[k] * batch_size) if energy[k] else None,
             )
+            for k, bench in enumerate(benches)
+        ]
         report = {
             "schema": SCHEMA,
-            "environment": environment(benches[0].runtime),
+            "environment": environment(benches[0].runtime) | nvml.clocks(benches[0].runtime.device),
             "ceilings": {precision: dataclasses.asdict(value) for precision, value in ceilings.items()},
             "cells": [_as_json(timing, cell) for timing, cell in zip(timings, cells, strict=True)],
         }
     return timings, report
+
+
+def _alive(cells: Sequence[Cell], stack: contextlib.ExitStack, say: Callable[[str], None]) -> Iterator[Bench]:
+    """Each cell, warmed up; closed with the stack. Equal data sets are loaded once."""
+    images: dict[Any, ImageSet] = {}
+    for cell in cells:
+        key = (cell.config.data, cell.config.execution.data_dir)
+        if key not in images:
+            images[key] = load_images(cell.config.data, cell.config.execution, say=say)
+        say(f"warming up {cell.label}")
+        bench = Bench(cell, images[key])
+        stack.callback(bench.close)
+        yield bench
 
 
 def _as_json(timing: Timing, cell: Cell) -> dict[str, Any]:
@@ -232,42 +264,16 @@ def _as_json(timing: Timing, cell: Cell) -> dict[str, Any]:
         "digest": cell.config.digest,
         "frozen": cell.frozen,
         "images_per_second": timing.images_per_second,
-        "step_seconds": {"median": median(timing.seconds), "p5": low, "p95": high, "n": len(timing.seconds)},
+        "step_seconds": {"median": timing.step_seconds, "p5": low, "p95": high, "n": len(timing.seconds)},
         "chunks": timing.seconds,
         "compile_seconds": timing.compile_seconds,
         "peak_memory": timing.peak_memory,
         "floor_seconds": timing.floor,
-        "over_floor": median(timing.seconds) / timing.floor,
-        "parts_seconds": timing.parts,
+        "over_floor": timing.step_seconds / timing.floor,
+        "profiled_pass": {**timing.parts, "gaps": timing.gaps},
+        "joules_per_image": timing.joules,
+        "joules_per_paper_run": None if timing.joules is None else timing.joules * 64_000 * 128,
     }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How much longer B's steps take than A's."""
-
-    ratio: float  # median of B's over A's seconds, chunk by chunk
-    low: float
-    high: float  # of the 99 % bootstrap interval
-    verdict: str  # "faster", "slower" or "no difference": of B
-
-
-def compare(a: Sequence[float], b: Sequence[float], *, dead_band: float = 0.01, seed: int = 0) -> Comparison:
-    """Compare two cells' chunks, which were measured in turns.
-
-    The interval is a percentile bootstrap over the rounds (Efron 1979), both cells' chunks of a round drawn together.
-
-    Args:
-        a, b: Seconds a step, one value a round, of the same rounds.
-        dead_band: Differences within it are none.
-        seed: Of the resampling.
-    """
-    ratios = [y / x for x, y in zip(a, b, strict=True)]
-    chance = random.Random(seed)  # noqa: S311 (no secret)
-    medians = sorted(median(chance.choices(ratios, k=len(ratios))) for _ in range(2_000))
-    low, high = medians[10], medians[-11]
-    verdict = "slower" if low > 1 + dead_band else "faster" if high < 1 - dead_band else "no difference"
-    return Comparison(median(ratios), low, high, verdict)
 
 
 def matrix(base: RunConfig, switches: dict[str, Sequence[Any]]) -> Iterator[Cell]:
@@ -276,6 +282,7 @@ def matrix(base: RunConfig, switches: dict[str, Sequence[Any]]) -> Iterator[Cell
     Args:
         base: What all have in common.
         switches: Values by "depth", "batch_size", "loader" ("none": a frozen batch), "precision", "compile", "graph".
+            A switch with one value is left out of the labels, but for depth and loader.
     """
     places = {
         "depth": ("model", "depth"),
@@ -293,7 +300,20 @@ def matrix(base: RunConfig, switches: dict[str, Sequence[Any]]) -> Iterator[Cell
         words = []
         for name, value in chosen.items():
             section, key = places[name]
-            frozen_loader = name == "loader" and value == "none"
-            tree[section][key] = "resident" if frozen_loader else value
-            words.append(f"{name}={value}" if isinstance(value, bool | int) else str(value))
-        yield Cell(" ".join(words) or base.name, RunConfig.from_dict(tree), frozen=chosen.get("loader") == "none")
+            tree[section][key] = "resident" if (name, value) == ("loader", "none") else value
+            if name in ("depth", "loader") or len(switches[name]) > 1:
+                words.append(_word(name, value))
+        config = RunConfig.from_dict(tree)
+        label = " ".join([config.name, *(word for word in words if word)])
+        yield Cell(label, config, frozen=chosen.get("loader") == "none")
+
+
+def _word(name: str, value: Any) -> str:
+    """A switch's value as a table names it."""
+    if name == "depth":
+        return ""  # the network's name says it
+    if name == "loader":
+        return "frozen batch" if value == "none" else str(value)
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return f"batch {value}" if name == "batch_size" else str(value)

@@ -17,6 +17,7 @@ from fastres.runtime import interactive
 
 Verbosity = Literal["auto", "live", "lines", "quiet"]
 REFRESHES_PER_SECOND = 4
+NO_TERMINAL_WIDTH = 120  # columns of a table that goes to a file or a pipe
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Console:
         self._live: Live | None = None
         self._progress: Progress | None = None
         self._download: tuple[int, int] | None = None  # bytes done, bytes in all
+        self._counted: tuple[int, int] | None = None
 
     def attach(self, run: RunDir) -> None:
         """Copy every line to the run's console.log from now on, what was said before included."""
@@ -85,6 +87,19 @@ class Console:
             self._early.append(text)
         if self.verbosity != "quiet":
             self._rich.print(Text(text))
+
+    def print(self, renderable: RenderableType) -> None:
+        """A table or the like; as wide as it needs to be where this is no terminal."""
+        self.close()
+        width = None if self._rich.is_terminal else NO_TERMINAL_WIDTH
+        if self.verbosity != "quiet":
+            self._rich.print(renderable, width=width, soft_wrap=False)
+
+    def count(self, done: int, total: int) -> None:
+        """How much of something is done: a bar on a terminal, nothing elsewhere."""
+        if self.verbosity == "live":
+            self._counted = (done, total)
+            self._start_live()
 
     def show(self, progress: Progress, *, line: bool = False) -> None:
         """Where the run stands now. With `line` (an epoch ended) it is logged, and printed unless live."""
@@ -134,6 +149,8 @@ class Console:
         if self._download:
             done, total = self._download
             return _bar(done, total, f"downloading CIFAR-10  {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+        if self._counted:
+            return _bar(*self._counted, f"round {self._counted[0] + 1} of {self._counted[1]}")
         if not self._progress:
             return Text("")
         p = self._progress

@@ -10,8 +10,9 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fastres.cudagraph import CapturedGraph
 from fastres.models.cifar import CifarNet, num_parameters
 from fastres.runtime import synchronize
 
@@ -30,10 +31,16 @@ class Ceilings:
 
     multiply_adds_per_second: float  # of a large matrix product in the training precision
     bytes_per_second: float  # of a large copy, read and written
+    launch_seconds: float = 0.0  # a step's one launch: of a CUDA graph that does next to nothing; 0 on a CPU
 
     def floor(self, work: Work) -> float:
-        """Seconds below which a step cannot go: arithmetic's or memory's (the roofline of Williams et al. 2009)."""
-        return max(work.multiply_adds / self.multiply_adds_per_second, work.bytes_moved / self.bytes_per_second)
+        """Seconds below which a step cannot go: arithmetic's, memory's or the launch's, whichever is the most.
+
+        The roofline of Williams, Waterman and Patterson (2009), https://doi.org/10.1145/1498765.1498785, with a third
+        roof for the launch.
+        """
+        arithmetic = work.multiply_adds / self.multiply_adds_per_second
+        return max(arithmetic, work.bytes_moved / self.bytes_per_second, self.launch_seconds)
 
 
 def work_of(net: CifarNet, batch_size: int, bytes_each: int) -> Work:
@@ -81,10 +88,26 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     source = torch.zeros(numbers, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
-    return Ceilings(product, copied)
+    return Ceilings(product, copied, _launch_seconds(device) if gpu else 0.0)
 
 
-def _best(function: Callable[[], Tensor], device: torch.device, *, rounds: int = 7) -> float:
+def _launch_seconds(device: torch.device, *, launches: int = 1000) -> float:
+    """Of a graph of one small kernel, launched again and again without waiting."""
+    number = torch.zeros(1, device=device)
+
+    def little() -> None:
+        number.add_(1)
+
+    graph = CapturedGraph([little], [number])
+
+    def launch() -> None:
+        for _ in range(launches):
+            graph.replay()
+
+    return _best(launch, device) / launches
+
+
+def _best(function: Callable[[], object], device: torch.device, *, rounds: int = 7) -> float:
     """The median of the faster half of the rounds, in seconds: ceilings are what the machine can, not what it did."""
     seconds = []
     for _ in range(rounds + 2):

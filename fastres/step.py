@@ -98,7 +98,7 @@ class Replica:
         logits, loss = self.forward(images, labels)
         self.backward(loss)
         self.update()
-        self._record(self.counter, logits.detach(), labels, loss.detach(), self.losses, self.errors)
+        self.log(logits, labels, loss)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `(batch, classes)` and the mean cross-entropy, both fp32 (fp64 for an fp64 network)."""
@@ -113,6 +113,10 @@ class Replica:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def log(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        """Write loss and errors into their places, and count the step."""
+        self._record(self.counter, logits.detach(), labels, loss.detach(), self.losses, self.errors)
 
     def window(self, start: int, stop: int) -> Window:
         """The log of 0-based steps `start` to `stop - 1`. Waits for the device; for log steps only."""
@@ -131,11 +135,14 @@ class TrainStep:
 
     Args:
         replicas: Usually one. Several are parallel branches of one graph.
+
+    Attributes:
+        graphs: What was captured, by its number of steps; empty where steps are launched kernel by kernel.
     """
 
     def __init__(self, replicas: Sequence[Replica]) -> None:
         self.replicas = tuple(replicas)
-        self._graphs: dict[int, Replay] = {}  # by number of steps
+        self.graphs: dict[int, Replay] = {}
 
     def __call__(self, step: int, stop: int | None = None) -> int:
         """Launch 0-based step `step`, which the counters must stand at; nothing is waited for.
@@ -148,12 +155,12 @@ class TrainStep:
             The number of steps launched.
         """
         room = 1 if stop is None else stop - step
-        count = max((n for n in self._graphs if n <= room), default=1)
+        count = max((n for n in self.graphs if n <= room), default=1)
         for replica in self.replicas:
             for ahead in range(count):
                 replica.loader.prepare(step + ahead)
-        if count in self._graphs:
-            self._graphs[count].replay()
+        if count in self.graphs:
+            self.graphs[count].replay()
         else:
             for replica in self.replicas:
                 replica.step()
@@ -183,7 +190,7 @@ class TrainStep:
             for count in sorted({1, graph_steps}):
                 self.seek(0)
                 branches = [functools.partial(_steps, replica, count) for replica in self.replicas]
-                self._graphs[count] = capture(branches, state)
+                self.graphs[count] = capture(branches, state)
         with torch.no_grad():
             for now, was in zip(state, before, strict=True):
                 now.copy_(was)
@@ -193,7 +200,7 @@ class TrainStep:
 
     def check(self) -> None:
         """Raise RuntimeError where a tensor that a graph uses has moved."""
-        for graph in self._graphs.values():
+        for graph in self.graphs.values():
             graph.check()
 
 

@@ -10,9 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres import bench
-from fastres.bench import Bench, Cell, compare, matrix, measure
+from fastres.bench import Bench, Cell, matrix, measure
+from fastres.benchreport import compare
 from fastres.data.synthetic import make_synthetic
 from fastres.models.cifar import CifarNet
+from fastres.parts import PARTS
 from fastres.roofline import Ceilings, Work, measure_ceilings, work_of
 from fastres.step import Replica
 from tests.runs import tiny
@@ -86,8 +88,8 @@ def test_what_is_timed_is_the_training_step(tmp_path: Path, monkeypatch: pytest.
     one = Bench(cell(tmp_path), make_synthetic(), num_steps=100)
     assert one.run(7) > 0
     parts = one.parts(5)
-    assert taken == list(range(12))
-    assert set(parts) == {"load", "forward", "backward", "update"}
+    assert taken == list(range(bench.FIRST_STEPS + 12))
+    assert set(parts) == set(PARTS)
     assert min(parts.values()) > 0
     assert one.run(3) > 0  # the stopwatches are gone
     assert "forward" not in vars(one.replica)
@@ -126,9 +128,17 @@ def test_cells_take_turns_and_the_report_is_json(tmp_path: Path, monkeypatch: py
 
 def test_matrix_is_all_combinations(tmp_path: Path) -> None:
     cells = list(matrix(tiny(tmp_path), {"depth": [8, 20], "loader": ["resident", "none"]}))
-    assert [c.label for c in cells] == ["depth=8 resident", "depth=8 none", "depth=20 resident", "depth=20 none"]
+    assert [c.label for c in cells] == [
+        "ResNet8 resident",
+        "ResNet8 frozen batch",
+        "ResNet20 resident",
+        "ResNet20 frozen batch",
+    ]
     assert [c.config.model.depth for c in cells] == [8, 8, 20, 20]
     assert [c.frozen for c in cells] == [False, True, False, True]
+    assert all(c.config.execution.loader == "resident" for c in cells)
+    both = matrix(tiny(tmp_path), {"compile": [True, False], "batch_size": [16, 32], "precision": ["fp32"]})
+    assert [c.label for c in both][:2] == ["ResNet8 compile batch 16", "ResNet8 compile batch 32"]
 
 
 # --- comparison: 200 resamplings of recorded timings
@@ -144,13 +154,13 @@ def resampled(chance: random.Random, factor: float) -> tuple[list[float], list[f
 @pytest.mark.parametrize(("factor", "verdict"), [(1.0, "no difference"), (1.05, "slower"), (1 / 1.05, "faster")])
 def test_verdicts(factor: float, verdict: str) -> None:
     chance = random.Random(1)
-    found = [compare(*resampled(chance, factor)).verdict for _ in range(200)]
+    found = [compare(*resampled(chance, factor), paired=True).verdict for _ in range(200)]
     assert found.count(verdict) >= 0.97 * 200
 
 
 def test_a_comparison_says_how_sure_it_is() -> None:
-    same = compare([1.0] * 10, [1.1] * 10)
+    same = compare([1.0] * 10, [1.1] * 10, paired=True)
     assert (same.ratio, same.low, same.high, same.verdict) == (1.1, 1.1, 1.1, "slower")
-    noisy = compare([1.0, 1.0, 1.0, 1.0], [0.5, 2.0, 1.0, 1.2])
+    noisy = compare([1.0, 1.0, 1.0, 1.0], [0.5, 2.0, 1.0, 1.2], paired=True)
     assert noisy.low < 1 < noisy.high
     assert noisy.verdict == "no difference"

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fastres import __version__
+from fastres.cli.bench import bench
 from fastres.cli.evaluate import evaluate
 from fastres.cli.train import train
 from fastres.errors import FastresError
@@ -22,7 +23,8 @@ app = typer.Typer(
 
 app.command()(train)
 app.command("eval")(evaluate)
-COMMANDS = ("train", "eval")
+app.command()(bench)
+COMMANDS = ("train", "eval", "bench")
 
 
 def main() -> None:

@@ -2,11 +2,14 @@
 
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fastres.config import RunConfig, merge
+from fastres.config import RunConfig, merge, preset_tree, with_dependent_defaults
 from fastres.errors import InputError
+
+T = TypeVar("T")
 
 
 def parse_model(text: str) -> tuple[str, int]:
@@ -23,6 +26,28 @@ def parse_milestones(text: str) -> list[int]:
         return [int(part) for part in text.replace("_", "").split(",") if part.strip()]
     except ValueError:
         raise InputError(f"--milestones is {text!r}; write steps as 32000,48000") from None
+
+
+def parse_list(flag: str, text: str, kind: Callable[[str], T]) -> list[T]:
+    """ "20,56" as a list without doubles. Raises InputError."""
+    try:
+        values = [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"{flag} is {text!r}; write numbers as 20,56") from None
+    if not values:
+        raise InputError(f"{flag} is {text!r}; it must name at least one")
+    return list(dict.fromkeys(values))
+
+
+def parse_percent(flag: str, text: str) -> float:
+    """ "5%" or "5" as 5.0. Raises InputError."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise InputError(f"{flag} is {text!r}; write a percentage as 5%")
+    return value
 
 
 def parse_channels(flag: str, text: str) -> tuple[float, float, float]:
@@ -53,6 +78,17 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"--config {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"--config {path} is not TOML: {error}") from error
+
+
+def read_config(path: Path) -> RunConfig:
+    """The run that a `--config` file alone describes. Raises InputError."""
+    return RunConfig.from_dict(with_dependent_defaults(based_on_preset(read_toml(path))))
+
+
+def based_on_preset(tree: dict[str, Any], preset: str | None = None) -> dict[str, Any]:
+    """A `--config` file's tree laid over the preset that it names, or that is given, else over "paper"."""
+    rest = {key: value for key, value in tree.items() if key != "preset"}
+    return merge(preset_tree(preset or tree.get("preset", "paper")), rest)
 
 
 def in_steps(

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from fastres.cli.flags import given, in_steps, parse_milestones, parse_model, read_toml, refuse_both
+from fastres.cli.flags import based_on_preset, given, in_steps, parse_milestones, parse_model, read_toml, refuse_both
 from fastres.clock import Clocks
-from fastres.config import RunConfig, merge, preset_tree, with_dependent_defaults
+from fastres.config import RunConfig, merge, with_dependent_defaults
 
 MODEL, RECIPE, DATA, EXECUTION, OUTPUT = "Model", "Recipe", "Data", "How it runs", "What is kept and shown"
 
@@ -194,10 +194,7 @@ def train(
 
         base = RunDir.open(resume).config().to_dict()
     else:
-        base = read_toml(config) if config else {}
-        base = merge(
-            preset_tree(preset or base.pop("preset", "paper")), {k: v for k, v in base.items() if k != "preset"}
-        )
+        base = based_on_preset(read_toml(config) if config else {}, preset)
     tree = merge(base, in_steps(flags, base, epochs, warmup_epochs))
     resolved = RunConfig.from_dict(tree if resume is not None else with_dependent_defaults(tree))
     if dry_run:

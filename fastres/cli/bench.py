@@ -1,0 +1,217 @@
+"""`fastres bench`: a throughput report, a comparison, a profile, or cost against work."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastres.cli.flags import given, parse_list, parse_percent, read_config, refuse_both
+from fastres.config import RunConfig, make_config
+from fastres.errors import InputError, OutsideTolerance
+
+if TYPE_CHECKING:
+    from fastres.bench import Cell
+    from fastres.benchreport import Comparison, Report
+
+LOADERS = ("dali", "resident", "torchvision", "none")
+SWITCH: dict[str, list[bool | None]] = {"auto": [None], "on": [True], "off": [False], "both": [True, False]}
+SECONDS = 60.0  # of measuring, by default
+
+WHAT, HOW, OTHERS = "What is timed", "How", "Instead of a table"
+
+
+def bench(
+    depth: Annotated[str | None, typer.Option(help="Depths: 20,56,110.", rich_help_panel=WHAT)] = None,
+    arch: Annotated[str, typer.Option(help="resnet or plain.", rich_help_panel=WHAT)] = "resnet",
+    batch_size: Annotated[str, typer.Option(help="Batch sizes: 128,512.", rich_help_panel=WHAT)] = "128",
+    loader: Annotated[
+        str | None,
+        typer.Option(help="dali, resident, torchvision, none (the same batch each time).", rich_help_panel=WHAT),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16, fp16.", rich_help_panel=WHAT)] = "auto",
+    compile_: Annotated[
+        str, typer.Option("--compile", help="auto (on a GPU), on, off or both.", rich_help_panel=WHAT)
+    ] = "auto",
+    graph: Annotated[
+        str, typer.Option(help="CUDA graph: auto (on a GPU), on, off or both.", rich_help_panel=WHAT)
+    ] = "auto",
+    deterministic: Annotated[bool, typer.Option("--deterministic", rich_help_panel=WHAT)] = False,
+    dataset: Annotated[
+        str, typer.Option(help="synthetic (speed does not depend on it) or cifar10.", rich_help_panel=WHAT)
+    ] = "synthetic",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where CIFAR-10 lies; means --dataset cifar10.", rich_help_panel=WHAT)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0.", rich_help_panel=HOW)] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: one a core.", rich_help_panel=HOW)] = 0,
+    rounds: Annotated[int, typer.Option(help="Chunks of each cell, interleaved.", rich_help_panel=HOW)] = 10,
+    seconds: Annotated[
+        float, typer.Option(help="About how long to measure, all cells; compilation comes on top.", rich_help_panel=HOW)
+    ] = SECONDS,
+    json_: Annotated[
+        str | None, typer.Option("--json", help="Write the report; - for the last line of stdout.", rich_help_panel=HOW)
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="A chart, .png or .svg.", rich_help_panel=HOW)] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Two --config files, timed in turns; or two reports.", rich_help_panel=OTHERS),
+    ] = None,
+    fail_if_slower: Annotated[
+        str | None,
+        typer.Option(help="With --compare: exit 6 where B is slower than A by more (5%).", rich_help_panel=OTHERS),
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="The kernels that cost most, and a Chrome trace.", rich_help_panel=OTHERS)
+    ] = False,
+    trace: Annotated[Path, typer.Option(help="Where --profile writes it.", rich_help_panel=OTHERS)] = Path(
+        "fastres-trace.json"
+    ),
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Batch sizes 32 to 8192, depths 8 to 110.", rich_help_panel=OTHERS)
+    ] = False,
+) -> None:
+    """Time the step and the loaders that `train` uses. Without options: a useful table in under three minutes."""
+    if rounds < 1:
+        raise InputError(f"--rounds is {rounds}; it must be at least 1")
+    if not 0 < seconds < 1e6:
+        raise InputError(f"--seconds is {seconds}; it must be a number above 0")
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise InputError(f"--plot is {plot}; give a name that ends in .png or .svg")
+    refuse_both("--profile", profile or None, "--scaling", scaling or None)
+    refuse_both("--compare", compare, "--profile" if profile else "--scaling", profile or scaling or None)
+    if fail_if_slower is not None and compare is None:
+        raise InputError("--fail-if-slower needs --compare A B")
+    limit = None if fail_if_slower is None else parse_percent("--fail-if-slower", fail_if_slower)
+    base = make_config(
+        model={"arch": arch},
+        data={"dataset": "cifar10" if data_dir else dataset},
+        execution=given(
+            device=device,
+            threads=threads,
+            deterministic=deterministic or None,
+            data_dir=None if data_dir is None else str(data_dir),
+        ),
+    )
+    switches: dict[str, Any] = {
+        "depth": parse_list("--depth", depth, int) if depth else None,
+        "batch_size": parse_list("--batch-size", batch_size, int),
+        "precision": parse_list("--precision", precision, str),
+        "compile": _switch("--compile", compile_),
+        "graph": _switch("--graph", graph),
+        "loader": parse_list("--loader", loader, str) if loader else None,
+    }
+    if unknown := [name for name in switches["loader"] or () if name not in LOADERS]:
+        raise InputError(f"--loader is {unknown[0]!r}; it must be one of {', '.join(LOADERS)}")
+    if compare is not None:
+        _compare(compare, limit, rounds, seconds, json_, plot)
+    elif profile:
+        _profile(_cells(base, switches)[0], trace)
+    elif scaling:
+        _scaling(base, switches["depth"], json_, plot)
+    else:
+        _measure(_cells(base, switches), rounds, seconds, json_, plot)
+
+
+def _cells(base: RunConfig, switches: dict[str, Any]) -> "list[Cell]":
+    """The matrix, with what was left open filled in for this machine."""
+    from fastres.bench import matrix
+    from fastres.data.dali import dali_available
+    from fastres.runtime import prepare
+
+    if switches["loader"] is None:
+        switches["loader"] = [*(["dali"] if dali_available() else []), "resident", "none"]
+    if switches["depth"] is None:
+        switches["depth"] = [20, 56, 110] if prepare(base.execution).device.type == "cuda" else [20]
+    return list(matrix(base, switches))
+
+
+def _measure(cells: "Sequence[Cell]", rounds: int, seconds: float, json_: str | None, plot: Path | None) -> "Report":
+    """Time the cells, print the table, write what was asked for."""
+    from fastres.bench import measure
+    from fastres.benchreport import draw, footnote, tables
+    from fastres.console import Console
+
+    console = Console("auto", stderr=json_ == "-")
+    chunk_seconds = seconds / rounds / len(cells) / 1.25  # the profiled pass takes a quarter of the steps again
+    _, report = measure(cells, rounds=rounds, chunk_seconds=chunk_seconds, say=console.say, tick=console.count)
+    console.print(tables(report))
+    console.say(footnote(report))
+    if plot is not None:
+        draw(report, plot)
+    _write(report, json_)
+    return report
+
+
+def _compare(
+    paths: tuple[Path, Path], limit: float | None, rounds: int, seconds: float, json_: str | None, plot: Path | None
+) -> None:
+    """A against B: two reports as they are, or two configs timed in turns."""
+    a, b = paths
+    if {a.suffix, b.suffix} == {".json"}:
+        from fastres.benchreport import compare_reports, read_json
+
+        found = compare_reports(read_json(a), read_json(b))
+    elif {a.suffix, b.suffix} == {".toml"}:
+        from fastres.bench import Cell
+        from fastres.benchreport import compare
+
+        configs = [read_config(path) for path in paths]
+        names = [path.stem if a.stem != b.stem else str(path) for path in paths]
+        report = _measure([Cell(*pair) for pair in zip(names, configs, strict=True)], rounds, seconds, json_, plot)
+        first, second = report["cells"]
+        found = {names[1]: compare(first["chunks"], second["chunks"], paired=True)}
+    else:
+        raise InputError(f"--compare {a} {b}: give two configs (.toml) or two reports (.json)")
+    for label, comparison in found.items():
+        print(comparison.line(label))
+    if limit is not None:
+        _judge(found, limit)
+
+
+def _judge(found: "dict[str, Comparison]", limit: float) -> None:
+    """Raise OutsideTolerance where B is slower than allowed, the interval's lower end taken."""
+    slower = {label: c for label, c in found.items() if c.low > 1 + limit / 100}
+    if slower:
+        words = "; ".join(f"{label} by {100 * (c.low - 1):.1f} % or more" for label, c in slower.items())
+        raise OutsideTolerance(f"slower than --fail-if-slower {limit:g}% allows: {words}")
+
+
+def _profile(cell: "Cell", trace: Path) -> None:
+    """The kernels that cost most."""
+    from fastres.console import Console
+    from fastres.profiling import profile_cell
+
+    console = Console("auto")
+    console.print(profile_cell(cell, trace, say=console.say))
+    console.say(f"trace: {trace} (open it at https://ui.perfetto.dev)")
+
+
+def _scaling(base: RunConfig, depths: Sequence[int] | None, json_: str | None, plot: Path | None) -> None:
+    """Cost against work."""
+    from fastres.benchreport import tables
+    from fastres.console import Console
+    from fastres.scaling import BATCH_SIZES, DEPTHS, MAX_STEP_SECONDS, draw_scaling, measure_scaling
+
+    console = Console("auto", stderr=json_ == "-")
+    report = measure_scaling(base, depths or DEPTHS, BATCH_SIZES, step_seconds=MAX_STEP_SECONDS, say=console.say)
+    console.print(tables(report))
+    if plot is not None:
+        draw_scaling(report, plot)
+    _write(report, json_)
+
+
+def _write(report: "Report", json_: str | None) -> None:
+    if json_ == "-":
+        print(json.dumps(report))
+    elif json_ is not None:
+        from fastres.benchreport import write_json
+
+        write_json(report, Path(json_))
+
+
+def _switch(flag: str, text: str) -> list[bool | None]:
+    if text not in SWITCH:
+        raise InputError(f"{flag} is {text!r}; it must be one of {', '.join(SWITCH)}")
+    return SWITCH[text]

@@ -1,0 +1,113 @@
+"""Cost against work: img/s over batch sizes and depths, each cell alone on the machine."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastres.bench import Cell, measure
+from fastres.benchreport import Report
+from fastres.checkpoint import disk_error
+from fastres.config import RunConfig
+from fastres.errors import OutOfMemory
+
+DEPTHS = (8, 20, 32, 44, 56, 110)
+BATCH_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+MAX_STEP_SECONDS = 2.0
+COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")  # Tol's bright scheme, colour-blind safe
+
+
+def measure_scaling(
+    base: RunConfig,
+    depths: Sequence[int],
+    batch_sizes: Sequence[int],
+    *,
+    step_seconds: float,
+    rounds: int = 3,
+    say: Callable[[str], None],
+) -> Report:
+    """Time every depth at every batch size that fits.
+
+    Args:
+        base: What all have in common.
+        depths, batch_sizes: In rising order.
+        step_seconds: A depth's larger batches are left out once a step would take longer than this, as foreseen from
+            the batch before. Out of memory ends a depth likewise.
+        rounds: Chunks of each.
+        say: Takes one-line notices.
+
+    Returns:
+        A report as `bench.measure` makes it, cells in the order measured.
+    """
+    whole: Report = {}
+    for depth in depths:
+        for report in _one_depth(base, depth, batch_sizes, step_seconds, rounds, say):
+            whole = whole or {**report, "cells": []}
+            whole["cells"] += report["cells"]
+    return whole
+
+
+def _one_depth(
+    base: RunConfig,
+    depth: int,
+    batch_sizes: Sequence[int],
+    step_seconds: float,
+    rounds: int,
+    say: Callable[[str], None],
+) -> Iterator[Report]:
+    expected = 0.0
+    for before, batch_size in zip((0, *batch_sizes), batch_sizes, strict=False):
+        config = dataclasses.replace(
+            base,
+            model=dataclasses.replace(base.model, depth=depth),
+            recipe=dataclasses.replace(base.recipe, batch_size=batch_size),
+        )
+        if before and expected * batch_size / before > step_seconds:
+            say(f"{config.name}: batches from {batch_size} on left out, a step would take over {step_seconds:g} s")
+            return
+        try:
+            timings, report = measure(
+                [Cell(f"{config.name} batch {batch_size}", config)], rounds=rounds, chunk_seconds=0.3, say=_quiet
+            )
+        except OutOfMemory as error:
+            say(f"{config.name}: batches from {batch_size} on left out, {error}")
+            return
+        expected = timings[0].step_seconds
+        say(f"{config.name} batch {batch_size}: {timings[0].images_per_second:,.0f} img/s")
+        yield report
+
+
+def _quiet(_: str) -> None:
+    pass
+
+
+def draw_scaling(report: Report, path: Path) -> None:
+    """Images a second over the batch size, a line a depth; PNG or SVG. Raises MachineError where it cannot."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    names: dict[str, list[dict[str, Any]]] = {}
+    for cell in report["cells"]:
+        names.setdefault(cell["label"].split()[0], []).append(cell)
+    for colour, (name, cells) in zip(COLOURS * 2, names.items(), strict=False):
+        sizes = [cell["config"]["recipe"]["batch_size"] for cell in cells]
+        rates = [cell["images_per_second"] for cell in cells]
+        axes.plot(sizes, rates, color=colour, marker="o", markersize=4)
+        floors = [size / cell["floor_seconds"] for size, cell in zip(sizes, cells, strict=True)]
+        axes.plot(sizes, floors, color=colour, linewidth=0.8, linestyle=":")
+        axes.annotate(f" {name}", (sizes[-1], rates[-1]), color=colour, va="center", fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sorted({cell["config"]["recipe"]["batch_size"] for cell in report["cells"]})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.9)  # room for the names
+    axes.set(xlabel="batch size", ylabel="images a second (dotted: the machine's limit)")
+    env = report["environment"]
+    axes.set_title(f"{env['gpu'] or env['cpu']}, torch {env['torch']}, {env['precision']}", fontsize=9, loc="left")
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    try:
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except OSError as error:
+        raise disk_error(error, path.parent, 0) from error

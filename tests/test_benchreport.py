@@ -1,0 +1,241 @@
+"""benchreport.py, profiling.py, scaling.py and `fastres bench`: what is printed, written, compared and refused."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fastres import bench, scaling
+from fastres.bench import SCHEMA, Cell
+from fastres.benchreport import compare, compare_reports, draw, read_json, tables, write_json
+from fastres.cli import run
+from fastres.errors import InputError, MachineError, OutOfMemory
+from fastres.profiling import STEPS, profile_cell
+from tests.runs import tiny
+
+Report = dict[str, Any]
+TINY = ["--device", "cpu", "--depth", "8", "--batch-size", "8", "--rounds", "2", "--seconds", "0.1", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """Of a real measurement, as the command writes it."""
+    path = tmp_path_factory.mktemp("bench") / "report.json"
+    assert run(["bench", *TINY, "--loader", "resident,none", "--json", str(path)]) == 0
+    return read_json(path)
+
+
+def rendered(report: Report) -> str:
+    console = Console(width=80, record=True, force_terminal=False)
+    with console.capture() as capture:
+        console.print(tables(report))
+    return capture.get()
+
+
+def slower(report: Report, factor: float) -> Report:
+    changed = copy.deepcopy(report)
+    for cell in changed["cells"]:
+        cell["chunks"] = [factor * value for value in cell["chunks"]]
+    return changed
+
+
+def saved(report: Report, path: Path) -> Path:
+    write_json(report, path)
+    return path
+
+
+# --- one report
+
+
+def test_the_report_has_what_readers_count_on(report: Report) -> None:
+    assert report["schema"] == SCHEMA == 1
+    assert {"cpu", "gpu", "driver", "torch", "commit", "threads"} <= report["environment"].keys()
+    assert set(report["ceilings"]) == {"fp32"}
+    for cell in report["cells"]:
+        assert set(cell) == {
+            "label", "config", "digest", "frozen", "images_per_second", "step_seconds", "chunks", "compile_seconds",
+            "peak_memory", "floor_seconds", "over_floor", "profiled_pass", "joules_per_image", "joules_per_paper_run",
+        }  # fmt: skip
+        whole = cell["step_seconds"]["median"]
+        assert sum(cell["profiled_pass"].values()) == pytest.approx(whole)
+        assert cell["images_per_second"] == pytest.approx(8 / whole)
+        assert cell["over_floor"] == pytest.approx(whole / cell["floor_seconds"])
+        assert cell["config"]["recipe"]["batch_size"] == 8
+
+
+def test_tables_fit_a_terminal_and_show_the_numbers(report: Report) -> None:
+    text = rendered(report)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "..." not in text and "\u2026" not in text  # noqa: PT018
+    first = report["cells"][0]
+    row = next(line for line in text.splitlines() if line.startswith("ResNet8 resident"))
+    assert f"{first['images_per_second']:,.0f}" in row
+    assert f"{first['over_floor']:.2f}" in row
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_the_chart(report: Report, tmp_path: Path, ending: str) -> None:
+    draw(report, tmp_path / f"chart.{ending}")
+    content = (tmp_path / f"chart.{ending}").read_bytes()
+    assert content.startswith(b"\x89PNG" if ending == "png" else b"<?xml")
+
+
+def test_files_that_cannot_be_written(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MachineError):
+        draw(report, tmp_path / "file" / "chart.png")
+    with pytest.raises(MachineError):
+        write_json(report, tmp_path / "file" / "report.json")
+
+
+def test_json_on_stdout_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", *TINY, "--loader", "none", "--json", "-"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1])["schema"] == SCHEMA
+    assert len(out.splitlines()) == 1  # the tables are on stderr
+
+
+# --- two of them
+
+
+def test_reports_are_compared_cell_by_cell(report: Report) -> None:
+    assert {c.verdict for c in compare_reports(report, report).values()} == {"no difference"}
+    found = compare_reports(report, slower(report, 3))
+    assert list(found) == ["ResNet8 resident", "ResNet8 frozen batch"]
+    for comparison in found.values():
+        assert comparison.ratio == pytest.approx(3)
+
+
+def test_unpaired_rounds_are_drawn_apart() -> None:
+    """Rounds that swing together say nothing where the two were measured at different times."""
+    a = [1.0, 1.3, 0.8, 1.1, 0.9, 1.2]
+    b = [1.05 * value for value in a]
+    assert compare(a, b, paired=True).verdict == "slower"
+    assert compare(a, b, paired=False).verdict == "no difference"
+
+
+@pytest.mark.parametrize("key", ["cpu", "gpu", "cores"])
+def test_other_machines_are_refused(report: Report, key: str) -> None:
+    other = copy.deepcopy(report)
+    other["environment"][key] = "another"
+    with pytest.raises(InputError, match=f"different machines \\({key}: .* and another\\)"):
+        compare_reports(report, other)
+
+
+def test_reports_without_a_common_cell(report: Report) -> None:
+    other = copy.deepcopy(report)
+    for cell in other["cells"]:
+        cell["label"] += " x"
+    with pytest.raises(InputError, match="no cell in common"):
+        compare_reports(report, other)
+
+
+def test_compare_files_and_fail(report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steady = copy.deepcopy(report)
+    for cell in steady["cells"]:
+        cell["chunks"] = [0.01, 0.01]
+    a, b = saved(steady, tmp_path / "a.json"), saved(slower(steady, 1.1), tmp_path / "b.json")
+    assert run(["bench", "--compare", str(a), str(b)]) == 0
+    assert "ResNet8 resident: slower (+10.0 % time a step" in capsys.readouterr().out
+    assert run(["bench", "--compare", str(a), str(b), "--fail-if-slower", "12%"]) == 0
+    assert run(["bench", "--compare", str(a), str(b), "--fail-if-slower", "5%"]) == 6
+    assert "ResNet8 resident by 10.0 % or more" in capsys.readouterr().err
+    assert run(["bench", "--compare", str(b), str(a), "--fail-if-slower", "0"]) == 0
+
+
+def test_configs_are_compared_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, batch_size in (("small", 2), ("large", 64)):
+        path = tmp_path / f"{name}.toml"
+        path.write_text(tiny(tmp_path, recipe={"batch_size": batch_size}).to_toml())
+    names = [str(tmp_path / f"{name}.toml") for name in ("small", "large")]
+    code = run(["bench", "--compare", *names, "--rounds", "3", "--seconds", "0.3", "--fail-if-slower", "20"])
+    assert code == 6
+    assert "large: slower" in capsys.readouterr().out
+
+
+# --- profile and scaling
+
+
+def test_profile(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    table = profile_cell(Cell("tiny", tiny(tmp_path), frozen=True), trace, say=lambda _: None)
+    assert table.row_count == 10
+    names = list(table.columns[-1].cells)
+    calls = dict(zip(names, table.columns[2].cells, strict=True))
+    assert calls["aten::mkldnn_convolution"] == "7"  # depth 8: that many 3x3 layers
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert sum(event.get("name") == "aten::mkldnn_convolution" for event in events) == 7 * STEPS
+    (tmp_path / "file").touch()
+    with pytest.raises(MachineError):
+        profile_cell(Cell("tiny", tiny(tmp_path), frozen=True), tmp_path / "file" / "x.json", say=lambda _: None)
+
+
+def test_scaling_stops_where_memory_or_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def little_memory(cells: list[Cell], **how: Any) -> Any:
+        if cells[0].config.recipe.batch_size > 16:
+            raise OutOfMemory("out of memory")
+        return bench.measure(cells, **how | {"chunk_seconds": 0.01})
+
+    monkeypatch.setattr(scaling, "measure", little_memory)
+    base = tiny(tmp_path)
+    found = scaling.measure_scaling(base, [8, 14], [8, 16, 32], step_seconds=60, rounds=1, say=said.append)
+    labels = [cell["label"] for cell in found["cells"]]
+    assert labels == ["ResNet8 batch 8", "ResNet8 batch 16", "ResNet14 batch 8", "ResNet14 batch 16"]
+    assert sum("from 32 on left out, out of memory" in line for line in said) == 2
+    scaling.draw_scaling(found, tmp_path / "scaling.svg")
+    assert "ResNet14" in (tmp_path / "scaling.svg").read_text()
+    found = scaling.measure_scaling(base, [8], [8, 16], step_seconds=1e-6, rounds=1, say=said.append)
+    assert [cell["label"] for cell in found["cells"]] == ["ResNet8 batch 8"]
+    assert "would take over" in said[-1]
+
+
+# --- bad input
+
+BAD = {
+    "--loader tape": "'tape'; it must be one of dali, resident, torchvision, none",
+    "--depth 21": "21",
+    "--depth twenty": "write numbers as 20,56",
+    "--depth ,": "must name at least one",
+    "--batch-size 0": "batch_size is 0",
+    "--precision fp8": "fp8",
+    "--compile maybe": "auto, on, off, both",
+    "--rounds 0": "--rounds is 0",
+    "--seconds nan": "--seconds is nan",
+    "--plot chart.pdf": ".png or .svg",
+    "--fail-if-slower 5%": "needs --compare",
+    "--profile --scaling": "contradict",
+    "--compare a.json b.toml": "two configs (.toml) or two reports (.json)",
+    "--compare a.json b.json": "a.json cannot be read",
+    "--compare a.toml b.toml": "a.toml cannot be read",
+    "--compare a.json b.json --fail-if-slower much": "write a percentage",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["bench", *line.split()]) == 2
+    err = capsys.readouterr().err
+    assert BAD[line] in err
+    assert err.count("\n") <= 2
+
+
+def test_no_gpu_asked_for_by_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run(["bench", "--device", "cuda"]) == 3
+    assert "finds no CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 99, "environment": {}, "cells": []}', "\x00"])
+def test_files_that_are_no_reports(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"a\.json (cannot be read|is not a benchmark report|has schema 99)"):
+        read_json(path)
