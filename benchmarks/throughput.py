@@ -1,6 +1,7 @@
-"""fastres against the plain script of `baselines/plain.py`, on one machine, in one run, chunk by chunk.
+"""fastres against the scripts of `baselines/`, on one machine, in one run, chunk by chunk.
 
     python -m benchmarks.throughput --data-dir path/to/cifar-10-batches-bin
+    python -m benchmarks.throughput --data-dir path/to/cifar-10-batches-bin --against plain,amp,tuned
 
 Each side is a process that lives through the whole comparison and is idle while the other one runs; the order turns
 round every time (A B, B A, ...), so that a machine that slows down slows both. A chunk begins with untimed steps, which
@@ -10,6 +11,7 @@ are all in the time.
 """
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -21,25 +23,33 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+BASELINES = ("plain", "amp", "tuned", "tuned_graphs")
 BATCH_SIZE = 128
 UNTIMED_STEPS = 5  # a chunk's first: two workers with two batches each, prefetched
 FIRST_STEPS = 5  # before the first chunk, on top: allocator, caches, compilation
 
 
-def plain_chunks(data_dir: Path, timed_steps: int) -> Iterator[dict[str, float]]:
-    """One timed chunk of the plain script for every value taken."""
-    from benchmarks.baselines.plain import train
-
-    training = train(data_dir)
+def baseline_chunks(name: str, data_dir: Path, timed_steps: int) -> Iterator[dict[str, float]]:
+    """One timed chunk of a baseline for every value taken."""
+    training = importlib.import_module(f"benchmarks.baselines.{name}").train(data_dir)
     for _ in range(FIRST_STEPS):
         next(training)
     while True:
         for _ in range(UNTIMED_STEPS):
             next(training)
+        _synchronize()
         start = perf_counter()
         for _ in range(timed_steps):
-            next(training)  # ends with loss.item(), so nothing is left running on the device
+            next(training)
+        _synchronize()
         yield {"seconds": perf_counter() - start}
+
+
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def fastres_chunks(
@@ -53,11 +63,11 @@ def fastres_chunks(
 
     import fastres
     from fastres.console import Console
-    from fastres.step import TrainStep
+    from fastres.step import Replica
 
     work = _Stopwatch()
     for name in ("forward", "backward", "update"):
-        setattr(TrainStep, name, work.timed(getattr(TrainStep, name)))
+        setattr(Replica, name, work.timed(getattr(Replica, name)))
     chunk = UNTIMED_STEPS + timed_steps
 
     class Held(Console):
@@ -68,8 +78,7 @@ def fastres_chunks(
             position = (step - FIRST_STEPS) % chunk if step > FIRST_STEPS else -1
             if position not in (0, UNTIMED_STEPS):
                 return
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _synchronize()
             if position == UNTIMED_STEPS:
                 self.start, work.seconds = perf_counter(), 0.0
             else:
@@ -113,8 +122,8 @@ def serve(side: str, data_dir: Path, timed_steps: int, flags: dict[str, Any]) ->
             raise SystemExit
 
     wait()
-    if side == "plain":
-        for chunk in plain_chunks(data_dir, timed_steps):
+    if side != "fastres":
+        for chunk in baseline_chunks(side, data_dir, timed_steps):
             print(json.dumps(chunk), flush=True)
             wait()
         return
@@ -155,10 +164,10 @@ class Side:
         self.process.stdout.close()
 
 
-def compare(arguments: list[str], rounds: int, timed_steps: int) -> dict[str, Any]:
-    """Alternate the two sides for `rounds` rounds; rates in images a second, `ratio` is fastres over plain."""
+def compare(arguments: list[str], against: list[str], rounds: int, timed_steps: int) -> dict[str, Any]:
+    """Take turns for `rounds` rounds; rates in images a second, `ratios` are fastres over each baseline."""
     images = timed_steps * BATCH_SIZE
-    rates: dict[str, list[float]] = {"plain": [], "fastres": []}
+    rates: dict[str, list[float]] = {name: [] for name in (*against, "fastres")}
     other = []
     with ExitStack() as stack:
         sides = [Side(name, arguments) for name in rates]
@@ -171,13 +180,13 @@ def compare(arguments: list[str], rounds: int, timed_steps: int) -> dict[str, An
                 rates[side.name].append(images / chunk["seconds"])
                 if "other" in chunk:
                     other.append(chunk["other"] / chunk["seconds"])
-    ratios = [fast / plain for fast, plain in zip(rates["fastres"], rates["plain"], strict=True)]
+    ratios = {}
+    for name in against:
+        each = [fast / slow for fast, slow in zip(rates["fastres"], rates[name], strict=True)]
+        ratios[name] = {"median": median(each), "min": min(each), "max": max(each)}
     return {
-        "plain_images_per_second": median(rates["plain"]),
-        "fastres_images_per_second": median(rates["fastres"]),
-        "ratio": median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        "images_per_second": {name: median(values) for name, values in rates.items()},
+        "ratios": ratios,
         "overhead": median(other) if other else None,  # share of fastres' time outside forward, backward, update
         "rounds": rounds,
         "timed_steps": timed_steps,
@@ -187,23 +196,34 @@ def compare(arguments: list[str], rounds: int, timed_steps: int) -> dict[str, An
 
 def main() -> None:
     """Compare, and print one JSON object."""
-    parser = argparse.ArgumentParser(
-        description="fastres against the plain PyTorch script: ResNet-20, batch 128, CIFAR-10"
-    )
+    parser = argparse.ArgumentParser(description="fastres against other scripts: ResNet-20, batch 128, CIFAR-10")
     parser.add_argument("--data-dir", type=Path, required=True, help="the folder of data_batch_1.bin")
     parser.add_argument("--rounds", type=int, default=10, help="chunks of each side")
     parser.add_argument("--steps", type=int, default=15, help="timed steps in a chunk")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="of fastres' execution: loader=dali"
     )
-    parser.add_argument("--side", choices=["plain", "fastres"], help=argparse.SUPPRESS)  # a side's own process
+    parser.add_argument("--against", default="plain", help=f"any of {','.join(BASELINES)}, default plain")
+    parser.add_argument("--side", help=argparse.SUPPRESS)  # a side's own process
     args = parser.parse_args()
     flags = {key: _value(text) for key, _, text in (item.partition("=") for item in args.set)}
     if args.side:
         serve(args.side, args.data_dir, args.steps, flags)
         return
+    against = args.against.split(",")
+    if unknown := set(against) - set(BASELINES):
+        parser.error(f"--against: there is no {unknown.pop()!r}; there are {', '.join(BASELINES)}")
     passed = ["--data-dir", str(args.data_dir), "--steps", str(args.steps), *(f"--set={item}" for item in args.set)]
-    print(json.dumps({**compare(passed, args.rounds, args.steps), "execution": flags}, indent=2))
+    race = compare(passed, against, args.rounds, args.steps)
+    print(json.dumps({**race, "execution": flags, "environment": _environment(flags)}, indent=1))
+
+
+def _environment(flags: dict[str, Any]) -> dict[str, Any]:
+    """Of fastres' side."""
+    from fastres.config import make_config
+    from fastres.runtime import environment, prepare
+
+    return environment(prepare(make_config(execution=flags).execution))
 
 
 def _value(text: str) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 
 from rich.table import Table
+from rich.text import Text
 from torch.profiler import ProfilerActivity, profile
 
 from fastres.bench import Bench, Cell
@@ -15,7 +16,7 @@ STEPS = 20
 ROWS = 10
 
 
-def profile_cell(cell: Cell, trace: Path, *, say: Callable[[str], None]) -> Table:
+def profile_cell(cell: Cell, trace: Path, *, say: Callable[[str], None]) -> tuple[Text, Table]:
     """Profile 20 steps of a warmed-up cell.
 
     Args:
@@ -24,7 +25,7 @@ def profile_cell(cell: Cell, trace: Path, *, say: Callable[[str], None]) -> Tabl
         say: Takes one-line notices.
 
     Returns:
-        The ten kernels (on a CPU: operators) that cost most: milliseconds a step, share, calls a step.
+        A title, and the ten kernels (on a CPU: operators) that cost most: milliseconds a step, share, calls a step.
 
     Raises:
         MachineError: The trace cannot be written.
@@ -46,17 +47,16 @@ def profile_cell(cell: Cell, trace: Path, *, say: Callable[[str], None]) -> Tabl
     ]
     whole = sum(microseconds for microseconds, _, _ in spent)
     busy = whole / STEPS / 1e3
-    result = Table(
-        title=f"{cell.label}: {1e3 * unmodified:.3g} ms a step, {1e3 * profiled:.3g} under the profiler, "
+    title = Text(
+        f"{cell.label}: {1e3 * unmodified:.3g} ms a step, {1e3 * profiled:.3g} under the profiler, "
         f"{busy:.3g} of them in {'kernels' if gpu else 'operators'} ({sum(n for _, n, _ in spent) / STEPS:,.0f} calls)",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
+        style="bold",
     )
+    result = Table(box=None, pad_edge=False)
     for head in ("ms/step", "share", "calls/step"):
         result.add_column(head, justify="right")
     result.add_column("kernel" if gpu else "operator", overflow="ellipsis", no_wrap=True)
     for microseconds, count, name in sorted(spent, reverse=True)[:ROWS]:
         share = microseconds / whole
         result.add_row(f"{microseconds / STEPS / 1e3:.3g}", f"{100 * share:.1f} %", f"{count / STEPS:,.0f}", name)
-    return result
+    return title, result

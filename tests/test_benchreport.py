@@ -161,7 +161,8 @@ def test_configs_are_compared_in_turns(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_profile(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
-    table = profile_cell(Cell("tiny", tiny(tmp_path), frozen=True), trace, say=lambda _: None)
+    title, table = profile_cell(Cell("tiny", tiny(tmp_path), frozen=True), trace, say=lambda _: None)
+    assert "ms a step" in title
     assert table.row_count == 10
     names = list(table.columns[-1].cells)
     calls = dict(zip(names, table.columns[2].cells, strict=True))

@@ -184,7 +184,8 @@ def _profile(cell: "Cell", trace: Path) -> None:
     from fastres.profiling import profile_cell
 
     console = Console("auto")
-    console.print(profile_cell(cell, trace, say=console.say))
+    for renderable in profile_cell(cell, trace, say=console.say):
+        console.print(renderable)
     console.say(f"trace: {trace} (open it at https://ui.perfetto.dev)")
 
 

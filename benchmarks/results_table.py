@@ -1,0 +1,87 @@
+"""The README's tables of measured numbers, drawn from the files in `results/`.
+
+scripts/results-table           # write them into the README
+scripts/results-table --check   # say whether they are there as the files have it; exit code 6 if not
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
+BLOCK = re.compile(r"(?<=<!-- results: drawn by scripts/results-table -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
+
+Result = dict[str, Any]
+
+
+def render(paths: Iterable[Path]) -> str:
+    """Every result as Markdown, newest first: throughput reports, and races against other scripts."""
+    parts = []
+    for path in sorted(paths, reverse=True):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        drawn = _report(result) if "cells" in result else _race(result)
+        link = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+        parts.append(f"{_machine(result, path.name[:10])} ([{path.name}]({link}))\n\n{drawn}")
+    return "\n" + "\n".join(parts) + "\n" if parts else "\nNothing is measured yet.\n\n"
+
+
+def _machine(result: Result, date: str) -> str:
+    env = result["environment"]
+    driver = f", driver {env['driver']}" if env.get("driver") else ""
+    commit = f", commit {env['commit'][:9]}" if env.get("commit") else ""
+    where = env["gpu"] or f"{env['cpu']}, {env['threads']} cores"
+    return f"{date}, {where}{driver}, torch {env['torch']}, {env['precision']}{commit}"
+
+
+def _report(report: Result) -> str:
+    rows = [
+        (
+            cell["label"],
+            f"{cell['images_per_second']:,.0f}",
+            f"{1e3 * cell['step_seconds']['median']:.3g}",
+            f"{1e3 * cell['step_seconds']['p5']:.3g} to {1e3 * cell['step_seconds']['p95']:.3g}",
+            f"{cell['over_floor']:.2f}",
+        )
+        for cell in report["cells"]
+    ]
+    return _markdown(("cell", "img/s", "ms a step", "p5 to p95", "over the machine's floor"), rows)
+
+
+def _race(race: Result) -> str:
+    rows = []
+    for name, rate in race["images_per_second"].items():
+        ratio = race["ratios"].get(name)
+        times = f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
+        rows.append((name, f"{rate:,.0f}", times))
+    heads = ("training loop, ResNet-20, batch 128", "img/s", f"fastres against it ({race['rounds']} rounds)")
+    return _markdown(heads, rows)
+
+
+def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> None:
+    """Write the README's tables, or check them."""
+    parser = argparse.ArgumentParser(description="Draw the README's tables from benchmarks/results")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 6 where they differ")
+    check = parser.parse_args().check
+    before = README.read_text(encoding="utf-8")
+    if not BLOCK.search(before):
+        raise SystemExit("results-table: README.md has no place for the results")
+    drawn = render(RESULTS.glob("*.json"))
+    after = BLOCK.sub(lambda _: drawn, before)
+    if check and after != before:
+        print("README.md does not show what is in benchmarks/results; type: scripts/results-table")
+        raise SystemExit(6)
+    if not check:
+        README.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""benchmarks/: baselines do the work they are said to do, verdicts follow the noise, tables follow the files."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import peers, regressions, results_table
+from benchmarks.baselines import plain, tuned
+from fastres.data.imageset import ImageSet
+from fastres.data.synthetic import make_synthetic
+from fastres.models.cifar import CifarNet, num_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- baselines
+
+
+def test_the_plain_scripts_network_is_the_papers() -> None:
+    """It computes what ours does: the same logits from the same weights."""
+    theirs, ours = plain.resnet20(), CifarNet(20)
+    assert sum(p.numel() for p in theirs.parameters()) == num_parameters(ours) == 269_722
+    values = [value for name, value in theirs.state_dict().items() if not name.endswith("num_batches_tracked")]
+    ours.load_state_dict(dict(zip(ours.state_dict(), values, strict=True)))
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(theirs(images), ours(images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_tuned_script_augments_as_the_plain_one() -> None:
+    """Every crop is a window of its padded image, mirrored half of the time, all 81 offsets alike."""
+    image = torch.arange(40 * 40, dtype=torch.float32).view(1, 1, 40, 40).expand(4000, 3, 40, 40)
+    crops = tuned._augmented(image)
+    assert crops.shape == (4000, 3, 32, 32)
+    first, step = crops[:, 0, 0, 0], crops[:, 0, 0, 1] - crops[:, 0, 0, 0]
+    assert set(step.tolist()) == {1.0, -1.0}
+    assert 0.45 < (step == 1).float().mean() < 0.55
+    left = torch.where(step == 1, first, first - 31)
+    windows = left[:, None, None] + torch.arange(32.0)[:, None] * 40 + torch.arange(32.0)
+    expected = torch.where((step == 1)[:, None, None], windows, windows.flip(2))
+    assert torch.equal(crops, expected[:, None].expand(4000, 3, 32, 32))
+    counts = torch.bincount((left // 40 * 9 + left % 40).long(), minlength=81)
+    assert counts.min() > 20  # 49 expected
+
+
+# --- regressions
+
+
+def rounds_of(base: list[float], here: list[float], again: list[float]) -> list[Any]:
+    return [({"t": a}, {"t": b}, {"t": c}) for a, b, c in zip(base, here, again, strict=True)]
+
+
+def test_slower_is_what_differs_by_more_than_equal_code() -> None:
+    quiet = regressions.judge(rounds_of([1, 1, 1], [1.05, 1.06, 1.05], [1.005, 1, 0.998]))
+    assert quiet["t"][0] == pytest.approx(0.005)
+    assert quiet["t"][1].verdict == "slower"
+    noisy = regressions.judge(rounds_of([1, 1, 1], [1.05, 1.06, 1.05], [1.005, 1.08, 0.998]))
+    assert noisy["t"][1].verdict == "no difference"
+    assert regressions.judge(rounds_of([1, 1, 1], [1.015] * 3, [1, 1, 1]))["t"][1].verdict == "no difference"
+    assert regressions.judge(rounds_of([1, 1, 1], [0.9] * 3, [1, 1, 1]))["t"][1].verdict == "faster"
+
+
+def test_tests_that_one_commit_lacks_are_left_out() -> None:
+    turn = ({"a": 1.0, "gone": 1.0}, {"a": 1.0, "new": 1.0}, {"a": 1.0, "gone": 1.0})
+    assert list(regressions.judge([turn, turn])) == ["a"]
+
+
+def test_an_unknown_commit_is_said() -> None:
+    command = [sys.executable, "-m", "benchmarks.regressions", "no-such-commit"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no-such-commit" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- results
+
+
+def test_the_readme_shows_the_results() -> None:
+    drawn = results_table.BLOCK.search((ROOT / "README.md").read_text())
+    assert drawn is not None
+    assert drawn[0] == results_table.render(results_table.RESULTS.glob("*.json"))
+
+
+def test_results_are_whole_and_of_a_commit() -> None:
+    for path in results_table.RESULTS.glob("*.json"):
+        result = json.loads(path.read_text())
+        assert not result["environment"]["commit"].endswith("+"), path.name
+        assert len(path.name.split("_")) == 3, f"{path.name}: date, machine, what"
+
+
+def test_tables_follow_the_files(tmp_path: Path) -> None:
+    env = {"gpu": None, "cpu": "Some CPU", "threads": 2, "torch": "2", "precision": "fp32", "commit": "abcdef0123"}
+    ratio = {"median": 2.5, "min": 2.4, "max": 2.75}
+    race = {"environment": env, "rounds": 8, "images_per_second": {"plain": 400.0, "fastres": 1000.0}}
+    race |= {"ratios": {"plain": ratio}}
+    (tmp_path / "2026-01-01_x_race.json").write_text(json.dumps(race))
+    cell = {"label": "ResNet20 dali", "images_per_second": 1234.5, "over_floor": 1.5}
+    cell |= {"step_seconds": {"median": 0.1, "p5": 0.09, "p95": 0.12, "n": 10}}
+    newer = copy.deepcopy(env) | {"gpu": "NVIDIA H200", "driver": "570"}
+    (tmp_path / "2026-01-02_y_bench.json").write_text(json.dumps({"environment": newer, "cells": [cell]}))
+    text = results_table.render(tmp_path.glob("*.json"))
+    assert "| plain | 400 | 2.50x (2.40 to 2.75) |\n| fastres | 1,000 |  |" in text
+    assert "| ResNet20 dali | 1,234 | 100 | 90 to 120 | 1.50 |" in text
+    assert text.index("NVIDIA H200, driver 570") < text.index("Some CPU, 2 cores")  # newest first
+
+
+# --- peers
+
+AKAMASTER = """
+# Propert ResNets for CIFAR10 in pytorch
+import sys, time
+from pathlib import Path
+import torchvision
+assert sys.argv[1:] == ["--arch=resnet20", "--epochs=1", "--print-freq=20"], sys.argv
+assert __name__ == "__main__"
+torchvision.datasets.CIFAR10(root="./data", train=True, download=True)
+for i in range(0, 100, 20):
+    time.sleep(0.1)
+    print(f"Epoch: [0][{i}/391]\\tTime 0.1 (0.1)\\tLoss {2.3 - i / 100:.4f} (2.0)\\tPrec@1 9 (9)", flush=True)
+"""
+HIGHWAY = "# ResNet/Highway110 for CIFAR10 in pytorch\\n"
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSet:
+    return make_synthetic()
+
+
+def test_a_peer_runs_in_its_own_words(tmp_path: Path, images: ImageSet) -> None:
+    """A stand-in that reads its data through torchvision, as the real ones do."""
+    checkout, scratch = tmp_path / "clone", tmp_path / "scratch"
+    checkout.mkdir()
+    (checkout / "trainer.py").write_text(AKAMASTER)
+    peers.write_python_layout(images, scratch)
+    peer = peers.peer_at(checkout)
+    assert peer.name.startswith("akamaster")
+    seen = peers.run_peer(peer, checkout, scratch, 20)
+    assert seen.losses == pytest.approx([2.3, 2.1, 1.9, 1.7, 1.5])
+    assert len(seen.rates) == 3
+    assert all(20 * 128 / 0.5 < rate < 20 * 128 / 0.09 for rate in seen.rates)
+
+
+def test_a_peer_that_says_its_seconds() -> None:
+    peer = next(p for p in peers.PEERS if p.name.startswith("flukeskywalker"))
+    lines = [
+        f"epoch   {k} | train loss: {2 - k / 2} | test acc: 44.35 | train time: {time} | test time: 20.804\n"
+        for k, time in enumerate(("46.2", "10.0", "5.0"))
+    ]
+    assert peers.read_lines(peer, iter(lines)) == peers.Seen([5_000, 10_000], [2.0, 1.5, 1.0])
+
+
+def test_what_torchvision_reads_is_what_was_written(tmp_path: Path, images: ImageSet) -> None:
+    from torchvision.datasets import CIFAR10
+
+    peers.write_python_layout(images, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CIFAR10, "_check_integrity", lambda _: True)
+        patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+        read = CIFAR10(tmp_path / "data", train=True)
+    assert np.array_equal(read.data, images.train_images)
+    assert read.targets == images.train_labels.tolist()
+
+
+def test_an_unknown_peer_and_no_gpu(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="is no clone of akamaster"):
+        peers.peer_at(tmp_path)
+    (tmp_path / "trainer.py").write_text(HIGHWAY)
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "benchmarks.peers", str(tmp_path), "--data-dir", "nowhere"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "torch finds no GPU" in done.stderr
