@@ -106,7 +106,7 @@ def test_part(benchmark: BenchmarkFixture, resident: Bench, part: str) -> None:
         synchronize(device)
 
     def forward_and_backward() -> None:
-        replica.backward(replica.forward(*batch)[1])
+        replica.backward(replica.forward(*batch)[0])
         replica.optimizer.zero_grad(set_to_none=True)
         synchronize(device)
 
@@ -115,7 +115,7 @@ def test_part(benchmark: BenchmarkFixture, resident: Bench, part: str) -> None:
         synchronize(device)
 
     if part == "optimizer":
-        replica.backward(replica.forward(*batch)[1])
+        replica.backward(replica.forward(*batch)[0])
     functions = {"forward": forward, "forward and backward": forward_and_backward, "optimizer": update}
     timed(benchmark, functions[part], num_images=0 if part == "optimizer" else BATCH_SIZE)
     replica.optimizer.zero_grad(set_to_none=True)

@@ -82,6 +82,8 @@ class Execution:
     cuda_graph: bool | None = None  # the whole step as one captured graph; None: on a GPU yes
     graph_steps: int = 1  # steps in a graph, where the log leaves room for so many
     deterministic: bool = False  # the same bits each time on a GPU too; on a CPU they are anyway
+    # bf16 copies of the convolutions' weights, kept by the update instead of cast in each step; None: in bf16 on a GPU
+    shadow_weights: bool | None = None
     channels_last: bool = True
     threads: int = 0  # CPU threads of torch and DALI; 0: one a core
     data_dir: str | None = None

@@ -23,6 +23,7 @@ from fastres.config import Execution
 from fastres.errors import InputError, MachineError
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_COMPILATIONS = 128  # of one function
 DEEP = 110  # layers from which on the network is compiled block by block: as a whole it takes a minute or more
 
 
@@ -35,6 +36,7 @@ class Runtime:
     compile_scope: Literal["none", "blocks", "whole"] = "none"
     cuda_graph: bool = False
     deterministic: bool = False
+    shadow_weights: bool = False
     threads: int = 1  # CPU threads
     notes: tuple[str, ...] = ()  # lines the user should see: a fall-back that was taken
 
@@ -67,6 +69,9 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
     if execution.cuda_graph and device.type != "cuda":
         raise MachineError("--cuda-graph needs a GPU; leave it out to train on the CPU")
     precision = _precision(execution.precision, device)
+    shadows = execution.shadow_weights
+    if shadows and precision != "bf16":
+        raise InputError(f"--shadow-weights are bf16, and the precision here is {precision}; use --precision bf16")
     if device.type == "cpu":
         _keep_freed_memory()
     if device.type == "cuda":
@@ -80,6 +85,7 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
         compile_scope=scope if compiled else "none",
         cuda_graph=device.type == "cuda" and execution.cuda_graph is not False,
         deterministic=execution.deterministic,
+        shadow_weights=device.type == "cuda" and precision == "bf16" if shadows is None else shadows,
         threads=threads,
         notes=tuple(notes),
     )
@@ -97,6 +103,16 @@ def _set_up_cuda(device: torch.device, precision: str, *, deterministic: bool) -
         import torch._inductor.config as inductor  # seconds, so only where it is wanted
 
         inductor.deterministic = True  # no choice by timing
+
+
+def allow_recompilations() -> None:
+    """Let torch compile one function for many networks: a process may hold several, of other depths and precisions.
+
+    Past its limit, 8 by default, torch runs uncompiled without an error.
+    """
+    import torch._dynamo.config as dynamo  # a second, so only where something is compiled
+
+    dynamo.recompile_limit = MAX_COMPILATIONS
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -13,10 +13,12 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastres import optim
 from fastres.cudagraph import WARM_UP_CALLS, Capture, Replay
-from fastres.runtime import Runtime, autocast
+from fastres.runtime import Runtime, allow_recompilations, autocast
+from fastres.shadow import ShadowedSgd
 
 MAX_GRAPH_STEPS = 64
 SPARE = WARM_UP_CALLS * MAX_GRAPH_STEPS  # places behind the last step in tables and logs, for the steps of a warm-up
@@ -78,12 +80,17 @@ class Replica:
         self.errors = torch.zeros(size, dtype=torch.int32, device=self.device)
         # fp16's range needs its gradients scaled; the scale is part of the state, and stays on the device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self._sgd: ShadowedSgd | None = None
+        if runtime.shadow_weights:
+            self._sgd = ShadowedSgd(net, optimizer, compiled=runtime.compile_scope != "none")
         self._predict, self._record = _predict, _record
+        if runtime.compile_scope != "none":
+            allow_recompilations()
         if runtime.compile_scope == "blocks":
-            compile_blocks(net)
+            compile_blocks(net, self.device)
         elif runtime.compile_scope == "whole":
             self._predict = torch.compile(_predict, fullgraph=True, dynamic=False, options=_options(self.device))
-        if runtime.compile_scope != "none" and self.device.type == "cuda":  # two launches instead of a dozen
+        if runtime.compile_scope != "none" and self.device.type == "cuda":  # one launch instead of four
             self._record = torch.compile(_record, fullgraph=True, dynamic=False)
 
     def set_lrs(self, lr_at: Callable[[int], float], start: int = 0) -> None:
@@ -94,29 +101,32 @@ class Replica:
     def step(self) -> None:
         """Take the step that the counter says. Nothing is read back from the device."""
         images, labels = self.loader.load(self.counter)
-        optim.set_lr(self.optimizer, self.lrs.index_select(0, self.counter))
-        logits, loss = self.forward(images, labels)
+        loss, errors = self.forward(images, labels)
         self.backward(loss)
         self.update()
-        self.log(logits, labels, loss)
+        self.log(loss, errors)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `(batch, classes)` and the mean cross-entropy, both fp32 (fp64 for an fp64 network)."""
-        return self._predict(self.net, images, labels, self.dtype)
+        """The mean cross-entropy `()`, fp32 (fp64 for an fp64 network), and the number of wrong answers, int32 `()`."""
+        return self._predict(self.net, self._sgd.leaves if self._sgd else {}, images, labels, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients into `.grad`, which the last update left empty."""
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
-        """SGD on the fp32 weights."""
+        """SGD on the fp32 weights, with the learning rate that stands at the counter."""
+        if self._sgd:
+            self._sgd.step(self.lrs, self.counter)
+            return
+        optim.set_lr(self.optimizer, self.lrs.index_select(0, self.counter))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def log(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+    def log(self, loss: Tensor, errors: Tensor) -> None:
         """Write loss and errors into their places, and count the step."""
-        self._record(self.counter, logits.detach(), labels, loss.detach(), self.losses, self.errors)
+        self._record(self.counter, loss.detach(), errors, self.losses, self.errors)
 
     def window(self, start: int, stop: int) -> Window:
         """The log of 0-based steps `start` to `stop - 1`. Waits for the device; for log steps only."""
@@ -127,7 +137,14 @@ class Replica:
         momentum = optim.momentum_buffers(self.net, self.optimizer)
         lrs = {id(group["lr"]): group["lr"] for group in self.optimizer.param_groups}
         logs = (self.counter, self.losses, self.errors)
-        return [*self.net.state_dict().values(), *momentum.values(), *lrs.values(), *logs]
+        shadows = [self._sgd.shadows] if self._sgd else []
+        return [*self.net.state_dict().values(), *momentum.values(), *lrs.values(), *logs, *shadows]
+
+    def seek(self, step: int) -> None:
+        """Have the counter stand at 0-based step `step`, and take over weights that were loaded from elsewhere."""
+        self.counter.fill_(step)
+        if self._sgd:
+            self._sgd.refresh()
 
 
 class TrainStep:
@@ -169,7 +186,7 @@ class TrainStep:
     def seek(self, step: int) -> None:
         """Have the counters stand at 0-based step `step`."""
         for replica in self.replicas:
-            replica.counter.fill_(step)
+            replica.seek(step)
 
     def warm_up(self, capture: Capture | None = None, *, graph_steps: int = 1) -> None:
         """Compile and capture, before any clock runs, and leave no trace: weights, momentum, BN and logs are put back.
@@ -209,7 +226,7 @@ def _steps(replica: Replica, count: int) -> None:
         replica.step()
 
 
-def compile_blocks(net: nn.Module) -> None:
+def compile_blocks(net: nn.Module, device: torch.device) -> None:
     """Compile each residual block in place, so that saved names stay clean.
 
     Equal blocks share their code: five distinct blocks are compiled whatever the depth, so ResNet-110 starts as
@@ -217,26 +234,29 @@ def compile_blocks(net: nn.Module) -> None:
     """
     for stage in ("layer1", "layer2", "layer3"):
         for block in getattr(net, stage):
-            block.compile(fullgraph=True, dynamic=False)
+            block.compile(fullgraph=True, dynamic=False, options=_options(device))
 
 
 def _options(device: torch.device) -> dict[str, bool | str | int | Callable[..., object]] | None:
-    """Inductor's options for the whole network; it makes no graphs of its own, ours is around it."""
+    """Inductor's options for the network; it makes no graphs of its own, ours is around it."""
     return {"combo_kernels": True} if device.type == "cuda" else None
 
 
 # Plain functions, so that equal networks share one compilation.
 
 
-def _predict(net: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _predict(
+    net: nn.Module, weights: dict[str, Tensor], images: Tensor, labels: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`weights` stand in for the network's own of the same names."""
     with autocast(images.device, dtype):
-        logits = net(images)
-    return logits, F.cross_entropy(logits, labels)
+        logits = functional_call(net, weights, (images,)) if weights else net(images)
+    wrong = logits.detach().argmax(dim=1) != labels  # in the forward, where it costs no kernel of its own
+    return F.cross_entropy(logits, labels), wrong.sum(dtype=torch.int32)
 
 
-def _record(counter: Tensor, logits: Tensor, labels: Tensor, loss: Tensor, losses: Tensor, errors: Tensor) -> None:
+def _record(counter: Tensor, loss: Tensor, wrong: Tensor, losses: Tensor, errors: Tensor) -> None:
     """Write what a step gave into its place in the logs, and count the step."""
-    wrong = (logits.argmax(dim=1) != labels).sum(dtype=torch.int32)
     losses.index_copy_(0, counter, loss.to(losses.dtype).view(1))
     errors.index_copy_(0, counter, wrong.view(1))
     counter.add_(1)

@@ -21,7 +21,7 @@ LAYERS = (
     ("errors",),
     ("models.depth", "data.imageset", "clock"),
     ("config",),
-    ("runtime", "optim", "models", "data"),
+    ("runtime", "optim", "shadow", "models", "data"),
     ("checkpoint", "cudagraph"),
     ("evaluator",),
     ("rundir",),

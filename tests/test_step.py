@@ -73,7 +73,7 @@ def gradient(**how: Any) -> Tensor:
     """The gradient of the first batch, all parameters in one; the batch is the same but for rounding."""
     replica = make_replica(**how)
     images, labels = Noise(torch.bfloat16).load(0)
-    replica.backward(replica.forward(images.to(replica.loader.load(replica.counter)[0].dtype), labels)[1])
+    replica.backward(replica.forward(images.to(replica.loader.load(replica.counter)[0].dtype), labels)[0])
     return torch.cat([p.grad.flatten().double() for p in replica.net.parameters() if p.grad is not None])
 
 
@@ -127,9 +127,9 @@ def test_half_precision_keeps_its_state_in_fp32(precision: str) -> None:
     assert {t.dtype for t in floats} == {torch.float32}
     seen: list[torch.dtype] = []
     replica.net.get_submodule("layer3").register_forward_hook(lambda *args: seen.append(args[-1].dtype))
-    logits, loss = replica.forward(*replica.loader.load(replica.counter))
-    assert seen == [DTYPES[precision]]  # the network's own layers are not
-    assert logits.dtype == torch.float32
+    replica.net.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    loss, _ = replica.forward(*replica.loader.load(replica.counter))
+    assert seen == [DTYPES[precision], torch.float32]  # the layers, and the logits
     assert loss.dtype == torch.float32
     assert replica.scaler.is_enabled() == (precision == "fp16")
 
@@ -242,7 +242,7 @@ def test_compiled_is_eager_in_fp64_over_50_steps(scope: Literal["blocks", "whole
         losses = []
         for one in (eager, compiled):
             images, labels = one.loader.load(one.counter)
-            loss = one.forward(images, labels)[1]
+            loss = one.forward(images, labels)[0]
             one.backward(loss)
             one.update()
             one.counter.add_(1)

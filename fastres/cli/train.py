@@ -110,6 +110,14 @@ def train(
             rich_help_panel=EXECUTION,
         ),
     ] = None,
+    shadow_weights: Annotated[
+        bool | None,
+        typer.Option(
+            "--shadow-weights/--no-shadow-weights",
+            help="bf16 copies of the weights, kept by the update (default: bf16 on a GPU).",
+            rich_help_panel=EXECUTION,
+        ),
+    ] = None,
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--no-channels-last", rich_help_panel=EXECUTION)
     ] = None,
@@ -177,6 +185,7 @@ def train(
             cuda_graph=cuda_graph,
             graph_steps=graph_steps,
             deterministic=deterministic,
+            shadow_weights=shadow_weights,
             channels_last=channels_last,
             threads=threads,
             data_dir=None if data_dir is None else str(data_dir),

@@ -19,13 +19,16 @@ class DevicePlan:
         plan: Samples in order.
         batch_size: Samples a step.
         device: Where the window lives.
+
+    Attributes:
+        codes: The window: int32 `(steps, batch)`, a step in row `step % steps`.
     """
 
     def __init__(self, plan: EpochPlan, batch_size: int, device: torch.device) -> None:
         if plan.num_images > 1 << INDEX_BITS:
             raise ValueError(f"{plan.num_images:,} images; at most {1 << INDEX_BITS:,} fit")
         self.plan, self.batch_size, self.device = plan, batch_size, device
-        self._codes = torch.zeros(CHUNKS * CHUNK, batch_size, dtype=torch.int32, device=device)
+        self.codes = torch.zeros(CHUNKS * CHUNK, batch_size, dtype=torch.int32, device=device)
         self._have = [-1] * CHUNKS  # the chunk that each place holds
         self._at = -1  # the chunk of the last step prepared
 
@@ -44,16 +47,21 @@ class DevicePlan:
                 codes = torch.from_numpy(self._chunk(wanted))
                 if self.device.type == "cuda":
                     codes = codes.pin_memory()  # or the copy would wait for the device
-                self._codes[place * CHUNK : (place + 1) * CHUNK].copy_(codes, non_blocking=True)
+                self.codes[place * CHUNK : (place + 1) * CHUNK].copy_(codes, non_blocking=True)
                 self._have[place] = wanted
 
     def load(self, counter: Tensor) -> Tensor:
         """The codes int32 `(batch,)` of the step that `counter`, int64 `(1,)`, says."""
-        return self._codes.index_select(0, counter % len(self._codes)).view(-1)
+        return look_up(self.codes, counter)
 
     def _chunk(self, chunk: int) -> npt.NDArray[np.int32]:
         count = CHUNK * self.batch_size
         return encode(self.plan.at(chunk * count, count)).reshape(CHUNK, self.batch_size)
+
+
+def look_up(codes: Tensor, counter: Tensor) -> Tensor:
+    """The codes int32 `(batch,)` of the step that `counter` says, from a plan's window."""
+    return codes.index_select(0, counter % len(codes)).view(-1)
 
 
 def encode(samples: Samples) -> npt.NDArray[np.int32]:

@@ -1,15 +1,19 @@
 """Batches by plain torch from images that live on the device; the host is asked nothing, so a step can be captured."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.data.deviceplan import DevicePlan, decode
+from fastres.data.deviceplan import DevicePlan, decode, look_up
 from fastres.data.imageset import IMAGE_SIZE, Bytes, ImageSet
 from fastres.data.pixels import SCALE, Floats, pixels
 from fastres.data.plan import PAD, EpochPlan
+
+# Inductor's: images and labels in one kernel; coordinates computed where they are used instead of stored for reuse.
+ONE_KERNEL: dict[str, Any] = {"combo_kernels": True, "realize_opcount_threshold": 1000, "realize_reads_threshold": 100}
 
 
 class ResidentLoader:
@@ -22,7 +26,7 @@ class ResidentLoader:
         batch_size: Images a step.
         device, dtype: Of the batches.
         channels_last: Memory format of the batches; False makes another copy.
-        compiled: Compile `crop`; else each of its operations is a kernel.
+        compiled: Compile it to one kernel; else each operation is one.
     """
 
     name = "resident"
@@ -44,9 +48,9 @@ class ResidentLoader:
         self._pixels = torch.from_numpy(images.train_images).view(-1, 3).to(device)
         self._mean = torch.from_numpy(images.mean_image() if mean is None else mean).view(-1, 3).to(device)
         self._labels = torch.from_numpy(images.train_labels.astype(np.int64)).to(device)
-        self._crop: Callable[..., tuple[Tensor, Tensor]] = crop
+        self._batch: Callable[..., tuple[Tensor, Tensor]] = _batch
         if compiled:
-            self._crop = torch.compile(crop, fullgraph=True, dynamic=False)
+            self._batch = torch.compile(_batch, fullgraph=True, dynamic=False, options=ONE_KERNEL)
 
     def prepare(self, step: int) -> None:
         """Copy the plan of steps to come, once in many steps."""
@@ -54,13 +58,18 @@ class ResidentLoader:
 
     def load(self, counter: Tensor) -> tuple[Tensor, Tensor]:
         """The batch of the step that `counter` says: images `(batch, 3, 32, 32)`, labels int64 `(batch,)`."""
-        codes = self._plan.load(counter)
-        batch, labels = self._crop(codes, self._pixels, self._mean, self._labels, self.dtype)
+        plan = self._plan.codes
+        batch, labels = self._batch(counter, plan, self._pixels, self._mean, self._labels, self.dtype)
         batch = batch.permute(0, 3, 1, 2)
         return (batch if self.channels_last else batch.contiguous()), labels
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def _batch(counter: Tensor, plan: Tensor, *data: Any) -> tuple[Tensor, Tensor]:
+    """The batch of the step that `counter` says; the rest goes to `crop`."""
+    return crop(look_up(plan, counter), *data)
 
 
 def crop(codes: Tensor, table: Tensor, mean: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

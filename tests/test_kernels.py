@@ -1,0 +1,60 @@
+"""How many kernels a step launches on an H200, counted by lowering it; the counts must not creep up."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+
+from benchmarks.kernels import count_code, run_inside
+
+lowered = pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("gcc") or torch.version.cuda is None,
+    reason="needs gcc, and a build of torch with CUDA (no GPU)",
+)
+
+
+@lowered
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("depth", "scope", "limit"), [(20, "whole", 200), (110, "blocks", 1_190), (110, "whole", 1_100)]
+)
+def test_launches_of_a_step(depth: int, scope: str, limit: int) -> None:
+    (count,) = run_inside(["--depth", str(depth), "--scope", scope])
+    parts = count["parts"]
+    assert set(parts) == {"load", "forward", "backward", "update", "log"}
+    convolutions = depth - 1
+    assert parts["forward"] >= 3 * convolutions  # each with its batch norm's two; fewer would be a miscount
+    assert parts["backward"] >= 4 * convolutions
+    assert parts["load"] == 1
+    assert parts["log"] == 1
+    assert count["launches"] == sum(parts.values()) <= limit
+
+
+@lowered
+@pytest.mark.timeout(300)
+def test_shadows_save_kernels() -> None:
+    without, with_them = (run_inside(["--depth", "8", *more])[0] for more in (["--no-shadows"], []))
+    for part in ("forward", "backward"):  # Inductor joins the casts, but not all of them
+        assert with_them["parts"][part] < without["parts"][part]
+
+
+def test_code_is_counted_by_its_calls() -> None:
+    code = """
+def triton_poi_fused_0(in_ptr0): ...
+def call(self, args):
+        buf0 = extern_kernels.convolution(arg0_1, arg1_1)
+        assert_size_stride(buf0, (1,), 'torch.ops.aten.convolution.default')
+        triton_poi_fused_0.run(buf0, 10, stream=raw_stream0)
+        triton_poi_fused_0.run(buf0, 10, stream=raw_stream0)
+        buf2 = torch.ops.aten.convolution_backward.default(buf0, arg1_1)
+        extern_kernels.mm(buf2, arg1_1, out=buf3)
+"""
+    count = count_code(code)
+    assert (count.triton, count.library) == (2, {"convolution": 1, "convolution_backward": 2, "mm": 1})
+    assert count.launches == 6
+
+
+def test_a_failure_is_said() -> None:
+    with pytest.raises(SystemExit, match=r"count-kernels: (?s:.)*21"):
+        run_inside(["--depth", "21"])
