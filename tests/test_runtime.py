@@ -45,10 +45,18 @@ def test_no_gpu_means_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("flags", "precision"), [("avx2", "fp32"), ("avx512_bf16", "fp32"), ("avx512_bf16 amx_bf16", "bf16")]
+    ("vendor", "flags", "precision"),
+    [
+        ("GenuineIntel", "avx2", "fp32"),
+        ("GenuineIntel", "avx512_bf16", "fp32"),
+        ("GenuineIntel", "avx512_bf16 amx_bf16", "bf16"),
+        ("AuthenticAMD", "avx512f", "fp32"),
+        ("AuthenticAMD", "avx512_bf16", "bf16"),
+        ("", "", "fp32"),
+    ],
 )
-def test_auto_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch, flags: str, precision: str) -> None:
-    monkeypatch.setattr(runtime, "_cpu_info", lambda key: flags if key == "flags" else "")
+def test_auto_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch, vendor: str, flags: str, precision: str) -> None:
+    monkeypatch.setattr(runtime, "_cpu_info", {"flags": flags, "vendor_id": vendor}.__getitem__)
     assert prepare(Execution(device="cpu", threads=1)).precision == precision
     assert prepare(Execution(device="cpu", threads=1, precision="fp16")).precision == "fp16"
 
