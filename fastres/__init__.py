@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastres.errors import FastresError as FastresError
     from fastres.loop import train as train
     from fastres.result import RunResult as RunResult
+    from fastres.sweep import train_seeds as train_seeds
 
 __version__ = "0.1.0"
 
@@ -25,8 +26,9 @@ _HOME = {
     "FastresError": "errors",
     "RunResult": "result",
     "train": "loop",
+    "train_seeds": "sweep",
 }
-__all__ = ["FastresError", "RunConfig", "RunResult", "__version__", "make_config", "train"]
+__all__ = ["FastresError", "RunConfig", "RunResult", "__version__", "make_config", "train", "train_seeds"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from fastres import nvml
-from fastres.build import build_loader, build_net, build_optimizer, load_images
+from fastres.build import build_loaders, build_net, build_optimizer, load_images
 from fastres.config import RunConfig
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
 from fastres.guards import explained_memory_errors
 from fastres.parts import PARTS, Marks, marked
-from fastres.roofline import Ceilings, measure_ceilings, work_of
+from fastres.roofline import Ceilings, Work, measure_ceilings, work_of
 from fastres.runtime import DTYPES, environment, prepare, synchronize
 from fastres.step import Loader, Replica, TrainStep
 
@@ -40,11 +40,13 @@ class Cell:
         label: Names it in tables.
         config: What `train` would run; its number of steps does not matter.
         frozen: The same batch every step instead of a loader: what is left is the step itself.
+        num_replicas: Networks with seeds of their own, side by side in one step.
     """
 
     label: str
     config: RunConfig
     frozen: bool = False
+    num_replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Timing:
 
     label: str
     seconds: list[float]  # one value a round: the mean step of its chunk
-    batch_size: int
+    images: int  # in a step: the batch, of each replica
     compile_seconds: float  # compilation and capture; cells whose networks are equal share it, the first one pays
     peak_memory: int | None  # bytes of GPU memory that this cell added; None on a CPU
     floor: float  # seconds: the roofline's
@@ -68,7 +70,7 @@ class Timing:
     @property
     def images_per_second(self) -> float:
         """At the median chunk."""
-        return self.batch_size / self.step_seconds
+        return self.images / self.step_seconds
 
     @property
     def gaps(self) -> float:
@@ -125,14 +127,19 @@ class Bench:
         held = torch.cuda.memory_allocated(device) if gpu else 0
         if gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        with explained_memory_errors(config):
-            net = build_net(config, self.runtime, num_classes=len(images.class_names))
-            loader = build_loader(config, images, images.mean_image(), self.runtime)
+        with explained_memory_errors(config, num_replicas=cell.num_replicas):
+            configs = [dataclasses.replace(config, seed=config.seed + k) for k in range(cell.num_replicas)]
+            loaders = build_loaders(configs, images, images.mean_image(), self.runtime)
             if cell.frozen:
-                loader = FrozenLoader(loader, device)
-            self.replica = Replica(net, build_optimizer(net, config.recipe), loader, self.runtime, num_steps=num_steps)
-            self.replica.lrs.fill_(config.recipe.lr)
-            self.step, self.done = TrainStep([self.replica]), 0
+                loaders = [FrozenLoader(each, device) for each in loaders]
+            self.replicas: list[Replica] = []
+            for one, loader in zip(configs, loaders, strict=True):
+                net = build_net(one, self.runtime, num_classes=len(images.class_names))
+                replica = Replica(net, build_optimizer(net, one.recipe), loader, self.runtime, num_steps=num_steps)
+                replica.lrs.fill_(one.recipe.lr)
+                self.replicas.append(replica)
+            self.replica = self.replicas[0]
+            self.step, self.done = TrainStep(self.replicas), 0
             start = perf_counter()
             if self.runtime.compile_scope != "none" or self.runtime.cuda_graph:
                 self.step.warm_up(self._capture, graph_steps=config.execution.graph_steps)
@@ -140,7 +147,9 @@ class Bench:
             self.compile_seconds = perf_counter() - start
             self.run(FIRST_STEPS)
         self.peak_memory = torch.cuda.max_memory_allocated(device) - held if gpu else None
-        self.work = work_of(net, config.recipe.batch_size, DTYPES[self.runtime.precision].itemsize)
+        self.images = cell.num_replicas * config.recipe.batch_size
+        work = work_of(net, config.recipe.batch_size, DTYPES[self.runtime.precision].itemsize)
+        self.work = Work(cell.num_replicas * work.multiply_adds, cell.num_replicas * work.bytes_moved)
 
     @property
     def _capture(self) -> type[CapturedGraph] | None:
@@ -160,7 +169,8 @@ class Bench:
     def parts(self, num_steps: int) -> dict[str, float]:
         """Seconds of each part of a step, with marks between them: a pass of its own, which slows the step a little.
 
-        With a captured step the marks are nodes of a second graph: the parts are the graph's, not eager launches'.
+        With a captured step the marks are nodes of a second graph: the parts are the graph's, not eager launches'. Of
+        several replicas they are the first one's, with the others beside it.
         """
         replica, graphs = self.replica, dict(self.step.graphs)
         marks = Marks(self.runtime.device)
@@ -179,7 +189,8 @@ class Bench:
 
     def close(self) -> None:
         """Release threads and buffers."""
-        self.replica.loader.close()
+        for replica in self.replicas:
+            replica.loader.close()
 
 
 def measure(
@@ -225,12 +236,12 @@ def measure(
             Timing(
                 bench.cell.label,
                 seconds[k],
-                (batch_size := bench.cell.config.recipe.batch_size),
+                bench.images,
                 bench.compile_seconds,
                 bench.peak_memory,
                 ceilings[bench.runtime.precision].floor(bench.work),
                 {part: median(turn[part] for turn in parts[k]) for part in PARTS},
-                energy[k] / (rounds * lengths[k] * batch_size) if energy[k] else None,
+                energy[k] / (rounds * lengths[k] * bench.images) if energy[k] else None,
             )
             for k, bench in enumerate(benches)
         ]
@@ -263,6 +274,7 @@ def _as_json(timing: Timing, cell: Cell) -> dict[str, Any]:
         "config": cell.config.to_dict(),
         "digest": cell.config.digest,
         "frozen": cell.frozen,
+        "num_replicas": cell.num_replicas,
         "images_per_second": timing.images_per_second,
         "step_seconds": {"median": timing.step_seconds, "p5": low, "p95": high, "n": len(timing.seconds)},
         "chunks": timing.seconds,

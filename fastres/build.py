@@ -1,13 +1,13 @@
 """From a config to the things it names: data, network, optimizer, schedule, loader. Used by train, eval and bench."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastres import config as cfg
 from fastres.config import RunConfig
@@ -64,7 +64,16 @@ def build_net(config: RunConfig, runtime: Runtime, *, num_classes: int) -> Cifar
 
 def empty_net(model: cfg.Model, *, num_classes: int) -> CifarNet:
     """The network that a config names, on the CPU, weights not yet set."""
-    return CifarNet(model.depth, residual=model.arch == "resnet", shortcut=model.shortcut, num_classes=num_classes)
+    return CifarNet(
+        model.depth,
+        residual=model.arch == "resnet",
+        shortcut=model.shortcut,
+        pad=model.pad,
+        num_classes=num_classes,
+        norm_batch=model.norm_batch,
+        bn_eps=model.bn_eps,
+        bn_momentum=model.bn_momentum,
+    )
 
 
 def place(net: CifarNet, execution: cfg.Execution, runtime: Runtime) -> CifarNet:
@@ -81,6 +90,7 @@ def build_optimizer(net: CifarNet, recipe: cfg.Recipe) -> torch.optim.SGD:
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         weight_decay_on=recipe.weight_decay_on,
+        lr_in_velocity=recipe.lr_in_velocity,
         fused=True,
     )
 
@@ -105,50 +115,82 @@ def build_loader(config: RunConfig, images: ImageSet, mean: Mean, runtime: Runti
     Raises:
         MachineError: DALI was asked for by name and is not installed.
     """
-    from fastres.data.dali import DaliLoader, dali_available
+    return build_loaders([config], images, mean, runtime)[0]
+
+
+def loader_kind(execution: cfg.Execution, runtime: Runtime) -> str:
+    """Which loader it will be: what "auto" means here."""
+    from fastres.data.dali import dali_available
+
+    if execution.loader != "auto":
+        return execution.loader
+    return "dali" if runtime.device.type == "cuda" and dali_available() else "resident"
+
+
+def build_loaders(configs: Sequence[RunConfig], images: ImageSet, mean: Mean, runtime: Runtime) -> list[Loader]:
+    """The loaders of runs that differ in their seed alone. They share the images, and DALI makes their batches in one.
+
+    Raises:
+        MachineError: As `build_loader`.
+    """
+    from fastres.data.dali import DaliLoader
     from fastres.data.plan import EpochPlan
     from fastres.data.resident import ResidentLoader
     from fastres.data.table import TableLoader
 
-    execution = config.execution
-    plan = EpochPlan(config.seed, len(images.train_images), augment=config.data.augment)
-    kind = execution.loader
-    if kind == "auto":
-        kind = "dali" if runtime.device.type == "cuda" and dali_available() else "resident"
-    make: Callable[..., Loader]
-    if kind == "resident" and runtime.device.type == "cpu":
-        make = TableLoader
-    elif kind == "resident":
-        make = functools.partial(ResidentLoader, compiled=runtime.compile_scope != "none")
-    elif kind == "dali":
-        make = functools.partial(DaliLoader, num_threads=runtime.threads)
-    else:
+    config, execution = configs[0], configs[0].execution
+    first, *others = [EpochPlan(c.seed, len(images.train_images), augment=c.data.augment) for c in configs]
+    options: dict[str, Any] = {
+        "mean": mean,
+        "batch_size": config.recipe.batch_size,
+        "device": runtime.device,
+        "dtype": runtime.dtype,
+        "channels_last": execution.channels_last,
+    }
+    kind = loader_kind(execution, runtime)
+    if kind == "dali":
+        dali = DaliLoader(images, first, others=others, num_threads=runtime.threads, **options)
+        return [*dali.seats()]
+    if kind == "torchvision":
         from fastres.data.torchvision import TorchvisionLoader
 
-        make = TorchvisionLoader
-    return make(
-        images,
-        plan,
-        mean=mean,
-        batch_size=config.recipe.batch_size,
-        device=runtime.device,
-        dtype=runtime.dtype,
-        channels_last=execution.channels_last,
-    )
+        return [TorchvisionLoader(images, plan, **options) for plan in (first, *others)]
+    if runtime.device.type == "cpu":
+        table = TableLoader(images, first, **options)
+        return [table, *map(table.sharing, others)]
+    resident = ResidentLoader(images, first, compiled=runtime.compile_scope != "none", **options)
+    return [resident, *map(resident.sharing, others)]
+
+
+def build_evaluators(
+    nets: Sequence[nn.Module], config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime, *, train: bool = False
+) -> list[Evaluator]:
+    """What tests networks on the test images (under `val_split` the validation images): the plain single view.
+
+    The images are on the device once, for all of them. `train`: the plain training images instead.
+    """
+    batches = list(_plain_batches(config, images, mean, runtime, train=train))
+    capture = CapturedGraph if runtime.cuda_graph else None
+    num_classes = len(images.class_names)
+    return [Evaluator(net, batches, num_classes=num_classes, dtype=runtime.dtype, capture=capture) for net in nets]
 
 
 def build_evaluator(net: nn.Module, config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime) -> Evaluator:
-    """What tests the network on the test images (under `val_split` the validation images): the plain single view."""
+    """The same for one network."""
+    return build_evaluators([net], config, images, mean, runtime)[0]
+
+
+def _plain_batches(
+    config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime, *, train: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     from fastres.data.resident import evaluation_batches
 
-    batches = evaluation_batches(
-        images.test_images,
-        images.test_labels,
+    return evaluation_batches(
+        images.train_images if train else images.test_images,
+        images.train_labels if train else images.test_labels,
         mean,
         batch_size=EVALUATION_BATCH,
         device=runtime.device,
         dtype=runtime.dtype,
         channels_last=config.execution.channels_last,
     )
-    capture = CapturedGraph if runtime.cuda_graph else None
-    return Evaluator(net, batches, num_classes=len(images.class_names), dtype=runtime.dtype, capture=capture)

@@ -4,6 +4,7 @@ It does not decide when. Tensors of the network have their common names (`conv1.
 weights file; what else a run needs is named with a slash (`momentum/conv1.weight`, `log/losses`, `data/mean`).
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -114,23 +115,49 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     Raises:
         InputError: Checkpoints exist, but none of them is whole.
     """
+    whole, problems = load_all(folder, most=1)
+    return (whole[0] if whole else None), problems
+
+
+def load_all(folder: Path, *, most: int = 2) -> tuple[list[Checkpoint], list[str]]:
+    """The whole checkpoints of a run folder, newest first, at most `most`; and a line for each that is not whole.
+
+    Raises:
+        InputError: Checkpoints exist, but none of them is whole.
+    """
+    whole: list[Checkpoint] = []
     problems: list[str] = []
     for path in (folder / NEWEST, folder / PREVIOUS):
-        if path.exists():
+        if path.exists() and len(whole) < most:
             try:
-                return load(path), problems
+                whole.append(load(path))
             except InputError as error:
                 problems.append(str(error))
-    if problems:
+    if problems and not whole:
         raise InputError("no whole checkpoint is left: " + "; ".join(problems))
-    return None, []
+    return whole, problems
 
 
-def set_damaged_aside(folder: Path, used: Path) -> None:
-    """After falling back to `used`, rename the damaged newest file: the next save must not push out the good one."""
-    newest = folder / NEWEST
-    if used != newest and newest.exists():
-        newest.replace(folder / "checkpoint.damaged.safetensors")
+def steps(folder: Path) -> set[int]:
+    """The steps at which a run folder's checkpoints were saved, as they say; unreadable ones are left out."""
+    found = set()
+    for path in (folder / NEWEST, folder / PREVIOUS):
+        unreadable = (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError)
+        with contextlib.suppress(*unreadable), safetensors.safe_open(path, framework="pt") as file:
+            found.add(int(json.loads(file.metadata()["fastres"])["step"]))
+    return found
+
+
+def set_newer_aside(folder: Path, used: Path | None) -> None:
+    """Rename the checkpoints newer than `used`, from which a run goes on; all where that is None.
+
+    The next save must not push out the one that is used, nor a later resume take up what was passed over.
+    """
+    for path in (folder / NEWEST, folder / PREVIOUS):
+        if path == used:
+            return
+        if path.exists():
+            path.replace(path.with_suffix(".unused.safetensors"))
 
 
 def all_finite(tensors: Mapping[str, Tensor]) -> bool:

@@ -6,19 +6,35 @@ no switch there may change a result. No torch and no I/O here, so that the comma
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 import re
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastres.configtree import build, differences, is_int, merge, nearest
 from fastres.errors import InputError
 from fastres.models.depth import check_depth
+
+__all__ = [
+    "MAX_GRAPH_STEPS",
+    "NUM_TRAIN",
+    "NUM_VALIDATION",
+    "PRESETS",
+    "Data",
+    "Execution",
+    "Model",
+    "Output",
+    "Recipe",
+    "RunConfig",
+    "differences",
+    "make_config",
+    "merge",
+    "preset_tree",
+    "with_dependent_defaults",
+]
 
 NUM_TRAIN = {"cifar10": 50_000, "synthetic": 10_000}  # images before any validation split
 MAX_GRAPH_STEPS = 64  # a graph holds every kernel of its steps, a few hundred each
@@ -27,12 +43,16 @@ NUM_VALIDATION = 5_000  # the paper's 45k/5k split (section 4.2)
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The network (paper, section 4.2)."""
+    """The network (paper, section 4.2). What the paper leaves open is in docs/fidelity.md, with the reasons."""
 
     arch: Literal["resnet", "plain"] = "resnet"
     depth: int = 20  # 6n+2 layers
     shortcut: Literal["A", "B"] = "A"  # A: identity, zero-padded channels; B: 1x1 projection where the shape changes
-    init: Literal["fan_in", "fan_out"] = "fan_in"  # which fan He initialisation uses; the paper does not say
+    pad: Literal["both", "after"] = "both"  # option A's zero channels: half before and half after the old, or all after
+    init: Literal["fan_in", "fan_out"] = "fan_in"  # which fan He initialisation uses
+    norm_batch: int = 0  # images that batch norm takes its statistics over; 0: the whole batch
+    bn_eps: float = 1e-5
+    bn_momentum: float = 0.1  # weight of the new batch in the running statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +85,8 @@ class Recipe:
     warmup_steps: int = 400
     warmup_lr: float = 0.01
     momentum: float = 0.9
+    # false: v <- m v + g, w <- w - lr v, as in PyTorch; true: v <- m v + lr g, w <- w - v, as in Caffe
+    lr_in_velocity: bool = False
     weight_decay: float = 1e-4
     weight_decay_on: Literal["all", "weights"] = "all"  # weights: conv and fc weights only, not BN and biases
 
@@ -97,6 +119,7 @@ class Output:
     out: str | None = None  # the run folder; None: runs/<model>-seed<seed>-<date>-<time>
     log_every: int = 100
     eval_every: int = 2_000
+    clean_train_error: bool = False  # at each evaluation also the error on the training images, not augmented
     checkpoint_every: str = "10min"  # steps ("500") or minutes ("10min")
 
     @property
@@ -174,7 +197,7 @@ class RunConfig:
         Raises:
             InputError: An unknown key (with the nearest known one), a value of the wrong type or out of range.
         """
-        config = _build(RunConfig, tree, "")
+        config = build(RunConfig, tree)
         assert isinstance(config, RunConfig)
         return config
 
@@ -217,7 +240,7 @@ def make_config(preset: str = "paper", **changes: Any) -> RunConfig:
 def preset_tree(name: str) -> dict[str, Any]:
     """The nested mappings of a preset. Raises InputError where there is none of that name."""
     if name not in PRESETS:
-        raise InputError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}{_nearest(name, PRESETS)}")
+        raise InputError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}{nearest(name, PRESETS)}")
     return json.loads(json.dumps(PRESETS[name]))  # type: ignore[no-any-return]
 
 
@@ -229,97 +252,32 @@ def with_dependent_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     model, recipe = tree.get("model", {}), tree.get("recipe", {})
     if not isinstance(model, Mapping) or not isinstance(recipe, Mapping):
         return tree  # refused when the config is built
-    if recipe.get("warmup") == "ramp" and "warmup_steps" not in recipe and _is_int(recipe.get("steps")):
+    if recipe.get("warmup") == "ramp" and "warmup_steps" not in recipe and is_int(recipe.get("steps")):
         tree = merge(tree, {"recipe": {"warmup_steps": max(1, recipe["steps"] // 10)}})
-    deep_resnet = model.get("arch", "resnet") == "resnet" and _is_int(model.get("depth")) and model["depth"] >= 110
+    deep_resnet = model.get("arch", "resnet") == "resnet" and is_int(model.get("depth")) and model["depth"] >= 110
     if deep_resnet and "warmup" not in recipe and recipe.get("schedule", "step") == "step":
         tree = merge(tree, {"recipe": {"warmup": "constant"}})
     return tree
 
 
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, mappings merged key by key."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> list[str]:
-    """The keys in which two trees differ, as lines "recipe.lr: 0.1 -> 0.2"."""
-    lines = []
-    for key in sorted({*ours, *theirs}):
-        a, b, here = ours.get(key), theirs.get(key), f"{path}{key}"
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, f"{here}.")
-        elif a != b:
-            lines.append(f"{here}: {a} -> {b}")
-    return lines
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _build(cls: type, tree: Mapping[str, Any], path: str) -> Any:
-    """An instance of a config dataclass from a mapping, every key known and every value of its type."""
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        if key not in hints:
-            raise InputError(f"unknown key {path}{key}{_nearest(key, hints) or '; keys: ' + ', '.join(hints)}")
-        values[key] = _coerce(hints[key], value, f"{path}{key}")
-    return cls(**values)
-
-
-def _coerce(kind: Any, value: Any, path: str) -> Any:
-    """The value as its declared type, or InputError. Accepts what TOML and JSON write for it, and nothing looser."""
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if dataclasses.is_dataclass(value) and isinstance(value, kind):
-            return value
-        if isinstance(value, Mapping):
-            return _build(kind, value, f"{path}.")
-        raise InputError(f"{path} is {value!r}; it must be a table of keys")
-    origin, options = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _coerce(next(option for option in options if option is not type(None)), value, path)
-    if origin is Literal:
-        if value in options:
-            return value
-        raise InputError(f"{path} is {value!r}; it must be one of {', '.join(options)}{_nearest(str(value), options)}")
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_coerce(options[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if kind is float and _is_int(value):
-        return float(value)
-    if kind is str and path.endswith("checkpoint_every") and _is_int(value):
-        return str(value)
-    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    wanted = {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(kind, "a list of integers")
-    raise InputError(f"{path} is {value!r}; it must be {wanted}")
-
-
 def _validate(config: RunConfig) -> None:
     """Raise InputError on the first value that cannot be trained with."""
-    recipe, output = config.recipe, config.output
+    model, recipe, output = config.model, config.recipe, config.output
 
     def need(holds: bool, key: str, value: object, rule: str) -> None:
         if not holds:
             raise InputError(f"{key} is {value}; {rule}")
 
-    check_depth(config.model.depth)
+    check_depth(model.depth)
     need(0 <= config.seed < 2**63, "seed", config.seed, "it must be between 0 and 2**63 - 1")
     need(recipe.steps >= 1, "steps", recipe.steps, "it must be at least 1")
     rule = f"it must be between 1 and {config.data.num_train:,}, the training images"
     need(1 <= recipe.batch_size <= config.data.num_train, "batch_size", recipe.batch_size, rule)
+    rule = f"it must divide batch_size, {recipe.batch_size}, or be 0 for the whole batch"
+    fits = model.norm_batch >= 0 and recipe.batch_size % (model.norm_batch or 1) == 0
+    need(fits, "norm_batch", model.norm_batch, rule)
+    need(math.isfinite(model.bn_eps) and model.bn_eps > 0, "bn_eps", model.bn_eps, "it must be a finite number above 0")
+    need(0 < model.bn_momentum <= 1, "bn_momentum", model.bn_momentum, "it must be above 0 and at most 1")
     for key, low_ok in (("lr", False), ("warmup_lr", False), ("lr_decay", False), ("weight_decay", True)):
         value = getattr(recipe, key)
         holds = math.isfinite(value) and (value >= 0 if low_ok else value > 0)

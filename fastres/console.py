@@ -34,6 +34,7 @@ class Progress:
     images_per_second: float | None = None
     elapsed: float = 0.0  # seconds
     remaining: float | None = None  # seconds
+    runs: int = 1  # side by side; loss and errors are means over them, images a second their sum
 
     def fields(self) -> list[str]:
         """What is known, as short texts in a fixed order."""
@@ -44,7 +45,8 @@ class Progress:
             ("lr", self.lr, lambda v: f"{v:.4g}"),
             ("img/s", self.images_per_second, lambda v: f"{v:,.0f}"),
         ]
-        return [f"{name} {show(value)}" for name, value, show in known if value is not None]
+        together = [f"{self.runs} runs, mean:"] if self.runs > 1 else []
+        return [*together, *(f"{name} {show(value)}" for name, value, show in known if value is not None)]
 
     def line(self) -> str:
         """All of it in one line."""
@@ -65,24 +67,26 @@ class Console:
     def __init__(self, verbosity: Verbosity = "auto", *, stderr: bool = False) -> None:
         self.verbosity = verbosity if verbosity != "auto" else "live" if interactive() else "lines"
         self._rich = RichConsole(file=sys.stderr if stderr else None, highlight=False, soft_wrap=True)
-        self._run: RunDir | None = None
+        self._runs: tuple[RunDir, ...] = ()
         self._early: list[str] = []  # said before there was a run folder
         self._live: Live | None = None
         self._progress: Progress | None = None
         self._download: tuple[int, int] | None = None  # bytes done, bytes in all
         self._counted: tuple[int, int] | None = None
 
-    def attach(self, run: RunDir) -> None:
-        """Copy every line to the run's console.log from now on, what was said before included."""
-        self._run = run
+    def attach(self, *runs: RunDir) -> None:
+        """Copy every line to the runs' console.log from now on, what was said before included."""
+        self._runs = runs
         for text in self._early:
-            run.say(text)
+            self._log(text)
         self._early.clear()
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        if self._run:
-            self._run.say(text)
+    def say(self, text: str, run: RunDir | None = None) -> None:
+        """A line that stays. With `run` it concerns that run alone, and stands in no other's log."""
+        if run:
+            run.say(text)
+        elif self._runs:
+            self._log(text)
         else:
             self._early.append(text)
         if self.verbosity != "quiet":
@@ -104,8 +108,8 @@ class Console:
     def show(self, progress: Progress, *, line: bool = False) -> None:
         """Where the run stands now. With `line` (an epoch ended) it is logged, and printed unless live."""
         self._progress = progress
-        if line and self._run:
-            self._run.say(progress.line())
+        if line:
+            self._log(progress.line())
         if self.verbosity == "live":
             self._start_live()
         elif line and self.verbosity == "lines":
@@ -134,6 +138,10 @@ class Console:
         if self._live:
             self._live.stop()
             self._live = None
+
+    def _log(self, text: str) -> None:
+        for run in self._runs:
+            run.say(text)
 
     def _start_live(self) -> None:
         if self._live is None:

@@ -1,50 +1,192 @@
-"""The training and test error curves of one run, as PNG and SVG."""
+"""Curves of runs as PNG and SVG.
 
+Training error is thin and test error bold, as in the paper's Figure 6; both have their run's colour. What was logged is
+pale where a smoothed line stands in front of it. Training error is the running error over the augmented stream.
+"""
+
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastres.checkpoint import disk_error
+from fastres.errors import InputError
+from fastres.series import Curve, What, XAxis, curve_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Told apart by readers who do not see red and green alike, and dark enough for thin lines on white.
+COLORS = ("#0072b2", "#d55e00", "#00866a", "#b0539a", "#8a6d00", "#2c95c9", "#4d4d4d")
+DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 2)),
+    (0, (1.5, 1.5)),
+    (0, (6, 2, 1.5, 2)),
+)  # after the last colour, the next dash
+FEW_POINTS = 12  # below it, each is marked
+UNITS = (("hours", 3_600.0), ("minutes", 60.0), ("seconds", 1.0))
+Y_LABELS = {"error": "error (%)", "loss": "cross-entropy", "lr": "learning rate"}
 
 
 def draw_curves(records: list[dict[str, Any]], title: str, folder: Path) -> list[Path]:
-    """Draw error over steps from metrics records: training error thin, test error bold, as in the paper's Figure 6.
-
-    Training error is the running error over the augmented stream. Returns the files `curves.png` and `curves.svg`.
+    """Draw one run's error over steps. Returns the files `curves.png` and `curves.svg` in `folder`.
 
     Raises:
         MachineError: The files cannot be written.
     """
-    from matplotlib import rc_context  # half a second; only at the end of a run
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for kind, label, width in (("train", "training error (augmented, running)", 1.0), ("test", "test error", 2.2)):
-        points = [(r["step"], 100 * r["error"]) for r in records if r.get("kind") == kind]
-        if points:
-            steps, errors = zip(*points, strict=True)
-            axes.plot(
-                steps,
-                errors,
-                linewidth=width,
-                label=label,
-                color="C0",
-                marker="o" if len(points) < 12 else None,
-                markersize=3,
-            )
-    for record in records:
-        if record.get("kind") == "warmup_end":
-            axes.axvline(record["step"], color="0.6", linewidth=0.8, linestyle=":", label="warm-up ends")
-    axes.set(xlabel="steps", ylabel="error (%)", title=title, xlim=(0, None), ylim=(0, None))
-    axes.grid(alpha=0.25)
-    if records:
-        axes.legend(frameon=False)
     paths = [folder / "curves.png", folder / "curves.svg"]
+    draw([curve_of(records, "")], title, paths)
+    return paths
+
+
+def draw(
+    curves: Sequence[Curve],
+    title: str,
+    paths: Sequence[Path],
+    *,
+    what: What = "error",
+    x: XAxis = "step",
+    log_y: bool = False,
+    ylim: tuple[float, float] | None = None,
+) -> None:
+    """Draw curves into one figure and write it to each path; PNG or SVG by the ending.
+
+    Equal curves give equal files: no date, and ids that do not come from chance.
+
+    Raises:
+        InputError: Another ending.
+        MachineError: A file cannot be written.
+    """
+    from matplotlib import rc_context  # half a second; only where something is drawn
+
+    for path in paths:
+        check_ending(path)
+    figure = figure_of(curves, title, what=what, x=x, log_y=log_y, ylim=ylim)
     for path in paths:
         try:
-            # Equal runs, equal files: no date, and ids that do not come from chance.
             with rc_context({"svg.hashsalt": "fastres"}):
                 figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
         except OSError as error:
-            raise disk_error(error, folder, 0) from error
-    return paths
+            raise disk_error(error, path.parent, 0) from error
+
+
+def figure_of(
+    curves: Sequence[Curve],
+    title: str,
+    *,
+    what: What = "error",
+    x: XAxis = "step",
+    log_y: bool = False,
+    ylim: tuple[float, float] | None = None,
+) -> "Figure":
+    """The figure that `draw` writes: curves over one axis, the legend below it."""
+    from matplotlib.figure import Figure
+
+    farthest = max((float(line.x[-1]) for curve in curves for line in curve.lines), default=0.0)
+    unit, scale = time_unit(farthest) if x == "time" else ("steps" if x == "step" else "epochs", 1.0)
+    columns, rows = _legend_shape([curve.label for curve in curves])
+    figure = Figure(figsize=(7.4, 4.4 + 0.23 * rows), layout="constrained")
+    axes = figure.add_subplot()
+    for number, curve in enumerate(curves):
+        _draw_curve(axes, curve, number, scale)
+        if curve.warmup_end is not None and len(curves) == 1:
+            axes.axvline(curve.warmup_end / scale, color="0.55", linewidth=0.9, linestyle=":", zorder=1)
+    axes.set_title(title, parse_math=False, fontsize=11)
+    axes.set(xlabel=f"{unit} of training" if x == "time" else unit, ylabel=Y_LABELS[what])
+    axes.set_xlim(0, 1.015 * farthest / scale or 1)  # a little room for the last marker
+    axes.xaxis.set_major_formatter("{x:,.0f}" if x == "step" else "{x:,.6g}")
+    if log_y:
+        axes.set_yscale("log", nonpositive="mask")
+    if ylim is not None:
+        axes.set_ylim(ylim)
+    elif not log_y:
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if any(curve.lines for curve in curves):
+        _draw_legend(figure, curves, title, what, columns)
+    return figure
+
+
+def check_ending(path: Path) -> None:
+    """Raise InputError where a figure's name ends in neither .png nor .svg."""
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"--out is {path}; give a name that ends in .png or .svg")
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit in which a stretch of time reads well, and its seconds."""
+    return next((unit for unit in UNITS if seconds >= 2 * unit[1]), UNITS[-1])
+
+
+def style(number: int) -> tuple[str, Any]:
+    """Colour and dash of the n-th curve."""
+    return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
+
+
+def _draw_curve(axes: "Axes", curve: Curve, number: int, scale: float) -> None:
+    color, dash = style(number)
+    for line, width in ((curve.train, 1.0), (curve.test, 2.3)):
+        if line is None:
+            continue
+        x, front = line.x / scale, 3 + (line is curve.test)
+        if line.low is not None and line.high is not None:
+            axes.fill_between(x, line.low, line.high, color=color, alpha=0.18, linewidth=0, zorder=2)
+        elif line.smoothed:
+            axes.plot(x, line.y, color=color, linewidth=0.7 * width, alpha=0.25, zorder=2)
+        look: dict[str, Any] = {"color": color, "linewidth": width, "linestyle": dash, "markersize": 3.5}
+        axes.plot(x, line.smooth, marker="o" if len(x) < FEW_POINTS else None, zorder=front, **look)
+        if curve.unfinished:  # an open ring where it stands
+            axes.plot(
+                x[-1:], line.smooth[-1:], "o", color=color, markerfacecolor="white", markersize=6, zorder=front + 2
+            )
+
+
+def _legend_shape(labels: Sequence[str]) -> tuple[int, int]:
+    """Columns, so that the longest label fits; and rows, the key to thin and bold included."""
+    longest = max((len(label) for label in labels), default=0)
+    columns = min(max(1, 92 // (longest + 7)), max(len(labels), 1), 4)
+    return columns, math.ceil(len(labels) / columns) + 1
+
+
+def _draw_legend(figure: "Figure", curves: Sequence[Curve], title: str, what: What, columns: int) -> None:
+    """Runs by colour, then what thin, bold and pale mean; below the axes, never over data."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    one = len(curves) == 1
+    color = COLORS[0] if one else "0.35"
+    key: list[tuple[Any, str]] = []
+    names = {"error": " error", "loss": " loss", "lr": ""}
+    if any(curve.train for curve in curves) and what != "lr":
+        note = " (running, augmented images)" if one else ""
+        key.append((Line2D([], [], color=color, linewidth=1.0), f"training{names[what]}{note}"))
+    if any(curve.test for curve in curves):
+        key.append((Line2D([], [], color=color, linewidth=2.3), f"test{names[what]}"))
+    if any(line.smoothed and line.low is None for curve in curves for line in curve.lines):
+        key.append((Line2D([], [], color=color, linewidth=1.0, alpha=0.35), "as logged"))
+    if any(line.low is not None for curve in curves for line in curve.lines):
+        key.append((Patch(color=color, alpha=0.25), "one standard deviation"))
+    if one and curves[0].warmup_end is not None:
+        key.append((Line2D([], [], color="0.55", linewidth=0.9, linestyle=":"), "warm-up ends"))
+    if any(curve.unfinished for curve in curves):
+        ring = Line2D([], [], color=color, marker="o", markerfacecolor="white", linestyle="none")
+        key.append((ring, "unfinished"))
+    runs: list[tuple[Any, str]] = []
+    if not one or curves[0].label not in title:
+        for number, curve in enumerate(curves):
+            shade, dash = style(number)
+            runs.append((Line2D([], [], color=shade, linestyle=dash, linewidth=2), curve.label))
+    # Lowest first: each legend takes its room from what is left.
+    for entries, width in ((key, len(key)), (runs, columns)):
+        if entries:
+            legend = figure.legend(
+                [handle for handle, _ in entries],
+                ["-"] * len(entries),  # a label that begins with "_" would be left out
+                loc="outside lower center", ncols=width, frameon=False, fontsize=9, columnspacing=1.6, handlelength=2.4,
+            )  # fmt: skip
+            for text, (_, label) in zip(legend.get_texts(), entries, strict=True):
+                text.set_parse_math(False)
+                text.set_text(label)

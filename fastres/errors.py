@@ -41,6 +41,12 @@ class OutsideTolerance(FastresError):
     exit_code = 6
 
 
+class OutOfTime(FastresError):
+    """The time that was given is used up; the state was saved before this was raised."""
+
+    exit_code = 0
+
+
 class Interrupted(FastresError):
     """SIGINT or SIGTERM arrived; the state was saved before this was raised."""
 

@@ -1,5 +1,6 @@
 """`fastres eval`: the test error of a run, of a checkpoint, or of a weights file that another project published."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,30 @@ from fastres.data.pixels import SCALE
 from fastres.data.resident import evaluation_batches
 from fastres.errors import InputError
 from fastres.evaluator import Evaluation, Evaluator
+from fastres.models.cifar import CifarNet
 from fastres.rundir import RunDir
 from fastres.runtime import Runtime, prepare
 from fastres.weights import read_weights
 
 Channels = tuple[float, float, float]
+
+
+# What a single pass over the test images does not pay for, whatever the run was trained with and on.
+ONE_PASS: dict[str, Any] = {"device": "auto", "compile": False, "cuda_graph": False, "shadow_weights": False}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network, and the test images as it was trained to see them."""
+
+    name: str  # ResNet20
+    config: RunConfig | None  # None for weights of another project
+    step: int | None  # of training; None where the file does not say
+    net: CifarNet  # on its device
+    images: ImageSet
+    runtime: Runtime
+    # Each call makes the batches anew: images (batch, 3, 32, 32) and labels int64 (batch,), on the device.
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +85,24 @@ def evaluate_target(
     std: Channels | None = None,
     say: Callable[[str], None],
 ) -> Outcome:
-    """Test a run folder, a checkpoint file, or a foreign weights file.
+    """Test a run folder, a checkpoint file, or a foreign weights file. Arguments and errors as of `load_trained`."""
+    trained = load_trained(target, execution, arch=arch, dataset=dataset, mean=mean, std=std, say=say)
+    num_classes = len(trained.images.class_names)
+    evaluator = Evaluator(trained.net, trained.batches(), num_classes=num_classes, dtype=trained.runtime.dtype)
+    return Outcome(str(target), trained.name, trained.step, trained.images, evaluator())
+
+
+def load_trained(
+    target: Path,
+    execution: dict[str, Any],
+    *,
+    arch: str | None = None,
+    dataset: str | None = None,
+    mean: Channels | None = None,
+    std: Channels | None = None,
+    say: Callable[[str], None],
+) -> Trained:
+    """The network of a run folder, a checkpoint file, or a foreign weights file.
 
     A checkpoint brings its config and mean image. Foreign weights get the per-pixel mean of the training images, unless
     `mean` and `std` (per channel, of pixels in 0 to 1) say what they were trained with.
@@ -85,37 +122,37 @@ def evaluate_target(
     if not target.exists():
         raise InputError(f"{target} does not exist; give a run folder or a weights file")
     saved = _saved(target, say)
-    config = RunConfig.from_dict(saved.meta["config"]) if saved else RunConfig()
-    tree = {**config.to_dict()["execution"], "compile": False, "device": "auto", **execution}
+    config = RunConfig.from_dict(saved.meta["config"]) if saved else None
+    tree = (config or RunConfig()).to_dict()
     chosen = RunConfig.from_dict(
-        {"execution": tree, "data": {**config.to_dict()["data"], **({"dataset": dataset} if dataset else {})}}
+        {
+            "execution": {**tree["execution"], **ONE_PASS, **execution},
+            "data": {**tree["data"], **({"dataset": dataset} if dataset else {})},
+        }
     )
     runtime = prepare(chosen.execution)
     images = load_images(chosen.data, chosen.execution, train=saved is None and mean is None, say=say)
-    num_classes = len(images.class_names)
-    if saved:
-        if arch is not None and arch != config.model.arch:
-            raise InputError(f"--arch {arch}: {target} says of itself that it is {config.model.arch}")
-        theirs, ours = saved.meta["data"]["test_digest"], images.test_digest()
-        if theirs != ours:
-            say(f"tested on other images ({ours[:23]}...) than the run was tested on ({theirs[:23]}...)")
-        if saved.meta["data"]["scale"] != SCALE:
-            raise InputError(f"{target} was trained with pixels scaled by {saved.meta['data']['scale']}, not {SCALE}")
-        name, step = config.name, saved.meta["step"]
-        net = empty_net(config.model, num_classes=num_classes)
-        net.load_state_dict(saved.weights)
-        mean_image: Mean = saved.tensors["data/mean"].numpy()
+    mean_image: Mean
+    if saved and config:
+        _check(saved, config, images, target, arch, say)
+        model, weights, step = config.model, saved.weights, saved.meta["step"]
+        mean_image = saved.tensors["data/mean"].numpy()
     else:
         foreign = read_weights(target)
         model = Model(arch="plain" if arch == "plain" else "resnet", depth=foreign.depth, shortcut=foreign.shortcut)
-        name, step = RunConfig(model=model).name, None
-        net = empty_net(model, num_classes=num_classes)
-        net.load_state_dict(foreign.state)
+        weights, step = foreign.state, None
         mean_image = images.mean_image() if mean is None else np.full((32, 32, 3), mean, np.float32) * 255
-    net = place(net, chosen.execution, runtime)
-    batches = _batches(images, mean_image, std, runtime, chosen.execution)
-    evaluator = Evaluator(net, batches, num_classes=num_classes, dtype=runtime.dtype)  # once: no graph to pay for
-    return Outcome(str(target), name, step, images, evaluator())
+    net = empty_net(model, num_classes=len(images.class_names))
+    net.load_state_dict(weights)
+    return Trained(
+        name=RunConfig(model=model).name,
+        config=config,
+        step=step,
+        net=place(net, chosen.execution, runtime),
+        images=images,
+        runtime=runtime,
+        batches=functools.partial(_batches, images, mean_image, std, runtime, chosen.execution),
+    )
 
 
 def _saved(target: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
@@ -130,6 +167,24 @@ def _saved(target: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | 
     if target.suffix == ".safetensors" and checkpoint.is_checkpoint(target):
         return checkpoint.load(target)
     return None
+
+
+def _check(
+    saved: checkpoint.Checkpoint,
+    config: RunConfig,
+    images: ImageSet,
+    target: Path,
+    arch: str | None,
+    say: Callable[[str], None],
+) -> None:
+    """Raise InputError where a checkpoint contradicts the command line or this fastres; name other test images."""
+    if arch is not None and arch != config.model.arch:
+        raise InputError(f"--arch {arch}: {target} says of itself that it is {config.model.arch}")
+    theirs, ours = saved.meta["data"]["test_digest"], images.test_digest()
+    if theirs != ours:
+        say(f"tested on other images ({ours[:23]}...) than the run was tested on ({theirs[:23]}...)")
+    if saved.meta["data"]["scale"] != SCALE:
+        raise InputError(f"{target} was trained with pixels scaled by {saved.meta['data']['scale']}, not {SCALE}")
 
 
 def _batches(

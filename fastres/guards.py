@@ -1,23 +1,38 @@
 """What can end a run from outside, signals and memory, turned into something the loop and the user can deal with."""
 
 import contextlib
+import math
+import re
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
 import torch
+from torch import Tensor
 
+from fastres.build import empty_net
 from fastres.config import RunConfig
+from fastres.data.imageset import IMAGE_SIZE
 from fastres.errors import OutOfMemory
+from fastres.models.cifar import num_parameters
+from fastres.runtime import usable_memory
+
+# How messages of the CPU allocator, CUDA, cuDNN, cuBLAS and DALI say it; torch.OutOfMemoryError says it by its type.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "bad_alloc")
+USABLE_SHARE = 0.9  # of what is free; the rest goes to fragments, workspaces and the backward's own tensors
+WEIGHT_BYTES = 4 * 4  # a parameter: weight, gradient, momentum, and copies in other precisions
+LOADER_BYTES = 10  # a value of the training images: two padded fp32 tables on a CPU; less for DALI or on a GPU
 
 
 @dataclass
 class Interrupt:
-    """The first signal that arrived; None while there was none."""
+    """What ends a run early: the first signal that arrived, None while there was none, or a time."""
 
     signum: int | None = None
+    deadline: float = math.inf  # on the clock of `time.perf_counter`
 
 
 @contextlib.contextmanager
@@ -45,15 +60,84 @@ def interrupts() -> Iterator[Interrupt]:
 
 
 @contextlib.contextmanager
-def explained_memory_errors(config: RunConfig) -> Iterator[None]:
-    """Turn torch's out-of-memory errors, GPU and CPU, into OutOfMemory with a way out."""
+def explained_memory_errors(config: RunConfig, *, num_replicas: int = 1) -> Iterator[None]:
+    """Turn what torch, CUDA's libraries and numpy raise where memory ran out into OutOfMemory with a way out."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a bare RuntimeError
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
             raise
-        batch_size = config.recipe.batch_size
-        raise OutOfMemory(
-            f"out of memory with {config.name} at batch size {batch_size}: {str(error).splitlines()[0]}; "
-            f"try --batch-size {max(1, batch_size // 2)}"
-        ) from error
+        traceback.clear_frames(error.__traceback__)  # their variables hold what the step had got so far
+        raise OutOfMemory(_way_out(config, num_replicas, str(error))) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch.OutOfMemoryError is a RuntimeError; the CPU allocator, cuDNN and cuBLAS raise bare ones."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def _way_out(config: RunConfig, num_replicas: int, said: str) -> str:
+    """What was needed, what there is, and what to try."""
+    batch_size = config.recipe.batch_size
+    gpu = torch.cuda.is_available() and config.execution.device != "cpu"
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    try:
+        fixed, image = memory_of_a_step(config, bytes_each=_bytes_each(config, gpu=gpu), num_replicas=num_replicas)
+    except (RuntimeError, MemoryError):  # not even for that
+        return (
+            f"out of memory with {config.name} at batch size {batch_size:,}; try --batch-size {max(1, batch_size // 2)}"
+        )
+    usable = usable_memory(device)
+    need, have = fixed + batch_size * image, "an unknown amount is" if usable is None else f"{usable / 1e9:.1f} GB are"
+    asked = re.search(r"ried to allocate ([\d.]+ \w+)", said)
+    at = f", {asked[1]} of them at once" if asked else ""
+    head = (
+        f"out of memory: a step of {config.name} on {batch_size:,} images needs about {need / 1e9:.1f} GB{at}; "
+        f"{have} free for it on the {'GPU' if gpu else 'CPU'}\n"
+    )
+    fits = batch_size // 2  # where the estimate is no help: it says that the batch fits
+    if usable is not None and need > USABLE_SHARE * usable:
+        fits = int((USABLE_SHARE * usable - fixed) / image)
+    if batch_size == 1 or fits < 1:
+        return head + f"no smaller batch would fit; try a smaller --depth than {config.model.depth}"
+    return head + f"a batch of about {_rounded(fits):,} fits: --batch-size {_rounded(fits)}"
+
+
+def memory_of_a_step(config: RunConfig, *, bytes_each: int, num_replicas: int = 1) -> tuple[int, int]:
+    """About how many bytes a training step holds: whatever the batch, and on top for each image of it.
+
+    What the forward keeps for the backward is measured, on a step of two images on the CPU; compiled or not, it is
+    nearly all of a step's memory. The rest is counted: weights, gradients and momentum in fp32 and copies of the
+    weights; the images as the loaders keep them.
+
+    Args:
+        config: The network, its data.
+        bytes_each: Of an activation: 2 in bf16 and fp16, 4 in fp32.
+        num_replicas: Networks that are trained side by side.
+    """
+    net = empty_net(config.model, num_classes=10)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = net(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    del logits  # until here it held what was kept, so that no address came twice
+    image = sum(size for address, size in kept.items() if address not in weights) * bytes_each // (4 * 2)
+    data = config.data.num_train * 3 * IMAGE_SIZE * IMAGE_SIZE * LOADER_BYTES
+    return data + num_replicas * num_parameters(net) * WEIGHT_BYTES, num_replicas * image
+
+
+def _bytes_each(config: RunConfig, *, gpu: bool) -> int:
+    precision = config.execution.precision
+    return 2 if precision in ("bf16", "fp16") or (precision == "auto" and gpu) else 4
+
+
+def _rounded(batch_size: int) -> int:
+    """Down to a multiple of 64, 32, 16 or 8 that changes it little."""
+    unit = next((unit for unit in (64, 32, 16, 8) if batch_size >= 4 * unit), 1)
+    return batch_size - batch_size % unit

@@ -1,34 +1,31 @@
 """The training loop, one function read from top to bottom."""
 
 import contextlib
-import functools
 import math
 import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from time import perf_counter
-from typing import Any
 
-from fastres import optim
-from fastres.build import build_evaluator, build_loader, build_net, build_optimizer, load_images, lr_schedule
+from fastres import pace
+from fastres.build import build_evaluators, build_loaders, build_net, build_optimizer, load_images, lr_schedule
 from fastres.checkpoint import Checkpoint
 from fastres.clock import Clocks
-from fastres.config import Output, Recipe, RunConfig, differences
+from fastres.config import RunConfig, differences
 from fastres.console import Console, Progress, Verbosity
 from fastres.cudagraph import CapturedGraph
-from fastres.curves import draw_curves
 from fastres.data.imageset import ImageSet
-from fastres.errors import Diverged, InputError, Interrupted
+from fastres.errors import Diverged, InputError, Interrupted, OutOfTime
 from fastres.guards import Interrupt, explained_memory_errors, interrupts
+from fastres.member import Member
 from fastres.models.cifar import num_parameters
 from fastres.result import RunResult, result_of, summary
-from fastres.rundir import CONFIG, ENVIRONMENT, RESULT, RunDir, default_path
-from fastres.runstate import RunState, data_note, load_state
+from fastres.rundir import CONFIG, DIVERGED, ENVIRONMENT, RESULT, RunDir, default_path
+from fastres.runstate import RunState, data_note, load_states
 from fastres.runtime import Runtime, environment, peak_memory, prepare, synchronize
-from fastres.step import Replica, TrainStep, Window
+from fastres.step import Replica, TrainStep
 from fastres.steptimer import StepTimer, milliseconds
-
-LOOK_AHEAD_STEPS = 20  # after so many steps the whole run's time is known well enough to warn
-LONG_RUN_SECONDS = 3_600
 
 
 def train(
@@ -39,6 +36,7 @@ def train(
     verbosity: Verbosity = "auto",
     console: Console | None = None,
     clocks: Clocks | None = None,
+    deadline: float = math.inf,
 ) -> RunResult:
     """Train one network and test it; everything about it is kept in its run folder.
 
@@ -49,6 +47,7 @@ def train(
         overwrite: Move a non-empty `config.output.out` aside instead of refusing it.
         verbosity: "live", "lines", "quiet", or "auto": live on a terminal, lines elsewhere.
         console, clocks: The command line's own, which began before this call.
+        deadline: When to save and stop, on the clock of `time.perf_counter`, in seconds.
 
     Returns:
         The result; `result.test_error` is the last step's, a fraction.
@@ -59,58 +58,111 @@ def train(
         OutOfMemory: The batch does not fit.
         Diverged: The loss became NaN or Inf; the last good checkpoint is kept.
         Interrupted: SIGINT or SIGTERM (main thread only); the state was saved.
+        OutOfTime: The deadline has come; the state was saved.
     """
-    console, clocks = console or Console(verbosity), clocks or Clocks()
-    with clocks("other"), contextlib.closing(console):
-        run = None
-        if resume is not None:
-            run, config = _reopen(Path(resume), config)
-            if (run.path / RESULT).exists():
-                console.say(f"{run.path} is finished: nothing to resume")
-                return result_of(run)
-        config = config or RunConfig()
-        path = run.path if run else Path(config.output.out) if config.output.out else default_path(config)
-        if run is None:
-            RunDir.check_free(path, overwrite=overwrite)  # before minutes are spent on a download
+    console = console or Console(verbosity)
+    run = None
+    if resume is not None:
+        run, config = _reopen(Path(resume), config)
+        if (run.path / RESULT).exists():
+            console.say(f"{run.path} is finished: nothing to resume")
+            return result_of(run)
+    config = config or RunConfig()
+    path = run.path if run else Path(config.output.out) if config.output.out else default_path(config)
+    if run is None:
+        RunDir.check_free(path, overwrite=overwrite)  # before minutes are spent on a download
+    folders = {path: config}
+    (outcome,) = train_together(folders, overwrite=overwrite, console=console, clocks=clocks, deadline=deadline)
+    if isinstance(outcome, Diverged):
+        raise outcome
+    return outcome
+
+
+def train_together(
+    folders: Mapping[Path, RunConfig],
+    *,
+    overwrite: bool = False,
+    console: Console,
+    clocks: Clocks | None = None,
+    deadline: float = math.inf,
+) -> list[RunResult | Diverged]:
+    """Train runs side by side, a step of each in turn; on a GPU the turns are parallel branches of one graph.
+
+    Each comes out as it would alone. They share the images, the clock, and the step at which they are: runs that were
+    cut go on from the newest step that all of them have saved.
+
+    Args:
+        folders: Configs that differ in their seed alone, by run folder. A folder that is a run's goes on with it.
+        overwrite: Move a folder that holds something, but no run, aside.
+        console, clocks, deadline: As `train`.
+
+    Returns:
+        A result for each, or why it was given up. The others go on without it.
+
+    Raises:
+        As `train`, but for Diverged.
+    """
+    clocks, config = clocks or Clocks(), next(iter(folders.values()))
+    with clocks("other"), contextlib.closing(console), contextlib.ExitStack() as stack:
         runtime = prepare(config.execution, depth=config.model.depth)
         for note in runtime.notes:
             console.say(note)
         with clocks("data"):
             images = load_images(config.data, config.execution, say=console.say, progress=console.download)
-        run = run or RunDir.create(path, overwrite=overwrite)
-        with run.locked(), interrupts() as interrupt, explained_memory_errors(config):
-            console.attach(run)
-            saved = load_state(run, images, console.say) if resume is not None else None
-            if saved is None:
-                run.write_json(CONFIG, config.to_dict())
-            _record_environment(run, runtime, images, saved)
-            return _run(config, run, runtime, images, saved, console, clocks, interrupt)
+        begun = [(path / CONFIG).exists() and not overwrite for path in folders]
+        runs = [
+            RunDir.open(path) if old else RunDir.create(path, overwrite=overwrite)
+            for path, old in zip(folders, begun, strict=True)
+        ]
+        for run in runs:
+            stack.enter_context(run.locked())
+        interrupt = stack.enter_context(interrupts())
+        interrupt.deadline = deadline
+        stack.enter_context(explained_memory_errors(config))
+        console.attach(*runs)
+        stack.callback(console.attach)  # what is said afterwards is about something else
+        saved = load_states(runs, images, console.say) if any(begun) else [None] * len(runs)
+        for run, own, checkpoint in zip(runs, folders.values(), saved, strict=True):
+            if checkpoint is None:
+                run.write_json(CONFIG, own.to_dict())
+            run.remove(DIVERGED)
+            _record_environment(run, runtime, images, checkpoint)
+        return _run(list(folders.values()), runs, runtime, images, saved, console, clocks, interrupt)
 
 
 def _run(
-    config: RunConfig,
-    run: RunDir,
+    configs: Sequence[RunConfig],
+    runs: Sequence[RunDir],
     runtime: Runtime,
     images: ImageSet,
-    saved: Checkpoint | None,
+    saved: Sequence[Checkpoint | None],
     console: Console,
     clocks: Clocks,
     interrupt: Interrupt,
-) -> RunResult:
+) -> list[RunResult | Diverged]:
     """Build, train, test, save. A step counts as done after its update; all records name the number of steps done."""
+    config = configs[0]  # the others have another seed, and all else in common
     recipe, output = config.recipe, config.output
     schedule = lr_schedule(recipe)
 
-    # Build. Chance is a function of the seed: weights here, samples in the epoch plan.
-    mean = images.mean_image()
-    net = build_net(config, runtime, num_classes=len(images.class_names))
-    optimizer = build_optimizer(net, recipe)
-    with clocks("data"):
-        loader = build_loader(config, images, mean, runtime)
-    with contextlib.closing(loader):
-        replica = Replica(net, optimizer, loader, runtime, num_steps=recipe.steps)
-        train_step = TrainStep([replica])
-        test = build_evaluator(net, config, images, mean, runtime)
+    with contextlib.ExitStack() as stack:
+        # Build. Chance is a function of the seed: weights here, samples in the epoch plan.
+        mean = images.mean_image()
+        nets = [build_net(own, runtime, num_classes=len(images.class_names)) for own in configs]
+        with clocks("data"):
+            loaders = build_loaders(configs, images, mean, runtime)
+            tests = build_evaluators(nets, config, images, mean, runtime)
+            clean = (
+                build_evaluators(nets, config, images, mean, runtime, train=True) if output.clean_train_error else []
+            )
+        replicas = []
+        for net, loader in zip(nets, loaders, strict=True):
+            stack.enter_context(contextlib.closing(loader))
+            replicas.append(Replica(net, build_optimizer(net, recipe), loader, runtime, num_steps=recipe.steps))
+        members = [
+            Member(*parts) for parts in zip(configs, runs, replicas, tests, clean or [None] * len(runs), strict=True)
+        ]
+        train_step = TrainStep(replicas)
         if runtime.compile_scope != "none" or runtime.cuda_graph:
             console.say("compiling (later runs of the same model find the result in the compiler's cache)")
             with clocks("compile"):
@@ -118,135 +170,126 @@ def _run(
                 train_step.warm_up(capture, graph_steps=config.execution.graph_steps)
 
         # Resume, or begin.
-        state = RunState.restored(saved, replica) if saved else RunState()
-        train_step.seek(state.step)
-        replica.set_lrs(functools.partial(schedule.at, warmup_end=state.warmup_end))
-        clocks.add(state.seconds)
-        first = state.step
-        if saved:
-            console.say(f"going on from step {first:,} of {run.path}")
-        began = perf_counter()
-        console.say(
-            f"{config.name}, {num_parameters(net):,} parameters; {images.name}, {loader.name} loader; "
-            f"{runtime.device}, {runtime.precision}; {recipe.steps:,} steps of {recipe.batch_size} "
-            f"({config.epochs:.1f} epochs); {run.path}"
-        )
-        progress = Progress(first, recipe.steps, first * recipe.batch_size / config.data.num_train)
+        for member, checkpoint in zip(members, saved, strict=True):
+            if checkpoint:
+                member.state = RunState.restored(checkpoint, member.replica)
+        done = first = members[0].state.step
+        train_step.seek(done)
+        for member in members:
+            member.set_lrs(schedule)
+        clocks.add(members[0].state.seconds)
+        if first:
+            console.say(f"going on from step {first:,} of {', '.join(str(run.path) for run in runs)}")
+        console.say(_introduction(config, members, images, runtime))
+        progress = Progress(first, recipe.steps, first * recipe.batch_size / config.data.num_train, runs=len(runs))
         console.show(progress)
-        logged_at = clocks.read("train")
-        saved_at, epoch_shown = perf_counter(), int(progress.epochs)
+        logged_at, epoch_shown = clocks.read("train"), int(progress.epochs)
+        began = saved_at = perf_counter()
         timer, step_seconds = StepTimer(runtime.device), list[float]()
+        alive = members
 
         with clocks("train"):
             timer.begin()
-            while state.step < recipe.steps:
-                launched = train_step(state.step, _next_stop(config, state, first))
-                timer.mark(launched)
-                state.step += launched
-                done, lr = state.step, schedule.at(state.step - 1, state.warmup_end)
+            while done < recipe.steps:
+                stop = pace.next_stop(config, [member.state.warmup_end for member in alive], first, done)
+                wake = min(pace.save_time(config, saved_at), interrupt.deadline)
+                while True:
+                    launched = train_step(done, stop)
+                    timer.mark(launched)
+                    done += launched
+                    console.tick(done)
+                    if done == stop or interrupt.signum is not None or perf_counter() >= wake:
+                        break
                 last = done == recipe.steps
-                console.tick(done)
 
-                if done == first + LOOK_AHEAD_STEPS:
+                if done == first + pace.LOOK_AHEAD_STEPS:
                     synchronize(runtime.device)  # host sync: once a run, to know how long it will take
-                    _warn_if_long(console, run, perf_counter() - began, done - first, recipe.steps - done)
+                    if warning := pace.long_run(perf_counter() - began, done - first, recipe.steps - done, runs):
+                        console.say(warning)
 
-                if state.warmup_end is None and _warmup_is_over(recipe, replica, done):
-                    state.warmup_end = done
-                    replica.set_lrs(functools.partial(schedule.at, warmup_end=done), done)
-                    run.append_metrics({"kind": "warmup_end", "step": done, "lr": schedule.at(done, done)})
-                    console.say(f"step {done:,}: warm-up ends, lr {lr:.4g} -> {schedule.at(done, done):.4g}")
+                for member in alive:
+                    if member.ends_warm_up(schedule, done):
+                        rates = f"lr {schedule.at(done - 1, done):.4g} -> {schedule.at(done, done):.4g}"
+                        console.say(f"step {done:,}: warm-up ends, {rates}", member.run)
 
-                signum = interrupt.signum
-                saves = last or signum is not None or _is_due(output, done, saved_at)
-                logs, tests = last or done % output.log_every == 0, last or done % output.eval_every == 0
-                if logs or tests or saves:
-                    window = replica.window(state.logged, done)  # host sync: losses and errors since the last log
-                    _stop_if_diverged(window, lr, runtime, run)
-                    step_seconds += timer.collect()
+                cut = interrupt.signum is not None or perf_counter() >= interrupt.deadline
+                saves = last or cut or pace.is_due(config, done, saved_at)
+                logs, tests_now = last or done % output.log_every == 0, last or done % output.eval_every == 0
+                if not (logs or tests_now or saves):
+                    continue
+                seconds = clocks.read("train")
+                for member in alive:
+                    with contextlib.suppress(Diverged):  # is in `member.diverged`
+                        member.read(
+                            done, schedule, runtime.precision
+                        )  # host sync: losses and errors since the last log
+                        if logs:
+                            member.log(seconds, logged_at)
+                        if tests_now:
+                            member.evaluate(clocks)
+                        if saves:
+                            member.save(images, mean, clocks)
+                for member in alive:
+                    if member.diverged and len(members) > 1:
+                        console.say(f"{member.run.path} is given up: {member.diverged}")
+                alive = [member for member in alive if not member.diverged]
+                if not alive:
+                    break
+                step_seconds += timer.collect()
                 if logs:
-                    record = _train_record(window, config, state, lr, clocks, logged_at)
-                    logged_at = record["clock"]["train"]
-                    run.append_metrics(record)
-                    state.logged = done
-                    progress.loss, progress.train_error, progress.lr = record["loss"], record["error"], lr
-                    progress.images_per_second = record["clock"]["images_per_second"]
-                if tests:
-                    with clocks("evaluate"):
-                        result = test()
-                    state.saw(result, done)
-                    progress.test_error = result.error
-                    run.append_metrics(
-                        {
-                            "kind": "test",
-                            "step": done,
-                            "loss": result.loss,
-                            "error": result.error,
-                            "clock": {"evaluate": clocks.read("evaluate")},
-                        }
-                    )
-                if logs or tests:
-                    progress.step, progress.epochs = done, done * recipe.batch_size / config.data.num_train
+                    logged_at = seconds
+                if saves:
+                    saved_at = perf_counter()
+                if logs or tests_now:
+                    _update(progress, alive, config, done)
                     progress.elapsed = clocks.total()
                     progress.remaining = (perf_counter() - began) / (done - first) * (recipe.steps - done)
-                    console.show(progress, line=last or tests or int(progress.epochs) > epoch_shown)
+                    console.show(progress, line=last or tests_now or int(progress.epochs) > epoch_shown)
                     epoch_shown = int(progress.epochs)
-                if saves:
-                    with clocks("checkpoint"):
-                        state.save(run, replica, config, images, mean, clocks.totals())
-                    saved_at = perf_counter()
-                if logs or tests or saves:
-                    timer.begin()
-                if signum is not None and not last:
-                    raise Interrupted(
-                        f"stopped by {signal.Signals(signum).name} after step {done}, all saved; "
-                        f"to go on: fastres train --resume {run.path}",
-                        signum,
-                    )
+                timer.begin()
+                if cut and not last:
+                    raise _cut_short(interrupt, done, runs)
 
         # The result: the last step's test error.
-        if first == recipe.steps:  # cut between the last checkpoint and the result
-            with clocks("evaluate"):
-                result = test()
-        records = run.metrics()
-        draw_curves(records, f"{config.name}, {images.name}, seed {config.seed}", run.path)
-        outcome = RunResult(
-            run=run.path,
-            test_error=result.error,
-            test_loss=result.loss,
-            best_test_error=state.best_error,
-            best_step=state.best_step,
-            train_error=next(record["error"] for record in reversed(records) if record["kind"] == "train"),
-            class_errors=result.class_errors,
-            steps=recipe.steps,
-            warmup_end=state.warmup_end,
-            num_parameters=num_parameters(net),
-            images_per_second=recipe.steps * recipe.batch_size / clocks.read("train"),
-            step_milliseconds=milliseconds(step_seconds),
-            peak_memory=peak_memory(runtime.device),
-            seconds=clocks.totals(),
-        )
-        if recipe.warmup == "error" and state.warmup_end is None:
-            raise Diverged(
-                f"warm-up never ended: the training error stayed at or above 80 % for all {recipe.steps} steps at lr "
-                f"{recipe.warmup_lr}; the run is kept in {run.path}. More --steps, or --warmup constant"
-            )
-        run.write_json(RESULT, {**outcome.to_dict(), "data": data_note(images)})
+        outcomes: list[RunResult | Diverged] = []
+        for member in members:
+            try:
+                if member.diverged:
+                    raise member.diverged
+                if first == recipe.steps:  # cut between the last checkpoint and the result
+                    member.evaluate(clocks, record=False)
+                measured = {
+                    "step_milliseconds": milliseconds(step_seconds),
+                    "peak_memory": peak_memory(runtime.device),
+                    "side_by_side": len(members),
+                }
+                outcomes.append(member.finish(images, clocks, measured))
+            except Diverged as error:
+                outcomes.append(error)
         console.close()
-        for line in summary(outcome, config, images):
-            console.say(line)
-        return outcome
+        for member, outcome in zip(members, outcomes, strict=True):
+            if isinstance(outcome, RunResult):
+                first_line, *lines = summary(outcome, member.config, images)
+                console.say(first_line, member.run)
+                for line in lines:  # of several runs a person gets one line each; the rest is in their console.log
+                    console.say(line, member.run) if len(members) == 1 else member.run.say(line)
+        return outcomes
 
 
 def _reopen(path: Path, asked: RunConfig | None) -> tuple[RunDir, RunConfig]:
     """The folder of a run to resume and the config to go on with: as stored, execution and output as asked."""
     run = RunDir.open(path)
     stored = run.config()
-    if asked is None:
-        return run, stored
-    if changed := differences(stored.what(), asked.what()):
-        raise InputError(f"{path} was started with another config ({'; '.join(changed)}); leave these out to resume it")
-    return run, asked
+    check_same(run, stored if asked is None else asked)
+    return run, asked or stored
+
+
+def check_same(run: RunDir, config: RunConfig) -> None:
+    """Raise InputError, naming the differences, where a run folder was started with something else than `config`."""
+    if changed := differences(run.config().what(), config.what()):
+        raise InputError(
+            f"{run.path} was started with another config ({'; '.join(changed)}); leave these out to go on with it"
+        )
 
 
 def _record_environment(run: RunDir, runtime: Runtime, images: ImageSet, saved: Checkpoint | None) -> None:
@@ -260,71 +303,31 @@ def _record_environment(run: RunDir, runtime: Runtime, images: ImageSet, saved: 
     run.write_json(ENVIRONMENT, {**first, "resumed": resumed})
 
 
-def _train_record(
-    window: Window, config: RunConfig, state: RunState, lr: float, clocks: Clocks, since: float
-) -> dict[str, Any]:
-    """The metrics of the steps since the last log."""
-    num_images = len(window.errors) * config.recipe.batch_size
-    seconds = clocks.read("train")
-    return {
-        "kind": "train",
-        "step": state.step,
-        "epoch": state.step * config.recipe.batch_size / config.data.num_train,
-        "loss": math.fsum(window.losses) / len(window.losses),
-        "error": sum(window.errors) / num_images,
-        "lr": lr,
-        "clock": {"train": seconds, "images_per_second": num_images / (seconds - since)},
-    }
+def _introduction(config: RunConfig, members: Sequence[Member], images: ImageSet, runtime: Runtime) -> str:
+    replica, where = members[0].replica, ", ".join(str(member.run.path) for member in members)
+    together = f"{len(members)} runs side by side; " if len(members) > 1 else ""
+    return (
+        f"{config.name}, {num_parameters(replica.net):,} parameters; {images.name}, {replica.loader.name} loader; "
+        f"{runtime.device}, {runtime.precision}; {config.recipe.steps:,} steps of {config.recipe.batch_size} "
+        f"({config.epochs:.1f} epochs); {together}{where}"
+    )
 
 
-def _stop_if_diverged(window: Window, lr: float, runtime: Runtime, run: RunDir) -> None:
-    """Raise Diverged on the first loss that is NaN or Inf."""
-    for offset, loss in enumerate(window.losses):
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"the loss became {loss} at step {window.start + offset + 1:,} (lr {lr:.4g}, {runtime.precision}); "
-                f"the last good checkpoint is kept in {run.path}. Try a lower --lr, a --warmup, or --precision fp32"
-            )
+def _update(progress: Progress, members: Sequence[Member], config: RunConfig, done: int) -> None:
+    """What a person is shown: of several runs the mean."""
+    progress.step, progress.epochs = done, done * config.recipe.batch_size / config.data.num_train
+    progress.lr = members[0].lr
+    if all(member.train for member in members):
+        progress.loss = fmean(member.train["loss"] for member in members)
+        progress.train_error = fmean(member.train["error"] for member in members)
+        progress.images_per_second = sum(member.train["clock"]["images_per_second"] for member in members)
+    tests = [member.tested.error for member in members if member.tested]
+    progress.test_error = fmean(tests) if tests else None
 
 
-def _warmup_is_over(recipe: Recipe, replica: Replica, done: int) -> bool:
-    if recipe.warmup != "error":
-        return recipe.warmup != "none" and done >= recipe.warmup_steps
-    if done % optim.WARMUP_LOOK_EVERY != 0 or done < optim.WARMUP_WINDOW:
-        return False
-    # host sync: every 100 steps of the warm-up only
-    window = replica.window(done - optim.WARMUP_WINDOW, done)
-    return optim.warmup_over(window.errors, recipe.batch_size)
-
-
-def _next_stop(config: RunConfig, state: RunState, first: int) -> int:
-    """The next number of steps done at which the loop has something to do; no launch may go beyond it."""
-    done, recipe, output = state.step, config.recipe, config.output
-    stops = [recipe.steps, *(done + every - done % every for every in (output.log_every, output.eval_every))]
-    if output.checkpoint_steps:
-        stops.append(done + output.checkpoint_steps - done % output.checkpoint_steps)
-    if done < first + LOOK_AHEAD_STEPS:
-        stops.append(first + LOOK_AHEAD_STEPS)
-    if state.warmup_end is None and recipe.warmup == "error":
-        stops.append(done + optim.WARMUP_LOOK_EVERY - done % optim.WARMUP_LOOK_EVERY)
-    elif state.warmup_end is None and recipe.warmup != "none":
-        stops.append(max(recipe.warmup_steps, done + 1))
-    return min(stops)
-
-
-def _is_due(output: Output, done: int, saved_at: float) -> bool:
-    """Whether it is time for a checkpoint, by steps or by the clock."""
-    if output.checkpoint_steps:
-        return done % output.checkpoint_steps == 0
-    return perf_counter() - saved_at >= (output.checkpoint_seconds or math.inf)
-
-
-def _warn_if_long(console: Console, run: RunDir, seconds: float, taken: int, left: int) -> None:
-    """Say so where the rest of the run takes hours, with the ways out."""
-    remaining = seconds / taken * left
-    if remaining > LONG_RUN_SECONDS:
-        console.say(
-            f"at {seconds / taken:.2g} s a step the remaining {left:,} steps take about {remaining / 3600:.1f} hours. "
-            "Shorter: a GPU, --preset fast, fewer --steps or a smaller --depth. "
-            f"Ctrl-C saves; fastres train --resume {run.path} goes on"
-        )
+def _cut_short(interrupt: Interrupt, done: int, runs: Sequence[RunDir]) -> Interrupted | OutOfTime:
+    on = f"to go on: fastres train --resume {runs[0].path}" if len(runs) == 1 else "the same line goes on"
+    if interrupt.signum is None:
+        return OutOfTime(f"the time is used up; stopped after step {done}, all saved; {on}")
+    name = signal.Signals(interrupt.signum).name
+    return Interrupted(f"stopped by {name} after step {done}, all saved; {on}", interrupt.signum)

@@ -85,13 +85,16 @@ def make_sgd(
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
     weight_decay_on: Literal["all", "weights"] = "all",
+    lr_in_velocity: bool = False,
     fused: bool = True,
 ) -> torch.optim.SGD:
     """SGD with momentum, no Nesterov, no dampening: v <- momentum v + (g + weight_decay w), w <- w - lr v.
 
     The learning rate stays outside the velocity, as in PyTorch; in Caffe, where the paper's networks were trained, it
-    is inside (v <- momentum v + lr g). The two differ only for the steps after a change of lr, in which old velocity
-    counts with the new rate here and with the old one there.
+    is inside: u <- momentum u + lr (g + weight_decay w), w <- w - u. The two differ only for the steps after a change
+    of lr, in which old velocity counts with the new rate here and with the old one there. Since u = lr v, Caffe's is
+    had by scaling v with the old rate over the new one before the update (`lr_ratios`, `scale_velocities`); v, in units
+    of gradients, is what the optimizer holds and a checkpoint saves either way.
 
     The learning rate is a tensor on the device, which `set_lr` fills in place, and the velocities exist, as zeros,
     before the first step: a captured graph and a checkpoint see the same tensors from step 0 on.
@@ -102,12 +105,16 @@ def make_sgd(
         momentum, weight_decay: As in the formula.
         weight_decay_on: "all" parameters, as Caffe and the paper's words have it, or "weights" of convolutions and
             linear layers only, without batch norm's and biases.
+        lr_in_velocity: Only noted here, under this name in the parameter groups, for whoever calls `step`.
         fused: One kernel for many parameters. The others are for comparison.
     """
     device = next(net.parameters()).device
     decayed = [p for p in net.parameters() if p.ndim > 1 or weight_decay_on == "all"]
     others = [p for p in net.parameters() if p.ndim <= 1 and weight_decay_on == "weights"]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, "lr_in_velocity": lr_in_velocity},
+        {"params": others, "weight_decay": 0.0, "lr_in_velocity": lr_in_velocity},
+    ]
     optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=torch.tensor(lr, dtype=torch.float32, device=device),
@@ -130,6 +137,24 @@ def set_lr(optimizer: torch.optim.SGD, lr: Tensor) -> None:
     """
     for tensor in {id(group["lr"]): group["lr"] for group in optimizer.param_groups}.values():
         tensor.copy_(lr.view(()))
+
+
+def lr_ratios(lrs: Tensor) -> Tensor:
+    """What velocities are scaled with before each step's update to have the rate inside: the last rate over this one.
+
+    Args:
+        lrs: float32 `(steps,)`, above zero: the rates of steps in a row.
+
+    Returns:
+        float32 `(steps,)`: exactly 1 where the rate stays, and for the first, before which there was no velocity.
+    """
+    before = torch.cat([lrs[:1], lrs[:-1]]).double()
+    return (before / lrs).float()
+
+
+def scale_velocities(velocities: Sequence[Tensor], ratio: Tensor) -> None:
+    """Multiply in place, in few launches; `ratio` is one number on their device, and is not read by the host."""
+    torch._foreach_mul_(velocities, ratio.view(()))
 
 
 def momentum_buffers(net: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ class RunResult:
     images_per_second: float  # training clock alone
     step_milliseconds: dict[str, float]  # "p50" and "p99", of this process's steps; empty if it took none
     peak_memory: int  # bytes: of the GPU's memory where there is one, else of the process
+    side_by_side: int  # runs that were trained at once, and share its clocks, peak memory and step time
     seconds: dict[str, float]  # by clock: import, data, compile, train, evaluate, checkpoint, other
 
     def to_dict(self) -> dict[str, Any]:
@@ -39,7 +40,9 @@ def result_of(run: RunDir) -> RunResult:
     """The result of a finished run. Raises InputError where it is not finished or its files are damaged."""
     values = run.read_json(RESULT)
     try:
-        return RunResult(**{key: values[key] for key in RunResult.__dataclass_fields__} | {"run": run.path})
+        return RunResult(
+            **{**{key: values[key] for key in RunResult.__dataclass_fields__ if key != "run"}, "run": run.path}
+        )
     except KeyError as error:
         raise InputError(f"{run.path / RESULT} lacks {error}") from error
 
@@ -53,7 +56,8 @@ def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]
         f"{config.name} after {result.steps:,} steps: {held_out} error {percent(result.test_error)}{labelled}",
         f"  best over steps   {percent(result.best_test_error)} at step {result.best_step:,} (chosen on that set)",
         f"  training error    {percent(result.train_error)} (running, augmented)",
-        f"  training clock    {duration(seconds.get('train', 0.0))}, {result.images_per_second:,.0f} img/s",
+        f"  training clock    {duration(seconds.get('train', 0.0))}, {result.images_per_second:,.0f} img/s"
+        + (f", one of {result.side_by_side} runs side by side" if result.side_by_side > 1 else ""),
         *([f"  a step            {step['p50']:.3g} ms, 99 % below {step['p99']:.3g} ms"] if step else []),
         f"  memory            {result.peak_memory / 1e9:.2f} GB at most",
         *(f"  {name:<17} {duration(value)}" for name, value in seconds.items() if name != "train"),

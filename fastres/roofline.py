@@ -88,15 +88,16 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     source = torch.zeros(numbers, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
-    return Ceilings(product, copied, _launch_seconds(device) if gpu else 0.0)
+    return Ceilings(product, copied, replay_seconds(device) if gpu else 0.0)
 
 
-def _launch_seconds(device: torch.device, *, launches: int = 1000) -> float:
-    """Of a graph of one small kernel, launched again and again without waiting."""
+def replay_seconds(device: torch.device, *, nodes: int = 1, launches: int = 1000) -> float:
+    """Of a CUDA graph of so many small kernels, one after the other, launched again and again without waiting."""
     number = torch.zeros(1, device=device)
 
     def little() -> None:
-        number.add_(1)
+        for _ in range(nodes):
+            number.add_(1)
 
     graph = CapturedGraph([little], [number])
 

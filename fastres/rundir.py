@@ -7,13 +7,15 @@ console.log              what the console said
 checkpoint.safetensors   the newest state (fastres/checkpoint.py), the one before it beside it
 curves.png, curves.svg   training and test error
 result.json              written once, when the last step is done
+diverged.json            instead, where the loss became NaN or Inf: at which step, and why
 """
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,12 @@ from fastres.checkpoint import disk_error, fsync_folder
 from fastres.config import RunConfig
 from fastres.errors import InputError
 
-CONFIG, ENVIRONMENT, METRICS, RESULT, CONSOLE = (
+CONFIG, ENVIRONMENT, METRICS, RESULT, DIVERGED, CONSOLE = (
     "config.json",
     "environment.json",
     "metrics.jsonl",
     "result.json",
+    "diverged.json",
     "console.log",
 )
 
@@ -99,7 +102,11 @@ class RunDir:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write one of the folder's JSON files, whole or not at all."""
-        self._replace(name, json.dumps(value, indent=2) + "\n")
+        write_json(self.path / name, value)
+
+    def remove(self, name: str) -> None:
+        """Remove one of the folder's files, where it is there."""
+        (self.path / name).unlink(missing_ok=True)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add a record to the metrics. NaN and Inf are written as text, since JSON has neither."""
@@ -115,15 +122,15 @@ class RunDir:
                 record = json.loads(line)
             except ValueError:
                 break
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
                 break
             records.append(record)
         return records
 
     def cut_back(self, step: int) -> None:
-        """Drop the metrics beyond `step`, from which a resumed run goes on."""
-        kept = [record for record in self.metrics() if record["step"] <= step]
-        self._replace(METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        """Drop the metrics beyond `step`, from which a resumed run goes on, and the record of an end."""
+        kept = [record for record in self.metrics() if record["step"] <= step and record["kind"] != "end"]
+        write_text(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
 
     def sync_metrics(self) -> None:
         """Force the metrics to the disk, before a checkpoint that counts on them."""
@@ -143,18 +150,44 @@ class RunDir:
         except OSError as error:
             raise disk_error(error, self.path, len(text)) from error
 
-    def _replace(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.tmp"
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / name)
-            fsync_folder(self.path)
-        except OSError as error:
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all, with its folder if need be. Raises MachineError."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all, with its folder if need be. Raises MachineError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-            raise disk_error(error, self.path, len(text)) from error
+        raise disk_error(error, path.parent, len(text)) from error
+
+
+def find_runs(paths: Iterable[Path]) -> list[RunDir]:
+    """The run folders that paths name: a run folder itself, or all run folders inside a sweep's folder, by name.
+
+    Raises:
+        InputError: A path is neither, or holds no run folder.
+    """
+    found: dict[Path, RunDir] = {}
+    for path in paths:
+        inside = [path] if (path / CONFIG).is_file() else sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
+        if not inside:
+            raise InputError(
+                f"{path} is not a run folder, and holds none: there is no {CONFIG} in it or one level below"
+            )
+        found |= {folder.resolve(): RunDir(folder) for folder in inside}
+    return list(found.values())
 
 
 def default_path(config: RunConfig) -> Path:

@@ -1,6 +1,6 @@
 """What a run must remember to go on as if it had never stopped, and how that becomes a checkpoint and back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,27 +113,47 @@ class RunState:
         )
 
 
-def load_state(run: RunDir, images: ImageSet, say: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint from which a run goes on, its metrics cut back to it; None where none was written yet.
+def load_states(runs: Sequence[RunDir], images: ImageSet, say: Callable[[str], None]) -> list[Checkpoint | None]:
+    """The checkpoints from which runs go on together, their metrics cut back to them; None for all is step 0.
+
+    Runs that train side by side are saved one after the other, so a crash in between leaves some of them a checkpoint
+    ahead: they go on from the newest step that all have.
 
     Raises:
-        InputError: No checkpoint is whole, or the data is not what the run was trained on.
+        InputError: Of a run no checkpoint is whole, or the data is not what it was trained on.
     """
-    saved, problems = checkpoint.load_newest(run.path)
+    choices = [_choices(run, say) for run in runs]
+    common = max(set.intersection(*({saved.meta["step"] for saved in own} | {0} for own in choices)))
+    chosen: list[Checkpoint | None] = []
+    for run, own in zip(runs, choices, strict=True):
+        saved = next((saved for saved in own if saved.meta["step"] == common), None)
+        if saved is None:
+            newest = (
+                f"has saved step {own[0].meta['step']:,}, which the runs beside it have not"
+                if own
+                else "has no checkpoint yet"
+            )
+            say(f"{run.path} {newest}: starting at step 0")
+        else:
+            theirs = saved.meta["data"]["digest"]
+            if theirs != images.digest:
+                raise InputError(
+                    f"{run.path} was trained on data with digest {theirs}, but {images.source} has {images.digest}; "
+                    "give the same data with --data-dir"
+                )
+        chosen.append(saved)
+    for run, saved in zip(runs, chosen, strict=True):
+        checkpoint.set_newer_aside(run.path, saved and saved.path)
+        run.cut_back(saved.meta["step"] if saved else 0)
+    return chosen
+
+
+def _choices(run: RunDir, say: Callable[[str], None]) -> list[Checkpoint]:
+    """The whole checkpoints of a run, newest first."""
+    whole, problems = checkpoint.load_all(run.path)
     for problem in problems:
         say(f"{problem}; falling back to the one before")
-    if saved is None:
-        say(f"{run.path} has no checkpoint yet: starting at step 0")
-    else:
-        theirs = saved.meta["data"]["digest"]
-        if theirs != images.digest:
-            raise InputError(
-                f"{run.path} was trained on data with digest {theirs}, but {images.source} has {images.digest}; "
-                "give the same data with --data-dir"
-            )
-        checkpoint.set_damaged_aside(run.path, saved.path)
-    run.cut_back(saved.meta["step"] if saved else 0)
-    return saved
+    return whole
 
 
 def data_note(images: ImageSet) -> dict[str, Any]:

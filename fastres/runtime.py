@@ -24,6 +24,7 @@ from fastres.errors import InputError, MachineError
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_COMPILATIONS = 128  # of one function
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # bytes
 DEEP = 110  # layers from which on the network is compiled block by block: as a whole it takes a minute or more
 
 
@@ -155,6 +156,33 @@ def peak_memory(device: torch.device) -> int:
     return kilobytes if sys.platform == "darwin" else 1024 * kilobytes  # macOS counts bytes
 
 
+def usable_memory(device: torch.device) -> int | None:
+    """Bytes that this process can have in all, what it holds already included; None where nothing tells.
+
+    On a GPU what other processes leave of it; on a host what is available now, within the limits of its control group
+    and of `ulimit -v`.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    limits = [number for path in CGROUP_LIMITS if path.exists() and (number := path.read_text().strip()).isdigit()]
+    sizes = [int(number) for number in limits]
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    if (address_space := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        sizes.append(address_space)
+    meminfo, statm = Path("/proc/meminfo"), Path("/proc/self/statm")
+    if meminfo.exists() and statm.exists():
+        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        held = int(statm.read_text().split()[1]) * resource.getpagesize()
+        sizes.append(1024 * int(available.split()[1]) + held)
+    else:  # macOS: of the whole machine
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * resource.getpagesize())
+    return min(sizes)
+
+
 def environment(runtime: Runtime) -> dict[str, Any]:
     """Machine, versions and commit, as JSON values, for `environment.json` and benchmark results."""
     cuda = runtime.device.type == "cuda"
@@ -169,7 +197,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "dali": _version("nvidia-dali-cuda120") or _version("nvidia-dali-cuda130"),
         "gpu": torch.cuda.get_device_name(runtime.device) if cuda else None,
         "driver": _driver() if cuda else None,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": num_cores(),
         "threads": runtime.threads,
         "device": str(runtime.device),
@@ -203,8 +231,12 @@ def _precision(name: str, device: torch.device) -> str:
         raise MachineError("--precision tf32 needs a GPU; use fp32 on the CPU")
     if name != "auto":
         return name
-    flags = set(_cpu_info("flags").split())
-    return "bf16" if _multiplies_bf16(flags, amd=_cpu_info("vendor_id") == "AuthenticAMD") else "fp32"
+    return "bf16" if _multiplies_bf16(bf16_features(), amd=_cpu_info("vendor_id") == "AuthenticAMD") else "fp32"
+
+
+def bf16_features() -> set[str]:
+    """What the CPU has for bf16, as Linux names it: amx_bf16, avx512_bf16."""
+    return {"amx_bf16", "avx512_bf16"} & set(_cpu_info("flags").split())
 
 
 def _multiplies_bf16(flags: set[str], *, amd: bool) -> bool:
@@ -230,9 +262,14 @@ def _keep_freed_memory() -> None:
     libc.mallopt(m_trim_threshold, most)
 
 
-def _has_cpp_compiler() -> bool:
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile will find, or None."""
     names = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
-    return any(shutil.which(name) for name in names)
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def _has_cpp_compiler() -> bool:
+    return cpp_compiler() is not None
 
 
 @functools.cache
@@ -246,7 +283,8 @@ def _cpu_info(key: str) -> str:
     return ""
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The CPU's model."""
     return _cpu_info("model name") or platform.processor() or platform.machine()
 
 

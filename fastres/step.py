@@ -64,6 +64,8 @@ class Replica:
     Attributes:
         counter: int64 `(1,)` on the device: the 0-based step that comes next.
         lrs: float32 `(num_steps + SPARE,)`, the learning rate of each step.
+        lr_ratios: float32 `(num_steps + SPARE,)`, the rate before over the rate of each step; read where the optimizer
+            has the rate in the velocity.
         losses: float32 `(num_steps + SPARE,)`, the mean cross-entropy of each step's batch.
         errors: int32 `(num_steps + SPARE,)`, wrong answers in each step's batch.
     """
@@ -76,6 +78,7 @@ class Replica:
         self.counter = torch.zeros(1, dtype=torch.int64, device=self.device)
         size = num_steps + SPARE
         self.lrs = torch.zeros(size, dtype=torch.float32, device=self.device)
+        self.lr_ratios = torch.ones(size, dtype=torch.float32, device=self.device)
         self.losses = torch.zeros(size, dtype=torch.float32, device=self.device)
         self.errors = torch.zeros(size, dtype=torch.int32, device=self.device)
         # fp16's range needs its gradients scaled; the scale is part of the state, and stays on the device
@@ -83,6 +86,9 @@ class Replica:
         self._sgd: ShadowedSgd | None = None
         if runtime.shadow_weights:
             self._sgd = ShadowedSgd(net, optimizer, compiled=runtime.compile_scope != "none")
+        self._scaled: list[Tensor] = []  # velocities that have the learning rate inside
+        if optimizer.param_groups[0]["lr_in_velocity"]:
+            self._scaled = list(optim.momentum_buffers(net, optimizer).values())
         self._predict, self._record = _predict, _record
         if runtime.compile_scope != "none":
             allow_recompilations()
@@ -94,9 +100,10 @@ class Replica:
             self._record = torch.compile(_record, fullgraph=True, dynamic=False)
 
     def set_lrs(self, lr_at: Callable[[int], float], start: int = 0) -> None:
-        """Fill the table of learning rates from 0-based step `start` on; takes part from the next step launched."""
+        """Fill the tables of learning rates from 0-based step `start` on; takes part from the next step launched."""
         values = torch.tensor([lr_at(step) for step in range(start, self.num_steps)], dtype=torch.float32)
         self.lrs[start : self.num_steps] = values.to(self.device)
+        self.lr_ratios[: self.num_steps] = optim.lr_ratios(self.lrs[: self.num_steps])
 
     def step(self) -> None:
         """Take the step that the counter says. Nothing is read back from the device."""
@@ -116,6 +123,8 @@ class Replica:
 
     def update(self) -> None:
         """SGD on the fp32 weights, with the learning rate that stands at the counter."""
+        if self._scaled:
+            optim.scale_velocities(self._scaled, self.lr_ratios.index_select(0, self.counter))
         if self._sgd:
             self._sgd.step(self.lrs, self.counter)
             return

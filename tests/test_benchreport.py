@@ -58,6 +58,7 @@ def test_the_report_has_what_readers_count_on(report: Report) -> None:
         assert set(cell) == {
             "label", "config", "digest", "frozen", "images_per_second", "step_seconds", "chunks", "compile_seconds",
             "peak_memory", "floor_seconds", "over_floor", "profiled_pass", "joules_per_image", "joules_per_paper_run",
+            "num_replicas",
         }  # fmt: skip
         whole = cell["step_seconds"]["median"]
         assert sum(cell["profiled_pass"].values()) == pytest.approx(whole)

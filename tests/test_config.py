@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastres.config import PRESETS, RunConfig, differences, make_config
+from fastres.config import PRESETS, Model, Recipe, RunConfig, differences, make_config
 from fastres.errors import InputError
 
 
@@ -25,6 +25,10 @@ def test_default_is_the_papers_recipe() -> None:
         1e-4,
     )
     assert (recipe.milestones, recipe.lr_decay, recipe.warmup) == ((32_000, 48_000), 0.1, "none")
+    assert (recipe.weight_decay_on, recipe.lr_in_velocity) == ("all", False)
+    model = config.model
+    assert (model.shortcut, model.pad, model.init, model.norm_batch) == ("A", "both", "fan_in", 0)
+    assert (model.bn_eps, model.bn_momentum) == (1e-5, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,44 @@ def test_digest_covers_what_is_computed_and_nothing_else() -> None:
     assert len({base.digest, *(other.digest for other in others)}) == 5
 
 
+SWITCHES = {
+    "model": {
+        "arch": "plain",
+        "depth": 56,
+        "shortcut": "B",
+        "pad": "after",
+        "init": "fan_out",
+        "norm_batch": 64,
+        "bn_eps": 1e-3,
+        "bn_momentum": 0.01,
+    },
+    "recipe": {
+        "steps": 100,
+        "batch_size": 64,
+        "lr": 0.2,
+        "schedule": "linear",
+        "milestones": [1],
+        "lr_decay": 0.2,
+        "warmup": "error",
+        "warmup_steps": 7,
+        "warmup_lr": 0.02,
+        "momentum": 0.8,
+        "lr_in_velocity": True,
+        "weight_decay": 1e-3,
+        "weight_decay_on": "weights",
+    },
+}
+
+
+@pytest.mark.parametrize(("section", "key"), [(section, key) for section, keys in SWITCHES.items() for key in keys])
+def test_every_switch_of_the_first_half_is_in_the_digest_and_named_where_it_differs(section: str, key: str) -> None:
+    assert {"model": Model, "recipe": Recipe}[section].__dataclass_fields__.keys() == SWITCHES[section].keys()
+    base, other = make_config(), make_config(**{section: {key: SWITCHES[section][key]}})
+    assert other.digest != base.digest
+    (line,) = differences(base.what(), other.what())
+    assert line.startswith(f"{section}.{key}: ")
+
+
 BAD: list[tuple[dict[str, object], str]] = [
     ({"model": {"depth": 21}}, "20.*26"),
     ({"model": {"depht": 20}}, "did you mean 'depth'"),
@@ -73,6 +115,16 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"recipe": {"lr": "0.1"}}, "must be a number"),
     ({"recipe": {"steps": 0}}, "at least 1"),
     ({"recipe": {"momentum": 1.0}}, "below 1"),
+    ({"recipe": {"lr_in_velocity": "yes"}}, "true or false"),
+    ({"model": {"norm_batch": 48}}, "norm_batch is 48; it must divide batch_size, 128, or be 0 for the whole batch"),
+    ({"model": {"norm_batch": 256}}, "must divide batch_size, 128"),
+    ({"model": {"norm_batch": -64}}, "must divide batch_size, 128"),
+    ({"model": {"norm_batch": 64}, "recipe": {"batch_size": 96}}, "must divide batch_size, 96"),
+    ({"model": {"pad": "before"}}, "one of both, after"),
+    ({"model": {"bn_eps": 0.0}}, "bn_eps is 0.0"),
+    ({"model": {"bn_eps": float("inf")}}, "bn_eps is inf"),
+    ({"model": {"bn_momentum": 0}}, "above 0 and at most 1"),
+    ({"model": {"bn_momentum": 1.5}}, "above 0 and at most 1"),
     ({"recipe": {"weight_decay": -1e-4}}, "at least 0"),
     ({"recipe": {"milestones": [48_000, 32_000]}}, "must rise"),
     ({"recipe": {"milestones": [32_000, 32_000]}}, "must rise"),
@@ -126,7 +178,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_f
 VALUES = SCALARS | st.lists(SCALARS, max_size=3)
 KEYS = st.sampled_from(["model", "data", "recipe", "seed", "execution", "output"])
 SUBKEYS = st.sampled_from(
-    ["depth", "arch", "steps", "lr", "milestones", "dataset", "device", "out", "compile", "log_every"]
+    ["depth", "arch", "norm_batch", "steps", "lr", "milestones", "dataset", "device", "out", "compile", "log_every"]
 )
 
 

@@ -16,8 +16,9 @@ from fastres.data.cifar import BATCHES
 from fastres.data.imageset import ImageSet
 from fastres.data.synthetic import make_synthetic
 from fastres.errors import InputError
-from fastres.evaluate import Outcome, evaluate_target, report
+from fastres.evaluate import Outcome, evaluate_target, load_trained, report
 from fastres.models.cifar import CifarNet, init_he_
+from fastres.rundir import RunDir
 from tests.runs import tiny
 
 CPU = {"device": "cpu", "precision": "fp32", "threads": 1}
@@ -145,3 +146,26 @@ def test_no_training_set_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     save_file(checkpoint.load(tmp_path / "run" / checkpoint.NEWEST).weights, weights)
     with pytest.raises(InputError, match=r"lacks data_batch_1\.bin"):  # foreign weights need the mean
         evaluate_target(weights, {**CPU, "data_dir": str(data)}, say=said.append)
+
+
+def test_load_trained_gives_what_was_trained_and_batches_as_often_as_asked(run: Path, tmp_path: Path) -> None:
+    trained = load_trained(run, CPU, say=lambda _: None)
+    assert trained.config == RunDir.open(run).config()
+    assert (trained.name, trained.step, str(trained.runtime.device)) == ("ResNet8", 16, "cpu")
+    for _ in range(2):
+        labels = torch.cat([labels for _, labels in trained.batches()])
+        assert labels.tolist() == trained.images.test_labels.tolist()
+    save_file(checkpoint.load(run / checkpoint.NEWEST).weights, tmp_path / "w.safetensors")
+    foreign = load_trained(tmp_path / "w.safetensors", CPU, arch="plain", dataset="synthetic", say=lambda _: None)
+    assert (foreign.name, foreign.config, foreign.step) == ("PlainNet8", None, None)
+    assert not foreign.net.residual
+
+
+def test_a_run_that_had_a_gpu_is_tested_without_one(run: Path, tmp_path: Path) -> None:
+    """Graph, shadow weights and device are of the machine that trained, not of the one that tests."""
+    saved = checkpoint.load(run / checkpoint.NEWEST)
+    config = saved.meta["config"]
+    config["execution"] |= {"device": "cuda:0", "cuda_graph": True, "shadow_weights": True, "precision": "auto"}
+    checkpoint.save(tmp_path, saved.tensors, {**saved.meta, "config": config})
+    outcome = evaluate_target(tmp_path / checkpoint.NEWEST, {"device": "cpu", "precision": "fp32"}, say=lambda _: None)
+    assert outcome.evaluation == outcome_of(run).evaluation

@@ -1,6 +1,9 @@
 """The networks against an independent slow reference, the paper's counts, and their initial weights."""
 
+import copy
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.errors import InputError
-from fastres.models.cifar import Block, CifarNet, init_he_, num_parameters
+from fastres.models.cifar import BatchNorm, Block, CifarNet, init_he_, num_parameters
 from fastres.models.depth import check_depth
 
 # Design table: parameters, and the forward's multiply-adds of one image in millions
@@ -108,6 +111,32 @@ def test_option_a_takes_even_pixels_and_zeroes_the_outer_channels() -> None:
         assert out.is_contiguous(memory_format=layout)
 
 
+def test_zero_channels_behind_the_old_ones_are_a_permutation() -> None:
+    """With the second and third stage's channels renamed, and every weight with them, it is the same network."""
+    both, after = make(14).double().eval(), make(14, pad="after").double().eval()
+    unlike_init_(both)
+    second = torch.tensor([*range(8, 24), *range(8), *range(24, 32)])  # of the "both" net, in the order of the other
+    third = torch.cat([16 + second, torch.arange(16), torch.arange(48, 64)])
+    writes = {"layer2": second, "layer3": third}
+    state = dict(both.state_dict())
+    for name, tensor in state.items():
+        stage = name.partition(".")[0]
+        reads = {"layer2.0.conv1.weight": None, "layer3.0.conv1.weight": second, "fc.weight": third}
+        inputs = reads.get(name, writes.get(stage)) if tensor.ndim > 1 else None
+        moved = tensor[writes[stage]] if stage in writes else tensor
+        state[name] = moved if inputs is None else moved[:, inputs]
+    after.load_state_dict(state)
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(after(images), both(images), rtol=1e-10, atol=1e-10)
+    block = make(pad="after").layer2[0]
+    assert isinstance(block, Block)
+    x = torch.rand(2, 16, 4, 4).contiguous(memory_format=torch.channels_last) + 1
+    out = block.shortcut(x)
+    assert torch.equal(out[:, :16], x[:, :, ::2, ::2])
+    assert not out[:, 16:].any()
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("depth", COUNTS)
 @pytest.mark.parametrize("residual", [True, False], ids=["resnet", "plain"])
 def test_parameter_counts_are_the_papers(depth: int, residual: bool) -> None:
@@ -179,6 +208,87 @@ def test_running_statistics_follow_the_batch() -> None:
     assert {m.eps for m in norms} == {1e-3}
 
 
+# --- batch norm over groups of the batch
+
+
+def norms(group: int, **how: Any) -> tuple[BatchNorm, nn.BatchNorm2d]:
+    """Ours over groups of images and torch's own, with equal and unlikely weights and statistics."""
+    ours, theirs = BatchNorm(5, eps=1e-3, momentum=0.3, group=group), nn.BatchNorm2d(5, eps=1e-3, momentum=0.3)
+    unlike_init_(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    return ours.to(**how), theirs.to(**how)
+
+
+def maps(count: int, seed: int = 0) -> Tensor:
+    """Maps in fp64 whose groups of images differ in mean and spread."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 5, 4, 4, dtype=torch.float64, generator=generator)
+    return x * torch.linspace(0.5, 2, count)[:, None, None, None] + torch.linspace(-1, 3, count)[:, None, None, None]
+
+
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_groups_are_torchs_batch_norm_on_each_of_them(group: int) -> None:
+    """Outputs, gradients, and running statistics once a step: towards the mean of the groups'."""
+    ours, theirs = norms(group, dtype=torch.float64)
+    x, weight = maps(12), maps(12, seed=1)  # the weight makes no two outputs' gradients equal
+    inputs = x.clone().requires_grad_()
+    out = ours(inputs)
+    (out * weight).sum().backward()
+
+    other = x.clone().requires_grad_()
+    each = [copy.deepcopy(theirs) for _ in range(12 // group)]
+    parts = torch.cat([norm(images) for norm, images in zip(each, other.split(group), strict=True)])
+    (parts * weight).sum().backward()
+
+    def over_groups(of: Callable[[nn.BatchNorm2d], Tensor | None]) -> Tensor:
+        return torch.stack([value for norm in each if (value := of(norm)) is not None])
+
+    close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+    close(out, parts)
+    close(inputs.grad, other.grad)
+    close(ours.weight.grad, over_groups(lambda norm: norm.weight.grad).sum(0))
+    close(ours.bias.grad, over_groups(lambda norm: norm.bias.grad).sum(0))
+    close(ours.running_mean, over_groups(lambda norm: norm.running_mean).mean(0))
+    close(ours.running_var, over_groups(lambda norm: norm.running_var).mean(0))
+    assert not ours.running_mean.requires_grad  # type: ignore[union-attr]
+
+
+def test_the_whole_batch_is_one_group_and_evaluation_knows_none() -> None:
+    x = maps(12).float()
+    for group in (0, 12):
+        ours, theirs = norms(group)
+        for _ in range(2):
+            assert torch.equal(ours(x), theirs(x))
+        assert torch.equal(ours.running_var, theirs.running_var)  # type: ignore[arg-type]
+    ours, theirs = norms(4)
+    assert not torch.equal(ours(x), theirs(x))
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert torch.equal(ours.eval()(x[:5]), theirs.eval()(x[:5]))  # five images make no groups of four
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_groups_in_bf16_keep_layout_and_dtype_and_are_as_exact(layout: torch.memory_format) -> None:
+    ours, theirs = norms(4)
+    x = maps(12).bfloat16().contiguous(memory_format=layout)
+    exact = torch.cat([norms(0, dtype=torch.float64)[0](images) for images in x.double().split(4)])
+    expected = torch.cat([theirs(images) for images in x.split(4)])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(x)
+    assert (out.dtype, out.stride()) == (torch.bfloat16, x.stride())
+    assert ours.running_mean is not None
+    assert ours.running_mean.dtype == torch.float32
+    assert (out - exact).norm() <= 1.05 * (expected - exact).norm()
+
+
+def test_a_net_in_groups_has_the_plain_nets_names_and_all_its_norms_group() -> None:
+    net, plain = make(14, shortcut="B", norm_batch=4), make(14, shortcut="B")
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert [m.group for m in net.modules() if isinstance(m, BatchNorm)] == [4] * 15
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    halves = torch.cat([make(14, shortcut="B")(images[:4]), make(14, shortcut="B")(images[4:])])
+    torch.testing.assert_close(net(images), halves, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("residual", [True, False], ids=["resnet", "plain"])
 def test_layouts_agree_and_gradients_reach_every_parameter(residual: bool) -> None:
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -207,11 +317,12 @@ def test_gradients_are_the_references() -> None:
         torch.testing.assert_close(parameter.grad, state[name].grad, rtol=1e-7, atol=1e-10)
 
 
-def test_one_graph_without_breaks() -> None:
+@pytest.mark.parametrize("norm_batch", [0, 1])
+def test_one_graph_without_breaks(norm_batch: int) -> None:
     """What `torch.compile(fullgraph=True)` needs, without the cost of a compiler."""
-    net = make(8)
+    net = make(8, norm_batch=norm_batch)
     images = torch.randn(2, 3, 32, 32)
-    expected = make(8)(images)
+    expected = make(8, norm_batch=norm_batch)(images)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(compiled(images), expected)
 

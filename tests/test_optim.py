@@ -1,14 +1,24 @@
 """The schedule at its corners, the warm-up rule, and SGD against the paper's formula."""
 
 import dataclasses
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+import fastres
+from fastres import checkpoint
+from fastres.errors import InputError, Interrupted
 from fastres.models.cifar import CifarNet
-from fastres.optim import LrSchedule, make_sgd, momentum_buffers, set_lr, warmup_over
+from fastres.optim import LrSchedule, lr_ratios, make_sgd, momentum_buffers, set_lr, warmup_over
+from fastres.runtime import Runtime
+from fastres.step import Replica, TrainStep
+from tests.runs import assert_same_run, tiny
+from tests.test_loop import interrupt_at
+from tests.test_step import CPU, Noise, make_net, one_thread  # noqa: F401 (a fixture for the whole file)
 
 PAPER = LrSchedule(
     schedule="step",
@@ -167,3 +177,104 @@ def test_no_momentum_keeps_no_velocity() -> None:
     optimizer.step()
     assert momentum_buffers(net, optimizer) == {}
     assert torch.equal(bias.detach(), before - 1)
+
+
+# --- the learning rate inside the velocity, as Caffe has it
+
+# Powers of two, whose ratios are exact: a ramp, a fall by 16, a rise by 4, none, a fall by 8.
+RATES = [2**-6, 2**-5, 2**-4, 2**-8, 2**-8, 2**-6, 2**-6, 2**-6, 2**-9, 2**-9]
+
+
+def replica(*, inside: bool, rates: list[float] = RATES, **how: Any) -> Replica:
+    """In fp64 unless `how`, options of `Runtime`, says otherwise."""
+    runtime = Runtime(CPU, **{"precision": "fp32", **how})
+    net = make_net(torch.float32 if how else torch.float64)
+    optimizer = make_sgd(net, lr=0.1, weight_decay=1e-2, lr_in_velocity=inside)
+    made = Replica(net, optimizer, Noise(runtime.dtype if how else torch.float64), runtime, num_steps=len(rates))
+    made.set_lrs(rates.__getitem__)
+    return made
+
+
+def run(replica: Replica) -> Replica:
+    step = TrainStep([replica])
+    for k in range(replica.num_steps):
+        step(k)
+    return replica
+
+
+def caffe() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Caffe's own formula in a plain loop, in fp64: u <- 0.9 u + lr (g + wd w), w <- w - u."""
+    net, loader = make_net(torch.float64), Noise(torch.float64)
+    updates = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    for k, lr in enumerate(RATES):
+        images, labels = loader.load(k)
+        gradients = torch.autograd.grad(F.cross_entropy(net(images), labels), list(net.parameters()))
+        with torch.no_grad():
+            for (name, w), g in zip(net.named_parameters(), gradients, strict=True):
+                updates[name] = 0.9 * updates[name] + lr * (g + 1e-2 * w)
+                w.sub_(updates[name])
+    return net, updates
+
+
+def test_the_rate_in_the_velocity_is_caffes_formula() -> None:
+    ours, (net, updates) = run(replica(inside=True)), caffe()
+    outside = run(replica(inside=False)).net.state_dict()
+    for name, w in net.named_parameters():
+        torch.testing.assert_close(ours.net.get_parameter(name), w, rtol=1e-9, atol=1e-12)
+        v = momentum_buffers(ours.net, ours.optimizer)[name]  # what a checkpoint saves
+        torch.testing.assert_close(RATES[-1] * v, updates[name], rtol=1e-8, atol=1e-12)
+        assert (outside[name] - w).norm() > 1e-4 * w.norm()  # a test that PyTorch's formula would not pass
+
+
+def test_inside_and_outside_are_equal_in_every_bit_while_the_rate_stays() -> None:
+    rates = [0.1] * 8
+    for how in ({}, {"precision": "fp32"}, {"precision": "bf16", "shadow_weights": True}):
+        inside, outside = (run(replica(inside=inside, rates=rates, **how)) for inside in (True, False))
+        assert all(torch.equal(a, b) for a, b in zip(inside.state(), outside.state(), strict=True))
+
+
+def test_shadowed_weights_too_have_the_rate_inside() -> None:
+    """A fall at the last step alone: velocities differ from those without by the ratio's share, and by that only."""
+    rates = [0.125] * 3 + [0.03125]
+    inside, outside = (
+        run(replica(inside=inside, rates=rates, precision="bf16", shadow_weights=True)) for inside in (True, False)
+    )
+    before = run(replica(inside=False, rates=rates[:3], precision="bf16", shadow_weights=True))
+    velocities = [momentum_buffers(one.net, one.optimizer) for one in (inside, outside, before)]
+    for name, v in velocities[0].items():
+        torch.testing.assert_close(v - velocities[1][name], 0.9 * 3 * velocities[2][name], rtol=1e-4, atol=1e-5)
+
+
+def test_ratios_of_a_table_that_a_warmup_changes_on_the_way() -> None:
+    rates = torch.tensor([0.01, 0.01, 0.1, 0.1, 0.3, 0.003])
+    assert lr_ratios(rates).tolist() == pytest.approx([1, 1, 0.1, 1, 1 / 3, 100], rel=1e-6)
+    assert lr_ratios(rates)[[0, 1, 3]].tolist() == [1, 1, 1]
+    one = replica(inside=True, rates=[0.01] * 6)
+    one.set_lrs(lambda _: 0.1, 4)  # the warm-up is over
+    assert one.lr_ratios[:6].tolist() == pytest.approx([1, 1, 1, 1, 0.1, 1])
+    assert (one.lr_ratios[6:] == 1).all()
+
+
+def test_without_momentum_there_is_nothing_to_scale() -> None:
+    net = make_net()
+    optimizer = make_sgd(net, lr=0.1, momentum=0.0, lr_in_velocity=True)
+    run(Replica(net, optimizer, Noise(), Runtime(CPU, "fp32"), num_steps=2))
+
+
+def test_a_run_cut_at_a_milestone_ends_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first resumed update is the one at which the rate falls."""
+    short = {"steps": 14, "milestones": [12]}
+    how = {"recipe": {**short, "lr_in_velocity": True}, "model": {"norm_batch": 8}}
+    fastres.train(tiny(tmp_path / "whole", **how), verbosity="quiet")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 11)
+        with pytest.raises(Interrupted):
+            fastres.train(tiny(tmp_path / "cut", **how), verbosity="quiet")
+    assert checkpoint.load(tmp_path / "cut" / checkpoint.NEWEST).meta["step"] == 12
+    with pytest.raises(InputError, match=r"recipe\.lr_in_velocity: True -> False"):
+        fastres.train(tiny(tmp_path / "cut", recipe=short, model=how["model"]), resume=tmp_path / "cut")
+    fastres.train(resume=tmp_path / "cut", verbosity="quiet")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    fastres.train(tiny(tmp_path / "outside", recipe=short, model=how["model"]), verbosity="quiet")
+    ours, theirs = (checkpoint.load(tmp_path / name / checkpoint.NEWEST) for name in ("whole", "outside"))
+    assert not torch.equal(ours.tensors["conv1.weight"], theirs.tensors["conv1.weight"])

@@ -22,14 +22,21 @@ Scope = Literal["none", "blocks", "whole"]
 
 
 def make(
-    *, shadows: bool, decay_on: Literal["all", "weights"] = "all", scope: Scope = "none", channels_last: bool = True
+    *,
+    shadows: bool,
+    decay_on: Literal["all", "weights"] = "all",
+    lr_in_velocity: bool = False,
+    scope: Scope = "none",
+    channels_last: bool = True,
 ) -> Replica:
     net = make_net()
     if channels_last:
         net = net.to(memory_format=torch.channels_last)
     # The unfused SGD: the fused one rounds the last few numbers of each tensor in another way, at places that depend
     # on where a tensor ends.
-    optimizer = make_sgd(net, lr=0.1, weight_decay=1e-2, weight_decay_on=decay_on, fused=False)
+    optimizer = make_sgd(
+        net, lr=0.1, weight_decay=1e-2, weight_decay_on=decay_on, lr_in_velocity=lr_in_velocity, fused=False
+    )
     runtime = Runtime(CPU, "bf16", scope, shadow_weights=shadows)
     replica = Replica(net, optimizer, Noise(torch.bfloat16), runtime, num_steps=STEPS)
     replica.set_lrs(lambda step: 0.1 / (step + 1))
@@ -41,11 +48,19 @@ def everything(replica: Replica) -> dict[str, Tensor]:
     return {**replica.net.state_dict(), **velocities, "losses": replica.losses, "errors": replica.errors}
 
 
-@pytest.mark.parametrize("decay_on", ["all", "weights"])
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_bit_equal_to_autocast_over_50_steps(decay_on: Literal["all", "weights"], channels_last: bool) -> None:
-    ours = make(shadows=True, decay_on=decay_on, channels_last=channels_last)
-    theirs = make(shadows=False, decay_on=decay_on, channels_last=channels_last)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"decay_on": "weights"},
+        {"channels_last": False},
+        {"decay_on": "weights", "channels_last": False},
+        {"lr_in_velocity": True},
+    ],
+    ids=str,
+)
+def test_bit_equal_to_autocast_over_50_steps(how: dict[str, Any]) -> None:
+    ours, theirs = make(shadows=True, **how), make(shadows=False, **how)
     for replica in (ours, theirs):
         step = TrainStep([replica])
         for k in range(STEPS):

@@ -8,7 +8,12 @@ import typer
 
 from fastres import __version__
 from fastres.cli.bench import bench
+from fastres.cli.doctor import doctor
 from fastres.cli.evaluate import evaluate
+from fastres.cli.plot import plot
+from fastres.cli.report import report
+from fastres.cli.reproduce import reproduce
+from fastres.cli.responses import responses
 from fastres.cli.train import train
 from fastres.errors import FastresError
 
@@ -24,7 +29,12 @@ app = typer.Typer(
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(bench)
-COMMANDS = ("train", "eval", "bench")
+app.command()(responses)
+app.command()(plot)
+app.command()(report)
+app.command()(reproduce)
+app.command()(doctor)
+COMMANDS = ("train", "eval", "bench", "responses", "reproduce", "plot", "report", "doctor")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from fastres.config import RunConfig, merge, preset_tree, with_dependent_default
 from fastres.errors import InputError
 
 T = TypeVar("T")
+MAX_SEEDS = 1_000  # more is a slip of the hand
 
 
 def parse_model(text: str) -> tuple[str, int]:
@@ -37,6 +38,23 @@ def parse_list(flag: str, text: str, kind: Callable[[str], T]) -> list[T]:
     if not values:
         raise InputError(f"{flag} is {text!r}; it must name at least one")
     return list(dict.fromkeys(values))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "5" as the five seeds 0 to 4, "2-4" as 2, 3, 4, "1,3" as 1, 3. Raises InputError."""
+    wrong = InputError(f"--seeds is {text!r}; write 5 (seeds 0 to 4), 2-4, or 1,3,8")
+    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
+    if len(parts) == 1 and parts[0] and parts[0][2] is None:
+        seeds = list(range(int(parts[0][1])))
+    else:
+        seeds = []
+        for part in parts:
+            if part is None:
+                raise wrong
+            seeds += range(int(part[1]), int(part[2] or part[1]) + 1)
+    if not seeds or len(set(seeds)) < len(seeds) or len(seeds) > MAX_SEEDS:
+        raise wrong
+    return seeds
 
 
 def parse_percent(flag: str, text: str) -> float:

@@ -2,13 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fastres.cli.flags import based_on_preset, given, in_steps, parse_milestones, parse_model, read_toml, refuse_both
+from fastres.cli.flags import (
+    based_on_preset,
+    given,
+    in_steps,
+    parse_milestones,
+    parse_model,
+    parse_seeds,
+    read_toml,
+    refuse_both,
+)
 from fastres.clock import Clocks
 from fastres.config import RunConfig, merge, with_dependent_defaults
+from fastres.errors import InputError
 
 MODEL, RECIPE, DATA, EXECUTION, OUTPUT = "Model", "Recipe", "Data", "How it runs", "What is kept and shown"
 
@@ -23,6 +33,15 @@ def train(
     ] = None,
     shortcut: Annotated[
         str | None, typer.Option(help="A: identity, zero-padded (the paper's); B: projection.", rich_help_panel=MODEL)
+    ] = None,
+    pad: Annotated[
+        str | None,
+        typer.Option(help="Option A's zero channels: both (half before, half after) or after.", rich_help_panel=MODEL),
+    ] = None,
+    init: Annotated[str | None, typer.Option(help="He's fan: fan_in or fan_out.", rich_help_panel=MODEL)] = None,
+    norm_batch: Annotated[
+        int | None,
+        typer.Option(help="Images to a BN statistic, as 64 on each of two GPUs; 0: the batch.", rich_help_panel=MODEL),
     ] = None,
     preset: Annotated[
         str | None,
@@ -51,10 +70,20 @@ def train(
     warmup_steps: Annotated[int | None, typer.Option(help="Length of the warm-up.", rich_help_panel=RECIPE)] = None,
     warmup_epochs: Annotated[float | None, typer.Option(help="The same in epochs.", rich_help_panel=RECIPE)] = None,
     momentum: Annotated[float | None, typer.Option(rich_help_panel=RECIPE)] = None,
+    lr_in_velocity: Annotated[
+        bool | None,
+        typer.Option(
+            "--lr-in-velocity/--no-lr-in-velocity", help="As Caffe has it, not PyTorch.", rich_help_panel=RECIPE
+        ),
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option(rich_help_panel=RECIPE)] = None,
     weight_decay_on: Annotated[str | None, typer.Option(help="all or weights.", rich_help_panel=RECIPE)] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of weights, order, crops and flips.", rich_help_panel=RECIPE)
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Several runs: 5 (seeds 0 to 4), 2-4, 1,3; on a GPU side by side.", rich_help_panel=RECIPE),
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="cifar10, or synthetic (built in).", rich_help_panel=DATA)] = None,
     data_dir: Annotated[
@@ -121,6 +150,10 @@ def train(
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--no-channels-last", rich_help_panel=EXECUTION)
     ] = None,
+    side_by_side: Annotated[
+        int | None,
+        typer.Option(help="Of --seeds, how many at once; 0: up to 8 on a GPU, 1 on a CPU.", rich_help_panel=EXECUTION),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0: one a core.", rich_help_panel=EXECUTION)] = None,
     config: Annotated[
         Path | None, typer.Option(help="A TOML file as --dry-run prints it; flags win over it.", rich_help_panel=OUTPUT)
@@ -132,6 +165,14 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.", rich_help_panel=OUTPUT)] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps.", rich_help_panel=OUTPUT)] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps.", rich_help_panel=OUTPUT)] = None,
+    clean_train_error: Annotated[
+        bool | None,
+        typer.Option(
+            "--clean-train-error/--no-clean-train-error",
+            help="Test on the training images too, as they are.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     checkpoint_every: Annotated[
         str | None, typer.Option(help="Steps (500) or minutes (10min).", rich_help_panel=OUTPUT)
     ] = None,
@@ -151,6 +192,10 @@ def train(
     refuse_both("--warmup-steps", warmup_steps, "--warmup-epochs", warmup_epochs)
     refuse_both("--amp", amp, "--no-amp", no_amp)
     refuse_both("--amp" if amp else "--no-amp", amp or no_amp, "--precision", precision)
+    refuse_both("--seed", seed, "--seeds", seeds)
+    refuse_both("--seeds", seeds, "--overwrite", overwrite or None)
+    if side_by_side is not None and side_by_side < 0:
+        raise InputError(f"--side-by-side is {side_by_side}; 0 chooses, else how many")
     refuse_both("--resume", resume, "--out", out)
     refuse_both("--resume", resume, "--overwrite", overwrite or None)
     refuse_both("--resume", resume, "--preset", preset)
@@ -161,7 +206,7 @@ def train(
     if model is not None:
         arch, depth = parse_model(model)
     flags = given(
-        model=given(arch=arch, depth=depth, shortcut=shortcut),
+        model=given(arch=arch, depth=depth, shortcut=shortcut, pad=pad, init=init, norm_batch=norm_batch),
         data=given(dataset=dataset, val_split=val_split, augment=augment),
         recipe=given(
             steps=steps,
@@ -172,6 +217,7 @@ def train(
             warmup=warmup,
             warmup_steps=warmup_steps,
             momentum=momentum,
+            lr_in_velocity=lr_in_velocity,
             weight_decay=weight_decay,
             weight_decay_on=weight_decay_on,
         ),
@@ -195,15 +241,11 @@ def train(
             out=None if out is None else str(out),
             log_every=log_every,
             eval_every=eval_every,
+            clean_train_error=clean_train_error,
             checkpoint_every=checkpoint_every,
         ),
     )
-    if resume is not None:
-        from fastres.rundir import RunDir
-
-        base = RunDir.open(resume).config().to_dict()
-    else:
-        base = based_on_preset(read_toml(config) if config else {}, preset)
+    base = _resumed(resume) if resume is not None else based_on_preset(read_toml(config) if config else {}, preset)
     tree = merge(base, in_steps(flags, base, epochs, warmup_epochs))
     resolved = RunConfig.from_dict(tree if resume is not None else with_dependent_defaults(tree))
     if dry_run:
@@ -211,9 +253,33 @@ def train(
         return
     clocks = Clocks()
     with clocks("import"):
-        from fastres import loop
+        from fastres import loop, sweep
         from fastres.console import Console
     console = Console("quiet" if quiet else "auto", stderr=as_json)
+    if seeds is not None or (resume is not None and sweep.is_sweep(resume)):
+        outcomes = sweep.train_seeds(
+            resolved,
+            parse_seeds(seeds) if seeds is not None else (),
+            resume=resume,
+            side_by_side=side_by_side or 0,
+            console=console,
+            clocks=clocks,
+        )
+        if as_json:
+            print(json.dumps([sweep.as_json(outcome) for outcome in outcomes]))
+        sweep.raise_if_all_diverged(outcomes)
+        return
     result = loop.train(resolved, resume=resume, overwrite=overwrite, console=console, clocks=clocks)
     if as_json:
         print(json.dumps(result.to_dict()))
+
+
+def _resumed(path: Path) -> dict[str, Any]:
+    """The config of a run or a sweep that is to go on."""
+    from fastres import sweep
+    from fastres.rundir import RunDir
+
+    if sweep.is_sweep(path):
+        tree: dict[str, Any] = sweep.read_sweep(path)["config"]
+        return tree
+    return RunDir.open(path).config().to_dict()

@@ -9,6 +9,8 @@ shifted and mirrored by an affine map a frame, zeros outside.
 import contextlib
 import importlib
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -42,12 +44,13 @@ class DaliLoader:
     Args:
         images: Its training images are used.
         plan: Order, crops and flips.
+        others: Plans of runs that train beside this one; one pipeline makes the batches of all, see `seats`.
         mean: float32 `(32, 32, 3)`, 0 to 255; default: of the training images.
         batch_size: Images a step.
         device, dtype: Of the batches. DALI works in fp32; the cast is made once, when a batch is taken.
         channels_last: Memory format of the batches; False makes another copy.
         num_threads: DALI's CPU threads.
-        steps_per_run: Steps in one pipeline run; default: about 4,096 images.
+        steps_per_run: Steps in one pipeline run; default: about 4,096 images, of all plans.
 
     Raises:
         MachineError: DALI is not installed.
@@ -60,6 +63,7 @@ class DaliLoader:
         images: ImageSet,
         plan: EpochPlan,
         *,
+        others: Sequence[EpochPlan] = (),
         mean: Floats | None = None,
         batch_size: int,
         device: torch.device,
@@ -73,12 +77,12 @@ class DaliLoader:
                 "the DALI loader needs NVIDIA DALI, which is not installed (it exists for Linux): "
                 "pip install nvidia-dali-cuda120, or use --loader resident"
             )
-        self.plan, self.batch_size, self.channels_last = plan, batch_size, channels_last
-        self.steps_per_run = steps_per_run or max(1, FRAMES_PER_RUN // batch_size)
+        self.plans, self.batch_size, self.channels_last = (plan, *others), batch_size, channels_last
+        self.steps_per_run = steps_per_run or max(1, FRAMES_PER_RUN // (batch_size * len(self.plans)))
         mean = images.mean_image() if mean is None else mean
         self._labels = torch.from_numpy(images.train_labels.astype(np.int64)).to(device)
-        self._codes = DevicePlan(plan, batch_size, device)
-        shape = (RING_RUNS * self.steps_per_run, batch_size, IMAGE_SIZE, IMAGE_SIZE, 3)
+        self._codes = [DevicePlan(each, batch_size, device) for each in self.plans]
+        shape = (RING_RUNS * self.steps_per_run, len(self.plans), batch_size, IMAGE_SIZE, IMAGE_SIZE, 3)
         self._ring = torch.zeros(shape, dtype=dtype, device=device)
         # On which the ring is filled, beside the training.
         self._side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -98,7 +102,8 @@ class DaliLoader:
         Waits for no device; for DALI's host threads only where they are slower than the training. Any step may be asked
         for; steps in order are what is quick. Up to a run's steps may be prepared before the first is launched.
         """
-        self._codes.prepare(step)
+        for codes in self._codes:
+            codes.prepare(step)
         run = step // self.steps_per_run
         if run == self._run:
             return
@@ -117,9 +122,17 @@ class DaliLoader:
 
     def load(self, counter: Tensor) -> tuple[Tensor, Tensor]:
         """The batch of the step that `counter` says: images `(batch, 3, 32, 32)`, labels int64 `(batch,)`."""
-        batch = self._ring.index_select(0, counter % len(self._ring))[0].permute(0, 3, 1, 2)
-        index, *_ = decode(self._codes.load(counter))
+        return self.load_of(0, counter)
+
+    def load_of(self, place: int, counter: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for the plan at `place` among all plans."""
+        batch = self._ring[:, place].index_select(0, counter % len(self._ring))[0].permute(0, 3, 1, 2)
+        index, *_ = decode(self._codes[place].load(counter))
         return (batch if self.channels_last else batch.contiguous()), self._labels.index_select(0, index)
+
+    def seats(self) -> list["Seat"]:
+        """A loader for each plan, all fed by this one's pipeline."""
+        return [Seat(self, place) for place in range(len(self.plans))]
 
     def close(self) -> None:
         """Stop DALI's threads and let go of the data."""
@@ -153,8 +166,7 @@ class DaliLoader:
 
     def _ask(self, run: int) -> None:
         """Have the pipeline make a run, behind those it is at."""
-        count = self.steps_per_run * self.batch_size
-        samples = self.plan.at(run * count, count)
+        samples = self._samples(run)
         self._feed("order", torch.from_numpy(samples.index)[None])
         self._feed("matrices", torch.from_numpy(_matrices(samples))[None])
         self._asked.append(run)
@@ -165,8 +177,19 @@ class DaliLoader:
             self._pipeline.schedule_run()
             self._started = True
 
+    def _samples(self, run: int) -> Samples:
+        """What a run is made of, in the order [step, plan, image]."""
+        count = self.steps_per_run * self.batch_size
+        parts = [plan.at(run * count, count) for plan in self.plans]
+        if len(parts) == 1:
+            return parts[0]
+        return Samples(*(self._in_turns([getattr(part, field.name) for part in parts]) for field in fields(Samples)))
+
+    def _in_turns(self, columns: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        return np.stack([column.reshape(self.steps_per_run, -1) for column in columns], axis=1).reshape(-1)
+
     def _take(self) -> Tensor:
-        """The frames float32 `(steps_per_run * batch, 32, 32, 3)` of the oldest run under way, on the side stream."""
+        """The frames float32 `(steps_per_run * plans * batch, 32, 32, 3)` of the oldest run under way."""
         run = self._asked.pop(0)
         try:
             (frames,) = self._pipeline.outputs(cuda_stream=self._side and self._side.cuda_stream)
@@ -187,6 +210,27 @@ class DaliLoader:
         else:
             wrapped = tensors.TensorListCPU(tensor.numpy(), layout=layout)
         self._pipeline.feed_input(name, wrapped)
+
+
+class Seat:
+    """The batches of one of the plans of a `DaliLoader`."""
+
+    name = DaliLoader.name
+
+    def __init__(self, loader: DaliLoader, place: int) -> None:
+        self._loader, self._place = loader, place
+
+    def prepare(self, step: int) -> None:
+        """Have the step's batches of all plans ready; the second seat to ask finds them there."""
+        self._loader.prepare(step)
+
+    def load(self, counter: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of the step that `counter` says: images `(batch, 3, 32, 32)`, labels int64 `(batch,)`."""
+        return self._loader.load_of(self._place, counter)
+
+    def close(self) -> None:
+        """Stop DALI's threads, for all seats; once is enough."""
+        self._loader.close()
 
 
 def _pipeline(device: torch.device, num_threads: int) -> Any:

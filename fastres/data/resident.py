@@ -1,5 +1,6 @@
 """Batches by plain torch from images that live on the device; the host is asked nothing, so a step can be captured."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,7 +45,7 @@ class ResidentLoader:
         compiled: bool = False,
     ) -> None:
         self.dtype, self.channels_last = dtype, channels_last
-        self._plan = DevicePlan(plan, batch_size, device)
+        self.window = DevicePlan(plan, batch_size, device)
         self._pixels = torch.from_numpy(images.train_images).view(-1, 3).to(device)
         self._mean = torch.from_numpy(images.mean_image() if mean is None else mean).view(-1, 3).to(device)
         self._labels = torch.from_numpy(images.train_labels.astype(np.int64)).to(device)
@@ -52,13 +53,19 @@ class ResidentLoader:
         if compiled:
             self._batch = torch.compile(_batch, fullgraph=True, dynamic=False, options=ONE_KERNEL)
 
+    def sharing(self, plan: EpochPlan) -> "ResidentLoader":
+        """Another plan's loader, of the same images on the device."""
+        other = copy.copy(self)
+        other.window = DevicePlan(plan, self.window.batch_size, self.window.device)
+        return other
+
     def prepare(self, step: int) -> None:
         """Copy the plan of steps to come, once in many steps."""
-        self._plan.prepare(step)
+        self.window.prepare(step)
 
     def load(self, counter: Tensor) -> tuple[Tensor, Tensor]:
         """The batch of the step that `counter` says: images `(batch, 3, 32, 32)`, labels int64 `(batch,)`."""
-        plan = self._plan.codes
+        plan = self.window.codes
         batch, labels = self._batch(counter, plan, self._pixels, self._mean, self._labels, self.dtype)
         batch = batch.permute(0, 3, 1, 2)
         return (batch if self.channels_last else batch.contiguous()), labels

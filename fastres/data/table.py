@@ -1,5 +1,7 @@
 """Resident batches on a CPU: one gather of ready-made rows, where a GPU computes each pixel (resident.py)."""
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -65,6 +67,12 @@ class TableLoader:
         self._rows = table.as_strided((2 * half - IMAGE_SIZE + 1, IMAGE_SIZE * 3), (3, 1))
         self._labels = torch.from_numpy(images.train_labels.astype(np.int64)).to(device)
         self._row_starts = np.arange(IMAGE_SIZE, dtype=np.int64) * PITCH
+
+    def sharing(self, plan: EpochPlan) -> "TableLoader":
+        """Another plan's loader, of the same table."""
+        other = copy.copy(self)
+        other.plan = plan
+        return other
 
     def prepare(self, step: int) -> None:
         """Nothing to do ahead."""

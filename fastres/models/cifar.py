@@ -3,6 +3,8 @@
 Layers have the names that most published weights have: `conv1`, `bn1`, `layer1.0.conv1`, ..., `layer3.<n-1>.bn2`, `fc`.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -17,18 +19,46 @@ WIDTHS = (16, 32, 64)  # filters at 32x32, 16x16 and 8x8
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation without torch's counter of batches.
+    """Batch normalisation without torch's counter of batches, over the whole batch or over groups of it.
 
     The counter is read only where `momentum=None`, and costs one kernel a layer and step, where a step at batch 128 is
     bound by its number of kernels. Weights go both ways: a foreign counter is dropped, and a net that has counters
     takes our weights.
+
+    Args:
+        channels: Of the maps.
+        eps: Added to the variance.
+        momentum: Weight of the new batch in the running statistics.
+        group: Images, neighbours in the batch, that share their statistics in training, as on a GPU of several; 0: the
+            whole batch. Each step moves the running statistics once, towards the mean over the groups of their means
+            and of their unbiased variances; nothing of a group's own is kept, so evaluation is the same for all images.
     """
 
     _version = 1  # of the state dict: before torch had counters, so that torch's own layer does not miss one in ours
+    momentum: float
 
-    def __init__(self, channels: int, *, eps: float, momentum: float) -> None:
+    def __init__(self, channels: int, *, eps: float, momentum: float, group: int = 0) -> None:
         super().__init__(channels, eps=eps, momentum=momentum)
+        self.group = group
         self.num_batches_tracked = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(batch, channels, h, w)` -> the same shape, dtype and layout; statistics in the weights' precision."""
+        if not self.training or self.group in (0, x.shape[0]):
+            return super().forward(x)
+        groups = x.to(self.weight.dtype).unflatten(0, (-1, self.group))  # a view, of channels-last maps too
+        var, mean = torch.var_mean(groups, dim=(1, 3, 4), correction=0, keepdim=True)
+        scale = self.weight.view(-1, 1, 1) * (var + self.eps).rsqrt()
+        out = (groups - mean) * scale + self.bias.view(-1, 1, 1)
+        self._follow(mean.detach(), var.detach(), groups.numel() // mean.numel())
+        return out.flatten(0, 1).to(x.dtype)
+
+    def _follow(self, means: Tensor, variances: Tensor, count: int) -> None:
+        """Move the running statistics, given those of the groups, each over `count` numbers."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.running_mean.lerp_(means.flatten(1).mean(0), self.momentum)
+        self.running_var.lerp_(variances.flatten(1).mean(0) * (count / (count - 1)), self.momentum)
 
     def reset_running_stats(self) -> None:
         assert self.running_mean is not None
@@ -45,19 +75,28 @@ class Block(nn.Module):
     """Two 3x3 layers and the shortcut around them; the first layer strides where the map shrinks."""
 
     def __init__(
-        self, in_channels: int, channels: int, *, residual: bool, shortcut: Literal["A", "B"], **norm: float
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        residual: bool,
+        shortcut: Literal["A", "B"],
+        pad: Literal["both", "after"],
+        norm: Callable[[int], BatchNorm],
     ) -> None:
         super().__init__()
         self.stride = 1 if in_channels == channels else 2
         self.residual = residual
+        new = channels - in_channels
+        self.zeros = (0, new) if pad == "after" else (new // 2, new // 2)  # channels before and after the old ones
         self.conv1 = nn.Conv2d(in_channels, channels, 3, self.stride, padding=1, bias=False)
-        self.bn1 = BatchNorm(channels, **norm)
+        self.bn1 = norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = BatchNorm(channels, **norm)
+        self.bn2 = norm(channels)
         self.downsample: nn.Module | None = None
         if residual and shortcut == "B" and self.stride != 1:
             projection = nn.Conv2d(in_channels, channels, 1, self.stride, bias=False)
-            self.downsample = nn.Sequential(projection, BatchNorm(channels, **norm))
+            self.downsample = nn.Sequential(projection, norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, in_channels, h, w)` -> `(batch, channels, h / stride, w / stride)`."""
@@ -71,16 +110,15 @@ class Block(nn.Module):
     def shortcut(self, x: Tensor) -> Tensor:
         """Identity; where the shape changes option A (no parameters) or, if there is a projection, option B.
 
-        Option A takes every second pixel of every second row and adds zero channels, half of them before, half after.
+        Option A takes every second pixel of every second row and adds zero channels.
         """
         if self.stride == 1:
             return x
         if self.downsample is not None:
             projected: Tensor = self.downsample(x)
             return projected
-        half = (self.conv1.out_channels - x.shape[1]) // 2
         # Average pooling over one pixel is x[:, :, ::2, ::2], exactly, whose backward would fill and copy whole maps.
-        return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, half, half))
+        return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, *self.zeros))
 
 
 class CifarNet(nn.Module):
@@ -91,7 +129,11 @@ class CifarNet(nn.Module):
         residual: False makes a PlainNet, the same layers without shortcuts.
         shortcut: Where the shape changes: "A" pads with zero channels (the paper's choice), "B" projects by 1x1
             convolution and batch norm. A PlainNet has none, whatever this says.
+        pad: Where option A's zero channels go: "both", half before and half after the old ones, as the most used
+            published weights have them, or "after". The paper does not say; one is a permutation of the other.
         num_classes: Logits.
+        norm_batch: Images over which batch norm takes its statistics in training, which must divide the batch; 0: all
+            of it. The paper's two GPUs (section 4.2) saw 64 each.
         bn_eps, bn_momentum: Batch norm's epsilon, and the weight of the new batch in the running statistics; the
             paper names neither, these are torch's.
 
@@ -105,20 +147,23 @@ class CifarNet(nn.Module):
         *,
         residual: bool = True,
         shortcut: Literal["A", "B"] = "A",
+        pad: Literal["both", "after"] = "both",
         num_classes: int = 10,
+        norm_batch: int = 0,
         bn_eps: float = 1e-5,
         bn_momentum: float = 0.1,
     ) -> None:
         super().__init__()
         self.depth, self.residual, self.shortcut = depth, residual, shortcut
         n = num_blocks(depth)
-        norm = {"eps": bn_eps, "momentum": bn_momentum}
+        norm = functools.partial(BatchNorm, eps=bn_eps, momentum=bn_momentum, group=norm_batch)
+        kind = functools.partial(Block, residual=residual, shortcut=shortcut, pad=pad, norm=norm)
         self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
-        self.bn1 = BatchNorm(WIDTHS[0], **norm)
+        self.bn1 = norm(WIDTHS[0])
 
         def stage(in_channels: int, channels: int) -> nn.Sequential:
             inputs = [in_channels] + [channels] * (n - 1)
-            return nn.Sequential(*(Block(c, channels, residual=residual, shortcut=shortcut, **norm) for c in inputs))
+            return nn.Sequential(*(kind(c, channels) for c in inputs))
 
         self.layer1 = stage(WIDTHS[0], WIDTHS[0])
         self.layer2 = stage(WIDTHS[0], WIDTHS[1])

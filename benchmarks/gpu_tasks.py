@@ -1,0 +1,317 @@
+"""The tasks of `scripts/gpu-check`: each proves or measures one thing on a GPU, by what the project has for it.
+
+torch is imported only inside, so that the list of tasks is there at once.
+"""
+
+import ast
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.gpu_files import ROOT, Result, Setting, Task
+
+if TYPE_CHECKING:
+    from fastres.bench import Cell
+
+GPU_TESTS = ROOT / "tests" / "test_gpu.py"
+DEPTHS = (20, 32, 44, 56, 110)
+BATCH_SIZES = ((32, 64, 128), (256, 512, 1024), (2048, 4096, 8192))  # of `scaling`, a task each
+REPLICAS = (1, 2, 4, 5, 8)
+CHAIN = 1_000  # kernels in the graph that tells what one costs
+SAVE_SECONDS = 15.0  # before its time is up a training begins to save
+SIGNALLED = (130, 143, -signal.SIGTERM)  # exit codes of a command that was stopped
+UNFINISHED = "not all runs are finished"  # what `fastres reproduce` says where its budget ended first
+
+# `execution` of each A/B against the defaults, ResNet-20
+SWITCHES: dict[str, dict[str, Any]] = {
+    "eager": {"compile": False, "cuda_graph": False},
+    "no-compile": {"compile": False},
+    "no-graph": {"cuda_graph": False},
+    "no-shadow-weights": {"shadow_weights": False},
+    "graph-steps-4": {"graph_steps": 4},
+    "graph-steps-16": {"graph_steps": 16},
+    "resident": {"loader": "resident"},
+    "compile-blocks": {"compile_scope": "blocks"},
+    "deterministic": {"deterministic": True},
+    "fp32": {"precision": "fp32"},
+    "tf32": {"precision": "tf32"},
+    "fp16": {"precision": "fp16"},
+    "no-channels-last": {"channels_last": False},
+}
+GPU_SWITCHES = ("tf32", "fp16")  # without a GPU not there, or a minute a step
+
+
+class TaskFailed(Exception):
+    """What was to be proven is not so; `result` has what was seen."""
+
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def all_tasks(setting: Setting) -> list[Task]:
+    """The tasks in the order in which they are of use, but for those that cannot run in this setting."""
+    return [
+        task
+        for task in _tasks()
+        if not setting.tiny or not (task.needs_gpu or (task.needs_data and not setting.data_dir))
+    ]
+
+
+def _tasks() -> Iterator[Task]:
+    yield Task("ceilings/all", 60, ceilings)
+    for test in gpu_tests():
+        yield Task(f"parity/{test}", 150, partial(parity, test=test))
+    for depth in DEPTHS:
+        yield Task(f"bench/resnet{depth}", 60 + depth, partial(bench, depth=depth))
+    for baseline, seconds in (("plain,amp", 180), ("tuned", 240), ("tuned_graphs", 240)):
+        name = f"bench/race_{baseline.replace(',', '_')}"
+        yield Task(name, seconds, partial(race, against=baseline), needs_data=True)
+    for switch in SWITCHES:
+        yield Task(f"switches/{switch}", 90, partial(switched, switch=switch), needs_gpu=switch in GPU_SWITCHES)
+    for depth in (20, 110):
+        yield Task(f"profile/resnet{depth}", 60 + depth, partial(profile, depth=depth))
+    for depth in (20, 110):
+        for sizes in BATCH_SIZES:
+            name = f"scaling/resnet{depth}_from_{sizes[0]}"
+            yield Task(name, 90 + depth, partial(scaling, depth=depth, batch_sizes=sizes))
+    for depth in (20, 56, 110):
+        yield Task(f"seeds/resnet{depth}", 90 + depth, partial(seeds, depth=depth))
+    for depth in (20, 56, 110, 1202):
+        yield Task(f"memory/resnet{depth}", 120, partial(memory, depth=depth))
+    for depth in (20, 110):
+        yield Task(f"train/resnet{depth}", 120, partial(train, depth=depth), goes_on=True)
+    yield Task("table6/all", 120, table6, goes_on=True)
+
+
+def gpu_tests() -> list[str]:
+    """The names of the tests in tests/test_gpu.py."""
+    tree = ast.parse(GPU_TESTS.read_text(encoding="utf-8"))
+    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+
+
+def machine(setting: Setting) -> Result:
+    """The machine that the default run would have. Raises MachineError where there is no GPU."""
+    from fastres import nvml
+    from fastres.runtime import environment, prepare
+
+    runtime = prepare(setting.config(20).execution)
+    return environment(runtime) | nvml.clocks(runtime.device)
+
+
+def ceilings(setting: Setting) -> Result:
+    """What the machine can do at best: copy, matrix product, a node of a graph, a replay."""
+    from fastres.roofline import measure_ceilings, replay_seconds
+    from fastres.runtime import DTYPES, prepare
+
+    device = prepare(setting.config(20).execution).device
+    precisions = ("fp32",) if setting.tiny else ("bf16", "fp32")
+    found: Result = {
+        "ceilings": {name: dataclasses.asdict(measure_ceilings(device, DTYPES[name])) for name in precisions}
+    }
+    if device.type == "cuda":
+        replay, chain = replay_seconds(device), replay_seconds(device, nodes=CHAIN, launches=100)
+        found["graph"] = {"nodes": CHAIN, "replay_seconds": replay, "node_seconds": (chain - replay) / (CHAIN - 1)}
+    return found
+
+
+class _Outcomes:
+    """Collects what pytest says of each test."""
+
+    def __init__(self) -> None:
+        self.tests: list[Result] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """pytest's hook: a phase of a test has ended."""
+        if report.when == "call" or report.outcome != "passed":
+            words = "" if report.outcome == "passed" else str(report.longrepr)[-4_000:]
+            seen = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "words": words}
+            self.tests.append(seen)
+
+
+def parity(setting: Setting, test: str) -> Result:
+    """One function of tests/test_gpu.py with all its parameters.
+
+    Raises:
+        TaskFailed: One of them failed, or none was there.
+    """
+    import pytest
+
+    outcomes = _Outcomes()
+    options = ["-m", "gpu", "-p", "no:cacheprovider", "-q", "--rootdir", str(ROOT), f"{GPU_TESTS}::{test}"]
+    code = pytest.main(options, plugins=[outcomes])
+    result: Result = {"tests": outcomes.tests}
+    if code != pytest.ExitCode.OK:
+        bad = [seen["test"].rpartition("::")[2] for seen in outcomes.tests if seen["outcome"] == "failed"]
+        raise TaskFailed(f"pytest ended with {int(code)}: {', '.join(bad) or 'no test ran'}", result)
+    if not setting.tiny and all(seen["outcome"] == "skipped" for seen in outcomes.tests):
+        raise TaskFailed("every test was skipped", result)
+    return result
+
+
+def bench(setting: Setting, depth: int) -> Result:
+    """A depth at the defaults, with both loaders and with a frozen batch."""
+    from fastres.bench import matrix
+    from fastres.data.dali import dali_available
+
+    config = setting.config(depth)
+    loaders = [*(["dali"] if dali_available() else []), "resident", "none"]
+    return _measured(setting, list(matrix(config, {"depth": [config.model.depth], "loader": loaders})))
+
+
+def race(setting: Setting, against: str) -> Result:
+    """fastres against the scripts of `baselines/`, ResNet-20."""
+    steps, rounds = (1, 1) if setting.tiny else (300, 10)
+    command = [sys.executable, "-m", "benchmarks.throughput", "--data-dir", str(setting.data_dir), "--against", against]
+    command += ["--steps", str(steps), "--rounds", str(rounds), "--set", f"device={setting.device}"]
+    if setting.tiny:
+        command += ["--set", "threads=1", "--set", "precision=fp32"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise TaskFailed(f"benchmarks.throughput ended with {done.returncode}", {})
+    result: Result = json.loads(done.stdout)
+    return result
+
+
+def switched(setting: Setting, switch: str) -> Result:
+    """One switch of `execution` against the defaults, in turns, with the interval of `fastres bench --compare`."""
+    from fastres.bench import Cell
+    from fastres.benchreport import compare
+
+    cells = [Cell("default", setting.config(20)), Cell(switch, setting.config(20, execution=SWITCHES[switch]))]
+    report = _measured(setting, cells, rounds=15, chunk_seconds=0.2)
+    default, other = report["cells"]
+    comparison = compare(default["chunks"], other["chunks"], paired=True)
+    return report | {"comparison": dataclasses.asdict(comparison), "words": comparison.line(switch)}
+
+
+def profile(setting: Setting, depth: int) -> Result:
+    """A step kernel by kernel; the trace lies beside the result."""
+    from fastres.bench import Cell
+    from fastres.profiling import STEPS, take_profile
+
+    config = setting.config(depth)
+    trace = setting.out / "profile" / f"resnet{depth}.trace.json.gz"
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    taken = take_profile(Cell(config.name, config), trace, say=print)
+    return {**dataclasses.asdict(taken), "calls": taken.calls, "busy_seconds": taken.busy_seconds, "steps": STEPS}
+
+
+def scaling(setting: Setting, depth: int, batch_sizes: tuple[int, ...]) -> Result:
+    """Speed over the batch size."""
+    from fastres.scaling import MAX_STEP_SECONDS, measure_scaling
+
+    sizes = batch_sizes[:1] if setting.tiny else batch_sizes
+    config, rounds = setting.config(depth), 1 if setting.tiny else 3
+    return measure_scaling(config, [config.model.depth], sizes, step_seconds=MAX_STEP_SECONDS, rounds=rounds, say=print)
+
+
+def seeds(setting: Setting, depth: int) -> Result:
+    """Networks with seeds of their own side by side in one graph; images a second in sum."""
+    from fastres.bench import Cell
+
+    config = setting.config(depth)
+    cells = [Cell(f"{config.name} x{n}", config, num_replicas=n) for n in REPLICAS[: 2 if setting.tiny else None]]
+    return _measured(setting, cells, rounds=5, chunk_seconds=0.3)
+
+
+def memory(setting: Setting, depth: int) -> Result:
+    """The most that a step holds, by batch size, beside what the out-of-memory message would say of it."""
+    import gc
+
+    import torch
+
+    from fastres.bench import Bench, Cell
+    from fastres.build import load_images
+    from fastres.errors import OutOfMemory
+    from fastres.guards import memory_of_a_step
+
+    config = setting.config(depth)
+    images = load_images(config.data, config.execution, say=print)
+    rows = list[Result]()
+    for batch_size in (8,) if setting.tiny else (128, 1024, 8192):
+        one = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, batch_size=batch_size))
+        fixed, image = memory_of_a_step(one, bytes_each=4 if setting.tiny else 2)
+        row: Result = {"label": config.name, "batch_size": batch_size, "estimate": fixed + batch_size * image}
+        try:
+            alive = Bench(Cell(config.name, one), images)
+            row |= {"peak_memory": alive.peak_memory, "compile_seconds": alive.compile_seconds}
+            alive.close()
+            del alive
+        except OutOfMemory as error:
+            row["error"] = str(error)
+        rows.append(row)
+        gc.collect()
+        if not setting.tiny:
+            torch.cuda.empty_cache()
+    return {"memory": rows}
+
+
+def train(setting: Setting, depth: int) -> Result:
+    """The paper's run to its end, 64k steps, tested; goes on where it was cut.
+
+    Raises:
+        OutOfTime: Not yet at its end; saved.
+        Interrupted: Likewise, by a signal.
+    """
+    import fastres
+    from fastres.rundir import CONFIG
+
+    folder = setting.out / "train" / f"resnet{depth}"
+    data, output = {"dataset": "cifar10"}, {"out": str(folder), "checkpoint_every": "2min"}
+    config = setting.config(depth, data=data, output=output)
+    deadline = perf_counter() + setting.seconds - SAVE_SECONDS
+    if (folder / CONFIG).exists():
+        result = fastres.train(config, resume=folder, verbosity="lines", deadline=deadline)
+    else:
+        result = fastres.train(config, overwrite=True, verbosity="lines", deadline=deadline)
+    return {"run": str(folder.relative_to(setting.out)), **result.to_dict(), "digest": config.digest}
+
+
+def table6(setting: Setting) -> Result:
+    """The paper's Table 6, by the project's own command; goes on where it was cut.
+
+    Raises:
+        OutOfTime: Runs are missing yet.
+        TaskFailed: The command ended otherwise than with a table.
+    """
+    from fastres.errors import OutOfTime
+
+    command = [sys.executable, "-m", "fastres", "reproduce", "table6", "--runs", str(setting.out / "table6")]
+    command += ["--device", setting.device]
+    if math.isfinite(setting.seconds):
+        command += ["--budget", f"{max(1.0, setting.seconds - SAVE_SECONDS) / 60:.3f}"]
+    if setting.tiny:
+        command += ["--preset", "smoke", "--nets", "ResNet8", "--seeds", "2", "--steps", "4"]
+        command += ["--threads", "1", "--precision", "fp32"]
+    elif setting.data_dir:
+        command += ["--data-dir", str(setting.data_dir)]
+    # A signal to the group is the command's to answer, which saves; this process outlives it to say how it ended.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode in SIGNALLED or (process.returncode == 0 and any(UNFINISHED in line for line in lines)):
+        raise OutOfTime("Table 6: runs are missing yet")
+    if process.returncode != 0:
+        raise TaskFailed(f"fastres reproduce table6 ended with {process.returncode}", {})
+    return {"printed": "".join(lines)}
+
+
+def _measured(setting: Setting, cells: "list[Cell]", *, rounds: int = 10, chunk_seconds: float = 0.5) -> Result:
+    """The report of `bench.measure`."""
+    from fastres.bench import measure
+
+    if setting.tiny:
+        rounds, chunk_seconds = 2, 0.01
+    return measure(cells, rounds=rounds, chunk_seconds=chunk_seconds, say=print)[1]

@@ -1,0 +1,65 @@
+"""`fastres plot`: curves of runs."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastres.errors import InputError
+
+X_AXES = ("step", "epoch", "time")
+QUANTITIES = ("error", "loss", "lr")
+
+
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of them.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A name that ends in .png or .svg; default: curves.png, in the run folder if there is one run."
+        ),
+    ] = None,
+    what: Annotated[str, typer.Option(help="error, loss or lr.")] = "error",
+    x: Annotated[str, typer.Option(help="step, epoch, or time (of the training clock).")] = "step",
+    smooth: Annotated[
+        int | None,
+        typer.Option(help="Logged points to average; 1: none; default: a fortieth of the run. As logged stays, pale."),
+    ] = None,
+    log_y: Annotated[bool, typer.Option("--log-y", help="Logarithmic y axis.")] = False,
+    ylim: Annotated[str | None, typer.Option(help="Ends of the y axis: 0,20 as in the paper's Figure 6.")] = None,
+    band: Annotated[
+        bool, typer.Option("--band", help="Runs that differ in nothing but the seed as mean and standard deviation.")
+    ] = False,
+) -> None:
+    """Draw training error (thin) and test error (bold) of runs, several in one figure."""
+    one_of("--what", what, QUANTITIES)
+    one_of("--x", x, X_AXES)
+    if smooth is not None and smooth < 1:
+        raise InputError(f"--smooth is {smooth}; it must be at least 1, the number of points to average")
+    limits = None if ylim is None else parse_limits(ylim, log_y=log_y)
+    from fastres.console import Console
+    from fastres.plot import plot_runs
+
+    chosen: dict[str, Any] = {"what": what, "x": x, "smooth": smooth, "log_y": log_y, "ylim": limits, "band": band}
+    print(plot_runs(runs, out, **chosen, say=Console("lines", stderr=True).say))
+
+
+def one_of(flag: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise InputError where a flag has another value."""
+    if value not in allowed:
+        raise InputError(f"{flag} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def parse_limits(text: str, *, log_y: bool) -> tuple[float, float]:
+    """ "0,20" as two numbers. Raises InputError."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise InputError(f"--ylim is {text!r}; write two rising numbers as 0,20")
+    if log_y and low <= 0:
+        raise InputError(f"--ylim is {text!r}; with --log-y both must be above 0, as 1,100")
+    return low, high

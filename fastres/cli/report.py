@@ -1,0 +1,28 @@
+"""`fastres report`: one HTML file about runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastres.cli.flags import given
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_OR_SWEEP...", help="Run folders, or folders of them.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file; default: report.html, in the run folder if there is one run.")
+    ] = None,
+    no_eval: Annotated[
+        bool, typer.Option("--no-eval", help="Do not test the networks again: no classes, mistakes, responses.")
+    ] = False,
+    data_dir: Annotated[Path | None, typer.Option(help="Where CIFAR-10 lies [env: FASTRES_DATA].")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0; to test the networks again.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads, likewise.")] = None,
+) -> None:
+    """Write one self-contained HTML file: results, curves, classes, mistakes, clocks, config, environment."""
+    from fastres.console import Console
+    from fastres.reproduce.report import write_report
+
+    execution = given(device=device, data_dir=None if data_dir is None else str(data_dir), threads=threads)
+    print(write_report(runs, out, evaluate=not no_eval, execution=execution, say=Console("lines", stderr=True).say))

@@ -1,0 +1,179 @@
+"""`fastres reproduce`: the paper's Table 6, Figure 6 and Figure 7, the runs that they need included."""
+
+import math
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastres.cli.flags import given, parse_list, parse_model, refuse_both
+from fastres.config import make_config, preset_tree
+from fastres.errors import InputError
+
+if TYPE_CHECKING:
+    from fastres.console import Console
+    from fastres.rundir import RunDir
+
+WHAT = ("table6", "fig6", "fig7", "all")
+SMOKE = {"recipe": {"steps": 60}, "output": {"log_every": 5, "eval_every": 20}}  # many networks, so few steps each
+SEEDS = {"paper": 5, "fast": 2, "smoke": 2}
+NETWORKS, RUNS, EXECUTION = "Which networks", "Which runs", "How they run"
+
+
+def reproduce(
+    what: Annotated[str, typer.Argument(metavar="table6|fig6|fig7|all", help="What to make.")],
+    depths: Annotated[
+        str | None, typer.Option(help="Depths: 20,32,44,56,110 (default: the paper's).", rich_help_panel=NETWORKS)
+    ] = None,
+    nets: Annotated[
+        str | None, typer.Option(help="Instead, in words: ResNet20,PlainNet110,ResNet1202.", rich_help_panel=NETWORKS)
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of each ResNet: 5; smoke and fast 2.", rich_help_panel=NETWORKS)
+    ] = None,
+    plain_seeds: Annotated[int, typer.Option(help="Runs of each plain net.", rich_help_panel=NETWORKS)] = 1,
+    preset: Annotated[
+        str, typer.Option(help="paper; fast: ten epochs; smoke: built-in data, a few minutes.", rich_help_panel=RUNS)
+    ] = "paper",
+    steps: Annotated[int | None, typer.Option(help="Updates a run.", rich_help_panel=RUNS)] = None,
+    epochs: Annotated[float | None, typer.Option(help="The same in epochs.", rich_help_panel=RUNS)] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where CIFAR-10 lies [env: FASTRES_DATA].", rich_help_panel=RUNS)
+    ] = None,
+    data_url: Annotated[
+        list[str] | None, typer.Option(help="A mirror of cifar-10-binary.tar.gz; repeatable.", rich_help_panel=RUNS)
+    ] = None,
+    runs: Annotated[
+        Path, typer.Option(help="Where run folders are looked for, and new ones go.", rich_help_panel=RUNS)
+    ] = Path("runs/reproduce"),
+    out: Annotated[Path | None, typer.Option(help="Where the files go; default: --runs.", rich_help_panel=RUNS)] = None,
+    train: Annotated[
+        bool,
+        typer.Option("--train/--no-train", help="Train what is missing, or take what there is.", rich_help_panel=RUNS),
+    ] = True,
+    budget: Annotated[
+        float | None, typer.Option(help="Minutes; then save, write what there is, and stop.", rich_help_panel=RUNS)
+    ] = None,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="fig6 with the error on plain training images.", rich_help_panel=RUNS)
+    ] = False,
+    ylim: Annotated[
+        float | None, typer.Option(help="fig6's upper edge in %; default the paper's 20.", rich_help_panel=RUNS)
+    ] = None,
+    assert_: Annotated[
+        bool, typer.Option("--assert", help="Exit 6 where Table 6 does not hold.", rich_help_panel=RUNS)
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0.", rich_help_panel=EXECUTION)] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.", rich_help_panel=EXECUTION)] = "auto",
+    loader: Annotated[str, typer.Option(help="auto, resident, dali.", rich_help_panel=EXECUTION)] = "auto",
+    side_by_side: Annotated[
+        int, typer.Option(help="Seeds at once; 0: up to 8 on a GPU, 1 on a CPU.", rich_help_panel=EXECUTION)
+    ] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: one a core.", rich_help_panel=EXECUTION)] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.", rich_help_panel=EXECUTION)] = False,
+) -> None:
+    """Make Table 6, Figure 6 or Figure 7: runs what is missing, goes on with what was cut, and draws."""
+    if what not in WHAT:
+        raise InputError(f"{what!r} is not to be had; there is {', '.join(WHAT)}")
+    refuse_both("--nets", nets, "--depths", depths)
+    refuse_both("--steps", steps, "--epochs", epochs)
+    if budget is not None and not 0 < budget < math.inf:
+        raise InputError(f"--budget is {budget}; it must be minutes above 0")
+    if side_by_side < 0:
+        raise InputError(f"--side-by-side is {side_by_side}; 0 chooses, else how many")
+    deadline = math.inf if budget is None else perf_counter() + 60 * budget
+    changes = {
+        **_lengths(preset, steps, epochs),
+        "execution": given(
+            device=device,
+            precision=precision,
+            loader=loader,
+            threads=threads,
+            data_dir=None if data_dir is None else str(data_dir),
+            data_urls=data_url,
+        ),
+    }
+    if clean:
+        changes["output"] = {**changes.get("output", {}), "clean_train_error": True}
+    wanted = _networks(what, nets, depths, SEEDS.get(preset, 1) if seeds is None else seeds, plain_seeds)
+
+    from fastres.console import Console
+    from fastres.reproduce.plan import needs, runs_of, train_missing
+
+    stages = needs(wanted, runs, preset, changes)
+    console, whole = Console("quiet" if quiet else "auto"), True
+    if train:
+        whole = train_missing(stages, console=console, deadline=deadline, side_by_side=side_by_side)
+    if not (found := runs_of(stages)):
+        raise InputError(f"{runs} holds no run of these networks yet; leave out --no-train to train them")
+    _make(what, found, out or runs, changes["execution"], console, clean=clean, ylim=ylim, judge=assert_)
+    if not whole:
+        console.say("not all runs are finished: the same line goes on")
+
+
+def _lengths(preset: str, steps: int | None, epochs: float | None) -> dict[str, Any]:
+    """What is changed of a preset: the length of a run."""
+    from fastres.cli.flags import in_steps
+
+    changes: dict[str, Any] = {key: dict(value) for key, value in SMOKE.items()} if preset == "smoke" else {}
+    if steps is not None:
+        changes["recipe"] = {"steps": steps}
+    if epochs is not None:
+        changes["recipe"] = in_steps({}, preset_tree(preset), epochs, None)["recipe"]
+    return changes
+
+
+def _networks(
+    what: str, nets: str | None, depths: str | None, seeds: int, plain_seeds: int
+) -> list[tuple[str, int, int]]:
+    """(architecture, depth, seeds) in the order of the work."""
+    from fastres.reproduce.paper import FIGURE_7, STAGES
+    from fastres.reproduce.plan import stages_of
+
+    for flag, number in (("--seeds", seeds), ("--plain-seeds", plain_seeds)):
+        if number < 1:
+            raise InputError(f"{flag} is {number}; it must be at least 1")
+    if nets is not None:
+        chosen = [parse_model(word) for word in parse_list("--nets", nets, str)]
+    elif depths is not None:
+        chosen = [(arch, depth) for depth in parse_list("--depths", depths, int) for arch in ("resnet", "plain")]
+    else:
+        chosen = list(dict.fromkeys(FIGURE_7 if what == "fig7" else [(arch, depth) for arch, depth, _ in STAGES]))
+    for arch, depth in chosen:
+        make_config(model={"arch": arch, "depth": depth})  # refuses a depth that is none
+    return stages_of(chosen, seeds, plain_seeds)
+
+
+def _make(
+    what: str,
+    found: "list[RunDir]",
+    folder: Path,
+    execution: dict[str, Any],
+    console: "Console",
+    *,
+    clean: bool,
+    ylim: float | None,
+    judge: bool,
+) -> None:
+    """Write what was asked for, from the runs there are."""
+    from fastres.reproduce import fig6, fig7, table6
+    from fastres.reproduce.plan import note_of
+
+    note, paths = note_of(found), list[Path]()
+    if note:
+        console.say(f"note: {note}")
+    if what in ("table6", "all"):
+        rows = table6.rows_of(found)
+        paths += table6.write(rows, folder, note=note)
+        console.print(table6.terminal(rows))
+    if what in ("fig6", "all"):
+        # The paper's axis, but for runs that are not the paper's: most of their curves would lie above it.
+        upper = ylim if ylim is not None else 100 * fig6.PAPER_YLIM if not note.count("recipe") else 100.0
+        paths += fig6.draw(found, folder, note=note, clean=clean, ylim=upper / 100)
+    if what in ("fig7", "all"):
+        paths += fig7.draw(found, folder, execution, note=note, say=console.say)
+    for path in paths:
+        console.say(f"wrote {path}")
+    if judge:
+        table6.check(table6.rows_of(found))

@@ -1,0 +1,94 @@
+"""Trees of values for config dataclasses: laying one over another, comparing them, and building them strictly.
+
+A tree is nested mappings, as TOML and JSON give them. Knows nothing of what the values mean.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from fastres.errors import InputError
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, mappings merged key by key."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> list[str]:
+    """The keys in which two trees differ, as lines "recipe.lr: 0.1 -> 0.2"."""
+    lines = []
+    for key in sorted({*ours, *theirs}):
+        a, b, here = ours.get(key), theirs.get(key), f"{path}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{here}.")
+        elif a != b:
+            lines.append(f"{here}: {a} -> {b}")
+    return lines
+
+
+def is_int(value: Any) -> bool:
+    """Whether it is an integer, and not true or false."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" for an error's message; empty where nothing known is like the word."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def build(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
+    """An instance of a config dataclass from a mapping, every key known and every value of its type.
+
+    Args:
+        cls: A dataclass whose fields are dataclasses, scalars, optional scalars, `Literal`s or tuples of one type.
+        tree: Its values; keys left out take their defaults.
+        path: What messages put before a key: "recipe.".
+
+    Raises:
+        InputError: An unknown key (with the nearest known one), a value of the wrong type or not among the options.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            raise InputError(f"unknown key {path}{key}{nearest(key, hints) or '; keys: ' + ', '.join(hints)}")
+        values[key] = _coerce(hints[key], value, f"{path}{key}")
+    return cls(**values)
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+    """The value as its declared type, or InputError. Accepts what TOML and JSON write for it, and nothing looser."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if dataclasses.is_dataclass(value) and isinstance(value, kind):
+            return value
+        if isinstance(value, Mapping):
+            return build(kind, value, f"{path}.")
+        raise InputError(f"{path} is {value!r}; it must be a table of keys")
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _coerce(next(option for option in options if option is not type(None)), value, path)
+    if origin is Literal:
+        if value in options:
+            return value
+        raise InputError(f"{path} is {value!r}; it must be one of {', '.join(options)}{nearest(str(value), options)}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(options[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if kind is float and is_int(value):
+        return float(value)
+    if kind is str and path.endswith("checkpoint_every") and is_int(value):
+        return str(value)
+    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    wanted = {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(kind, "a list of integers")
+    raise InputError(f"{path} is {value!r}; it must be {wanted}")

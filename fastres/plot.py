@@ -1,0 +1,214 @@
+"""Curves of any runs in one figure: which runs, what tells them apart, which belong together."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastres.config import RunConfig
+from fastres.curves import check_ending, draw
+from fastres.errors import InputError
+from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, find_runs
+from fastres.series import Curve, What, XAxis, curve_of, mean_curve
+
+# Keys of the config whose value speaks for itself, and those that the model's name replaces.
+BARE = ("name", "dataset")
+IN_NAME = ("arch", "depth")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read: what it is, how far it got, and what tells it from the others."""
+
+    folder: RunDir
+    config: RunConfig
+    records: list[dict[str, Any]]
+    label: str  # "ResNet20, seed 1"; of a run alone: the model
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has its result."""
+        return (self.folder.path / RESULT).is_file()
+
+    @property
+    def reached(self) -> int:
+        """The last step it logged; 0 before that."""
+        return max((record["step"] for record in self.records), default=0)
+
+    @property
+    def standing(self) -> str:
+        """ "" for a finished run, else how far it got."""
+        if self.finished:
+            return ""
+        if (self.folder.path / DIVERGED).is_file():
+            return f"diverged after step {self.reached:,}"
+        return f"step {self.reached:,} of {self.config.recipe.steps:,}"
+
+    @property
+    def group(self) -> str:
+        """Equal for runs that differ in nothing but the seed."""
+        return json.dumps({**self.config.what(), "seed": None}, sort_keys=True)
+
+    def curve(self, *, what: What = "error", x: XAxis = "step", smooth: int | None = None) -> Curve:
+        """What is drawn of it; `fastres.curves.curve_of` explains the arguments."""
+        epochs_per_step = self.config.recipe.batch_size / self.config.data.num_train
+        label = f"{self.label} ({self.standing})" if self.standing else self.label
+        return curve_of(
+            self.records,
+            label,
+            what=what,
+            x=x,
+            epochs_per_step=epochs_per_step,
+            smooth=smooth,
+            unfinished=not self.finished,
+        )
+
+
+def read_runs(paths: Iterable[Path]) -> tuple[str, list[Run]]:
+    """The runs that paths name, and what they have in common: "ResNet20, cifar10, seed 0".
+
+    Raises:
+        InputError: A path is no run folder and holds none, or a config cannot be read.
+    """
+    folders = find_runs(paths)
+    configs = [_config(folder) for folder in folders]
+    common, labels = tell_apart(configs, [folder.path.resolve().name for folder in folders])
+    read = zip(folders, configs, labels, strict=True)
+    runs = [Run(folder, config, folder.metrics(), label) for folder, config, label in read]
+    return common, runs
+
+
+def _config(folder: RunDir) -> RunConfig:
+    try:
+        return folder.config()
+    except InputError as error:
+        where = folder.path / CONFIG
+        raise InputError(str(error) if str(where) in str(error) else f"{where}: {error}") from error
+
+
+def tell_apart(configs: Sequence[RunConfig], names: Sequence[str]) -> tuple[str, list[str]]:
+    """What runs have in common, and a label for each by what differs: model, data, recipe, seed.
+
+    Where that is the same for two of them, what differs in how they ran is added; where that is the same too, `names`.
+    """
+    whats = [{"name": config.name} | _flat(config.what(), leave_out=IN_NAME) for config in configs]
+    common = [_words(key, whats[0][key]) for key in ("name", "dataset", "seed") if _same(whats, key)]
+    labels = _join(whats, [key for key in whats[0] if not _same(whats, key)])
+    if _twins(labels):
+        hows = [_flat(config.to_dict()["execution"]) for config in configs]
+        extra = _join(hows, [key for key in hows[0] if not _same(hows, key)])
+        labels = [", ".join(filter(None, pair)) for pair in zip(labels, extra, strict=True)]
+    twins = _twins(labels)
+    if len(configs) > 1 and twins:
+        labels = [
+            ", ".join(filter(None, (text, name))) if text in twins else text
+            for text, name in zip(labels, names, strict=True)
+        ]
+    if len(configs) == 1:
+        labels = [configs[0].name]
+    return ", ".join(common), labels
+
+
+def _flat(tree: dict[str, Any], leave_out: Sequence[str] = ()) -> dict[str, Any]:
+    """Leaves by their last key, which no two sections of the config share."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, leave_out) if isinstance(value, dict) else {} if key in leave_out else {key: value}
+    return flat
+
+
+def _same(trees: Sequence[dict[str, Any]], key: str) -> bool:
+    return all(tree[key] == trees[0][key] for tree in trees)
+
+
+def _join(trees: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
+    return [", ".join(_words(key, tree[key]) for key in keys) for tree in trees]
+
+
+def _twins(labels: Sequence[str]) -> set[str]:
+    return {label for label in labels if labels.count(label) > 1}
+
+
+def _words(key: str, value: Any) -> str:
+    if key in BARE:
+        return str(value)
+    return f"{key.replace('_', ' ')} {show_value(value)}"
+
+
+def show_value(value: Any) -> str:
+    """A value of the config as people write it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) or "none"
+    return "auto" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def grouped(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs of one config together, in the order in which their first comes."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(run)
+    return list(groups.values())
+
+
+def plot_runs(
+    paths: Sequence[Path],
+    out: Path | None = None,
+    *,
+    what: What = "error",
+    x: XAxis = "step",
+    smooth: int | None = None,
+    log_y: bool = False,
+    ylim: tuple[float, float] | None = None,
+    band: bool = False,
+    say: Callable[[str], None],
+) -> Path:
+    """Draw runs into one figure.
+
+    Args:
+        paths: Run folders, or folders of run folders.
+        out: A name that ends in .png or .svg. Default: curves.png, in the run folder if there is one run.
+        what, x, smooth: As `fastres.curves.curve_of` takes them.
+        log_y, ylim: The y axis.
+        band: Draw runs that differ in nothing but the seed as mean and standard deviation.
+        say: Takes one-line notices.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        InputError: No run folder, no metrics in any, another ending.
+        MachineError: The file cannot be written.
+    """
+    if out is not None:
+        check_ending(out)
+    common, runs = read_runs(paths)
+    curves = {id(run): run.curve(what=what, x=x, smooth=smooth) for run in runs}
+    drawn = [run for run in runs if curves[id(run)].lines]
+    if not drawn:
+        where = runs[0].folder.path if len(runs) == 1 else f"none of {len(runs)} runs, {runs[0].folder.path} the first,"
+        raise InputError(
+            f"{where} has logged no {what} yet; train up to its first log step: fastres train --resume RUN"
+        )
+    for run in runs:
+        if run not in drawn:
+            say(f"{run.folder.path} has logged no {what} yet: left out")
+    groups = grouped(drawn) if band else [[run] for run in drawn]
+    named = zip(groups, mean_labels(groups), strict=True)
+    means = [mean_curve([curves[id(run)] for run in group], label) for group, label in named]
+    out = out or (runs[0].folder.path if len(runs) == 1 else Path()) / "curves.png"
+    draw(means, common, [out], what=what, x=x, log_y=log_y, ylim=ylim)
+    return out
+
+
+def mean_labels(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """What tells groups of runs apart, and how many runs each has."""
+    configs = [replace(group[0].config, seed=0) for group in groups]
+    _, labels = tell_apart(configs, [""] * len(groups))
+    named = []
+    for label, group in zip(labels, groups, strict=True):
+        unfinished = sum(not run.finished for run in group)
+        named.append(f"{label}, mean of {len(group)}" + (f" ({unfinished} unfinished)" if unfinished else ""))
+    return named

@@ -1,0 +1,145 @@
+"""Figure 7 of the paper: how strongly the layers of plain nets and ResNets respond."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastres import checkpoint
+from fastres.errors import InputError
+from fastres.evaluate import Trained, load_trained
+from fastres.reproduce.figure import (
+    COLOURS,
+    LEGEND,
+    OTHER,
+    Network,
+    by_network,
+    paper_name,
+    paper_style,
+    print_note,
+    save,
+    write_csv,
+)
+from fastres.responses import Response, layer_responses
+from fastres.rundir import RunDir
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAPER = ("plain-20", "plain-56", "ResNet-20", "ResNet-56", "ResNet-110")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One network in the figure."""
+
+    label: str
+    depth: int
+    residual: bool  # solid; plain nets are dashed
+    stds: Sequence[float]  # of each 3x3 layer, in the network's order
+
+
+def draw(
+    runs: Sequence[RunDir],
+    folder: Path,
+    execution: dict[str, Any],
+    *,
+    note: str,
+    say: Callable[[str], None],
+) -> list[Path]:
+    """Measure the layer responses of runs at their newest checkpoints, and draw Figure 7.
+
+    Of several seeds the mean over them of each layer's standard deviation is shown, and sorted below. Where the five
+    networks of the paper's figure are among the runs, others are left out.
+
+    Args:
+        runs: Run folders; of one network only those that differ in the seed alone. Those without a checkpoint (weights
+            are large, and need not be kept) are left out, and `say` is told.
+        folder: Takes fig7.png, fig7.svg and fig7.csv.
+        execution: Changes to `fastres.config.Execution`: device, where the data is. The precision is fp32 unless given.
+        note: Printed on the figure's face; "" for none.
+        say: Takes one-line notices.
+
+    Returns:
+        The three files.
+
+    Raises:
+        InputError: Runs of one network differ in more than the seed, or no run has a checkpoint.
+        MachineError: No data, no such device, or the files cannot be written.
+    """
+    networks = _as_in_the_paper(by_network([run for run in runs if _has_weights(run, say)]), say)
+    if not networks:
+        raise InputError("Figure 7 needs weights, and none of the runs has a checkpoint; give runs that kept theirs")
+    lines, rows = [], list[tuple[str, int, int, str, float]]()
+    for network in networks:
+        measured, steps = list[list[Response]](), list[int]()
+        for seed, run in network.runs:
+            trained = load_trained(run.path, {"precision": "fp32", **execution}, say=say)
+            say(f"{network.name}, seed {seed}: layer responses over {len(trained.images.test_images):,} images")
+            responses = layer_responses(trained.net, trained.batches(), trained.runtime.dtype)
+            measured.append(responses)
+            steps.append(trained.step or 0)
+            rows += [(network.name, seed, i, r.name, r.std) for i, r in enumerate(responses, 1)]
+        stds = [sum(r.std for r in of_layer) / len(of_layer) for of_layer in zip(*measured, strict=True)]
+        model = network.config.model
+        lines.append(Line(network.label(min(steps)), model.depth, model.arch == "resnet", stds))
+    with paper_style():
+        written = save(plot(lines, note), [folder / "fig7.png", folder / "fig7.svg"])
+    header = ("network", "seed", "layer_index", "layer_name", "std")
+    return [*written, write_csv(folder / "fig7.csv", header, rows)]
+
+
+def draw_one(trained: Trained, responses: Sequence[Response], path: Path) -> None:
+    """Draw one network alone, into a PNG or SVG file. Raises MachineError where it cannot be written."""
+    net, images = trained.net, trained.images
+    name = paper_name("resnet" if net.residual else "plain", net.depth)
+    label = name if trained.step is None else f"{name}, step {trained.step:,}"
+    note = "" if images.official else f"{images.name}, not the official files"
+    if images.name == "synthetic":
+        note = "synthetic data: not a result of the paper"
+    with paper_style():
+        save(plot([Line(label, net.depth, net.residual, [r.std for r in responses])], note), [path])
+
+
+def plot(lines: Sequence[Line], note: str) -> "Figure":
+    """Both panels: above in the layers' order, below sorted by magnitude. To be called within `paper_style`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 5.2), layout="constrained")
+    top, bottom = figure.subplots(2, 1)
+    most = max(len(line.stds) for line in lines)
+    for axes, order in ((top, list), (bottom, lambda stds: sorted(stds, reverse=True))):
+        for line in lines:
+            axes.plot(
+                range(1, len(line.stds) + 1),
+                order(line.stds),
+                color=COLOURS.get(line.depth, OTHER),
+                linewidth=1.4 if line.residual else 1.1,
+                linestyle="-" if line.residual else (0, (4, 1.5)),
+                label=line.label,
+            )
+        axes.set(xlim=(0, most + 1), ylim=(0, None), ylabel="std")
+        axes.grid(axis="y", color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
+    top.set_xlabel("layer index (original order)")
+    bottom.set_xlabel("layer index (sorted by magnitude)")
+    bottom.legend(loc="upper right", **LEGEND)  # where falling curves leave room
+    print_note(figure, note)
+    return figure
+
+
+def _has_weights(run: RunDir, say: Callable[[str], None]) -> bool:
+    if any((run.path / name).exists() for name in (checkpoint.NEWEST, checkpoint.PREVIOUS)):
+        return True
+    say(f"{run.path} has no checkpoint: left out of Figure 7")
+    return False
+
+
+def _as_in_the_paper(networks: Sequence[Network], say: Callable[[str], None]) -> list[Network]:
+    """The paper's five where there are some of them, else all."""
+    chosen = [network for network in networks if network.name in PAPER]
+    if not chosen:
+        return list(networks)
+    if others := [network.name for network in networks if network not in chosen]:
+        say(f"not in the paper's Figure 7, left out: {', '.join(others)}")
+    return chosen

@@ -1,0 +1,228 @@
+"""The report on runs: one HTML file that needs nothing else and asks nothing of the network.
+
+It says of each run what its folder holds, and what its network answers on the test images where checkpoint and data
+are at hand. Equal inputs give equal bytes: there is no date in it, and no chance.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from fastres import __version__
+from fastres.errors import FastresError, InputError
+from fastres.plot import Run, grouped, mean_labels, read_runs
+from fastres.reproduce import sections, table6
+from fastres.reproduce.answers import Answers, answers_of
+from fastres.reproduce.html import mark, note, number, page, section, table, text
+from fastres.reproduce.sections import DASH, Subject, as_duration, as_percent, banners, departures
+from fastres.rundir import ENVIRONMENT, RESULT, write_text
+from fastres.series import is_number, mean_curve
+
+MAX_BYTES = 1_000_000
+TABLE_6 = "Table 6 of the paper"
+FRAME = 4_000  # bytes kept for a run's own line, numbers and warnings, or to say what was left out
+MANY_RUNS = 8  # from here on, lines have fewer points
+POINTS, FEWER_POINTS = 300, 100  # of a line at most
+NUMBERS = (
+    "test_error",
+    "best_test_error",
+    "train_error",
+    "steps",
+    "num_parameters",
+    "images_per_second",
+    "side_by_side",
+)
+MOST_SEEDS_APART = 7  # curves in one chart; of more, the means are drawn
+
+
+def write_report(
+    paths: Sequence[Path],
+    out: Path | None = None,
+    *,
+    evaluate: bool = True,
+    execution: dict[str, Any] | None = None,
+    say: Callable[[str], None],
+) -> Path:
+    """Write the report on runs.
+
+    Args:
+        paths: Run folders, or folders of run folders.
+        out: The file. Default: report.html, in the run folder if there is one run.
+        evaluate: Test each run's newest checkpoint again, for what only the network knows: confusion, mistakes,
+            layer responses.
+        execution: Changes to `fastres.config.Execution` for that: device, where the data is.
+        say: Takes one-line notices.
+
+    Returns:
+        The file that was written. It stays below 1 MB: of many runs it leaves out sheets of mistakes first,
+        then details, and says so.
+
+    Raises:
+        InputError: No run folder, or a config that cannot be read.
+        MachineError: The file cannot be written.
+    """
+    if out is not None and out.suffix not in (".html", ".htm"):
+        raise InputError(f"--out is {out}; give a name that ends in .html")
+    common, runs = read_runs(paths)
+    subjects = []
+    for count, run in enumerate(runs, 1):
+        if evaluate:
+            say(f"testing {run.folder.path} ({count} of {len(runs)})")
+        subjects.append(_subject(run, _answers(run, execution or {}, say) if evaluate else "--no-eval was given."))
+    out = out or (runs[0].folder.path if len(runs) == 1 else Path()) / "report.html"
+    write_text(out, render(common, subjects))
+    return out
+
+
+def _subject(run: Run, answers: Answers | str) -> Subject:
+    return Subject(run, _result(run), _read(run, ENVIRONMENT), answers)
+
+
+def _read(run: Run, name: str) -> dict[str, Any]:
+    try:
+        return run.folder.read_json(name)
+    except InputError:  # missing or damaged: the report says so in that place
+        return {}
+
+
+def _result(run: Run) -> dict[str, Any]:
+    """The result as JSON; {} where there is none, or where what others count on is not a number."""
+    found = _read(run, RESULT)
+    seconds = found.get("seconds")
+    values = [*map(found.get, NUMBERS), *(seconds.values() if isinstance(seconds, dict) else [None])]
+    return found if all(map(is_number, values)) else {}
+
+
+def _answers(run: Run, execution: dict[str, Any], say: Callable[[str], None]) -> Answers | str:
+    """The network's answers, or why there are none."""
+    try:
+        return answers_of(run.folder.path, execution, say)
+    except FastresError as error:
+        say(f"not tested again: {error}")
+        return f"{error}."
+
+
+def render(common: str, subjects: Sequence[Subject]) -> str:
+    """The document. `common` is what the runs have in common, in words."""
+    points = POINTS if len(subjects) < MANY_RUNS else FEWER_POINTS
+    if len(subjects) == 1:
+        title = sections.headline(subjects[0].run.config)
+        top = _header(title, str(subjects[0].run.folder.path)) + banners(sections.warnings(subjects[0]))
+        top += sections.summary(subjects[0]) + _table6(subjects)
+    else:
+        title = f"{len(subjects)} runs" + (f": {common}" if common else "")
+        everything = [warning for s in subjects for warning in sections.warnings(s) if not s.run.standing]
+        top = _header(title, "") + banners(everything) + _overview(subjects, points) + _table6(subjects)
+    bottom = f"<footer>fastres {text(__version__)}</footer>"
+    room = MAX_BYTES - len(page(title, top + bottom).encode()) - FRAME * len(subjects)
+    # What is said of the runs comes before the pictures.
+    parts: list[list[str]] = []
+    for subject in subjects:
+        before = sections.curves(subject, points) + sections.classes(subject)
+        after = "".join(part(subject) for part in sections.AFTER_MISTAKES)
+        kept, room = _fitting([before, after], "Details", subject, room)
+        parts.append(kept)
+    bodies = []
+    for number_of, (subject, part) in enumerate(zip(subjects, parts, strict=True)):
+        sheet, room = _fitting([sections.mistakes(subject)], "Most confident mistakes", subject, room)
+        body = "".join([part[0], *(sheet if len(part) > 1 else []), *part[1:]])
+        bodies.append(_folded(subject, number_of, body) if len(subjects) > 1 else body)
+    heading = "<h2>Run by run</h2>\n" if len(subjects) > 1 else ""
+    return page(title, top + heading + "".join(bodies) + bottom)
+
+
+def _fitting(parts: list[str], title: str, subject: Subject, room: int) -> tuple[list[str], int]:
+    """The parts, or where there is no room for them a line that says where they are; and the bytes left."""
+    size = sum(len(part.encode()) for part in parts)
+    if size <= room:
+        return parts, room - size
+    words = f"Left out to keep this file below 1 MB: fastres report {subject.run.folder.path}"
+    return [section(title, note(words))], room
+
+
+def _header(title: str, path: str) -> str:
+    where = f'<p class="soft"><code>{text(path)}</code></p>' if path else ""
+    return f"<header><h1>{text(title)}</h1>{where}</header>\n"
+
+
+def _folded(subject: Subject, number_of: int, body: str) -> str:
+    """A run among others: a line that opens."""
+    run = subject.run
+    said = run.standing or f"{subject.held_out} error {as_percent(subject.test_error)}"
+    head = f'<summary><b>{text(run.label)}</b> <span class="soft">{text(said)}</span></summary>\n'
+    path = f'<p class="soft"><code>{text(run.folder.path)}</code></p>'
+    marks = banners(sections.warnings(subject))
+    return f'<details id="run-{number_of}">{head}{path}{marks}{sections.summary(subject)}{body}</details>\n'
+
+
+def _overview(subjects: Sequence[Subject], points: int) -> str:
+    """A table of the runs, with mean and deviation over seeds, and their curves in one chart."""
+    by_run = {id(subject.run): (i, subject) for i, subject in enumerate(subjects)}
+    groups = grouped(subject.run for subject in subjects)
+    rows: list[list[str]] = []
+    means: list[int] = []
+    for group, label in zip(groups, mean_labels(groups), strict=True):
+        rows += [_row(*by_run[id(run)]) for run in group]
+        finished = [by_run[id(run)][1] for run in group if run.finished]
+        if len(finished) > 1:
+            means.append(len(rows))
+            rows.append(_mean_row(finished, f"{label.rpartition(', mean of')[0]}, mean of {len(finished)}"))
+    head = ("run", "test error", "best, chosen on it", "training error", "parameters", "steps", "training", "img/s")
+    if any(subject.held_out == "validation" for subject in subjects):
+        head = (head[0], "test or validation error", *head[2:])
+    shown = table(head, rows, range(1, len(head)), means)
+    said = note(
+        "Test error is the last step's; \N{PLUS-MINUS SIGN} is the standard deviation (n - 1) over finished seeds."
+    )
+    curves = [run.curve() for group in groups for run in group]
+    if len(curves) > MOST_SEEDS_APART:
+        named = zip(groups, mean_labels(groups), strict=True)
+        curves = [mean_curve([run.curve() for run in group], label) for group, label in named]
+    chart = sections.error_chart([curve for curve in curves if curve.lines], f"{len(curves)} curves", points)
+    return section("Results", shown + said) + section("Curves", chart)
+
+
+def _table6(subjects: Sequence[Subject]) -> str:
+    """The paper's Table 6 as far as these runs go, with what they did otherwise than the paper."""
+    runs = [subject.run for subject in subjects if subject.result or not subject.run.finished]
+    try:
+        rows = [[text(cell) for cell in table6.cells(row)] for row in table6.rows_of([run.folder for run in runs])]
+    except FastresError as error:
+        return section(TABLE_6, note(f"No table: {error}."))
+    others = {", ".join(departures(run.config)) for run in runs} - {""}
+    marks = [mark(f"Not the paper's recipe: {words}.") for words in sorted(others)]
+    return section(
+        TABLE_6, "".join(marks) + table(table6.HEADS, rows, (1, 2, 3, 4, 5, 6, 7, 9, 10)) + note(table6.LEGEND)
+    )
+
+
+def _row(count: int, subject: Subject) -> list[str]:
+    run, result = subject.run, subject.result
+    name = f'<a href="#run-{count}">{text(run.label)}</a>'
+    if run.standing:
+        name += f' <span class="soft">{text(run.standing)}</span>'
+    error = as_percent(subject.test_error)
+    return [
+        name,
+        error if result or error == DASH else f'<span class="soft">so far {text(error)}</span>',
+        as_percent(subject.best[0]),
+        as_percent(result.get("train_error")),
+        number(result.get("num_parameters")),
+        number(run.config.recipe.steps),
+        as_duration(subject.seconds().get("train")),
+        number(result.get("images_per_second")),
+    ]
+
+
+def _mean_row(subjects: Sequence[Subject], label: str) -> list[str]:
+    errors = [_mean([s.result.get(key) for s in subjects]) for key in ("test_error", "best_test_error", "train_error")]
+    return [text(label), *map(text, errors), "", "", "", ""]
+
+
+def _mean(values: Sequence[Any]) -> str:
+    """Mean and standard deviation of fractions, in per cent."""
+    kept = [100 * float(value) for value in values if is_number(value)]
+    if len(kept) < len(values):
+        return DASH
+    return f"{fmean(kept):.2f} \N{PLUS-MINUS SIGN} {stdev(kept):.2f} %"

@@ -1,0 +1,312 @@
+"""What a report says of one run, section by section, as HTML. What comes out of a run folder is text, never markup."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastres.config import RunConfig, make_config
+from fastres.console import duration, percent
+from fastres.curves import time_unit
+from fastres.plot import Run, show_value
+from fastres.reproduce.answers import Answers, Mistake
+from fastres.reproduce.charts import bars, line_chart, matrix, stacked
+from fastres.reproduce.html import keys, mark, note, number, section, stats, text
+from fastres.series import Curve, Line, is_number
+
+DASH = "\N{EN DASH}"
+KEY = (
+    ("thin", "training error, running over augmented images"),
+    ("bold", "test error"),
+    ("pale", "as logged, where a smoothed line stands in front of it"),
+)
+WHERE_TIME_WENT = ("train", "evaluate", "compile", "data", "checkpoint", "import", "other")
+DATASETS = {"cifar10": "CIFAR-10", "synthetic": "the built-in synthetic set"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run with all that a report says of it. Dictionaries are JSON out of the run folder: anything may be in them."""
+
+    run: Run
+    result: Mapping[str, Any]  # {} where there is none yet
+    environment: Mapping[str, Any]  # {} where it is missing
+    answers: Answers | str  # why there is none
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """The data set as recorded; {} where it was not."""
+        data = self.environment.get("data")
+        return data if isinstance(data, dict) else {}
+
+    @property
+    def held_out(self) -> str:
+        """What the tested images are called."""
+        return "validation" if self.run.config.data.val_split else "test"
+
+    @property
+    def last_test(self) -> Mapping[str, Any]:
+        """Its newest test record; {} before the first."""
+        return next((r for r in reversed(self.run.records) if r.get("kind") == "test"), {})
+
+    @property
+    def test_error(self) -> object:
+        """Of the last step, or so far; a fraction, or None."""
+        return self.result.get("test_error") if self.result else self.last_test.get("error")
+
+    @property
+    def best(self) -> tuple[object, object]:
+        """The lowest test error over the steps, and its step; so far. (None, None) before the first."""
+        if self.result:
+            return self.result.get("best_test_error"), self.result.get("best_step")
+        tests = [r for r in self.run.records if r.get("kind") == "test" and is_number(r.get("error"))]
+        lowest = min(tests, key=lambda record: record["error"], default={})
+        return lowest.get("error"), lowest.get("step")
+
+    def seconds(self) -> dict[str, float]:
+        """By clock; {} where not recorded."""
+        found = self.result.get("seconds")
+        return {k: float(v) for k, v in found.items() if is_number(v)} if isinstance(found, dict) else {}
+
+
+def as_percent(value: object) -> str:
+    """A fraction out of a JSON file as "8.75 %", or a dash."""
+    return percent(float(value)) if is_number(value) else DASH
+
+
+def as_duration(value: object) -> str:
+    """Seconds out of a JSON file as 3:07, or a dash."""
+    return duration(float(value)) if is_number(value) else DASH
+
+
+def warnings(subject: Subject) -> list[str]:
+    """What nobody may overlook: what the numbers are not."""
+    config, data = subject.run.config, subject.data
+    found = []
+    if config.data.dataset == "synthetic":
+        found.append("Synthetic data: not a result of the paper.")
+    elif not data:
+        found.append("Which images these were was not recorded.")
+    elif data.get("official") is not True:
+        found.append(f"Not the official CIFAR-10 files: {data.get('digest', 'no digest recorded')}.")
+    if config.data.val_split:
+        found.append("Errors are on the 5,000 validation images; the test set was not used.")
+    if subject.run.finished and not subject.result:
+        found.append("result.json is damaged: it lacks numbers that every result has.")
+    if subject.run.standing:
+        found.append(f"No result yet: {subject.run.standing}. Numbers are of the last evaluation so far.")
+    return found
+
+
+def summary(subject: Subject) -> str:
+    """The numbers that count; the last step's test error first."""
+    run, result, held_out = subject.run, subject.result, subject.held_out
+    best, best_step = subject.best
+    at = subject.last_test.get("step")
+    of_test = "last step: the number to report" if result else f"at step {number(at)}, so far"
+    step = result.get("step_milliseconds")
+    step = step if isinstance(step, dict) else {}
+    together = result.get("side_by_side")
+    values = [
+        (f"{held_out} error".capitalize(), as_percent(subject.test_error), of_test),
+        (
+            "Best over steps",
+            as_percent(best),
+            f"step {number(best_step)}; chosen on the {held_out} set, so not the result",
+        ),
+        ("Training error", as_percent(result.get("train_error")), "running, augmented images"),
+        ("Parameters", number(result.get("num_parameters")), run.config.name),
+        (
+            "Steps",
+            number(run.config.recipe.steps),
+            f"of {run.config.recipe.batch_size}; {run.config.epochs:.1f} epochs",
+        ),
+        ("Training time", as_duration(subject.seconds().get("train")), "training clock alone"),
+        (
+            "Images a second",
+            number(result.get("images_per_second")),
+            f"{together} runs side by side" if is_number(together) and together != 1 else "training clock alone",
+        ),
+        ("A step", number(step.get("p50"), ".3g", " ms"), f"99 % below {number(step.get('p99'), '.3g', ' ms')}"),
+        ("Memory", number(_scaled(result.get("peak_memory"), 1e9), ".2f", " GB"), "at most"),
+    ]
+    missing = DASH if result else "all"
+    return stats(value for value in values if missing != "all" or value[1] != DASH)
+
+
+def _scaled(value: object, by: float) -> object:
+    return float(value) / by if is_number(value) else None
+
+
+def error_chart(curves: list[Curve], what: str, points: int = 300) -> str:
+    """Training and test error over steps."""
+    smoothed = any(line.smoothed and line.low is None for curve in curves for line in curve.lines)
+    key = [*KEY[:2], *(KEY[2:] if smoothed else ())]
+    if any(line.low is not None for curve in curves for line in curve.lines):
+        key.append(("pale", "band: one standard deviation over the seeds"))
+    if len(curves) == 1 and curves[0].warmup_end is not None:
+        key.append(("thin dash", "warm-up ends (dotted)"))
+    return line_chart(
+        curves, x_label="steps", y_label="error, %", describe=f"Error over steps: {what}", key=key, points=points
+    )
+
+
+def curves(subject: Subject, points: int) -> str:
+    """Error over steps, or why there is nothing to draw."""
+    chart = error_chart([subject.run.curve()], subject.run.label, points)
+    return section("Curves", chart or note("Nothing was logged yet."))
+
+
+def classes(subject: Subject) -> str:
+    """Error by class, and which class was taken for which."""
+    answers = subject.answers
+    if isinstance(answers, str):
+        return section("By class", note(f"Not tested again: {answers}"))
+    evaluation = answers.evaluation
+    again = f"Tested again for this report, from the checkpoint of step {number(answers.step)}: "
+    found = f"{percent(evaluation.error)} of {evaluation.num_images:,} images wrong, loss {evaluation.loss:.4f}."
+    by_class = zip(answers.class_names, evaluation.class_errors, strict=True)
+    rows = [(name, error, percent(error)) for name, error in by_class if error is not None]
+    left = f"<div><h3>Error by class</h3>{bars(rows)}</div>"
+    shown = matrix(evaluation.confusion, answers.class_names)
+    right = f"<div><h3>True class (rows) and answer (columns)</h3>{shown}</div>"
+    return section("By class", f'{note(again + found)}<div class="pair">{left}{right}</div>')
+
+
+def mistakes(subject: Subject) -> str:
+    """The most confident mistakes, as pictures."""
+    if isinstance(subject.answers, str):
+        return ""
+    sheet = "".join(map(_mistake, subject.answers.mistakes))
+    said = note("The wrong answers that the network was surest of, and the probability that it gave them.")
+    return section("Most confident mistakes", f'{said}<div class="sheet">{sheet}</div>' if sheet else "")
+
+
+def _mistake(one: Mistake) -> str:
+    return (
+        f'<figure><img src="{one.image}" width="32" height="32" alt="test image {one.index}, {text(one.true)}">'
+        f"<figcaption><b>{text(one.answer)}</b> {percent(one.probability)}<br>is {text(one.true)}</figcaption>"
+        "</figure>\n"
+    )
+
+
+def responses(subject: Subject) -> str:
+    """The spread of each layer's output, as in the paper's Figure 7."""
+    if isinstance(subject.answers, str):
+        return ""
+    stds = subject.answers.responses
+    said = note(
+        "Standard deviation of the output of each 3x3 layer, after batch norm and before ReLU or addition, "
+        "over the test images (the paper's Figure 7)."
+    )
+    charts = [
+        f"<div><h3>{title}</h3>{_response_chart(values, label)}</div>"
+        for title, label, values in (
+            ("In the order of the layers", "layer", stds),
+            ("Sorted", "rank", sorted(stds, reverse=True)),
+        )
+    ]
+    return section("Layer responses", f'{said}<div class="pair">{"".join(charts)}</div>')
+
+
+def _response_chart(stds: list[float], label: str) -> str:
+    x, y = np.arange(1, len(stds) + 1, dtype=np.float64), np.array(stds, np.float64)
+    curve = Curve("", None, Line(x, x, y, y))
+    return line_chart([curve], x_label=label, y_label="std", describe=f"Layer responses by {label}", small=True)
+
+
+def clocks(subject: Subject) -> str:
+    """Where the seconds went."""
+    seconds = subject.seconds()
+    order = [name for name in WHERE_TIME_WENT if name in seconds] + [n for n in seconds if n not in WHERE_TIME_WENT]
+    rows = [(name, seconds[name], duration(seconds[name])) for name in order if seconds[name] > 0]
+    if not rows:
+        trained = [r["clock"].get("train") for r in subject.run.records if isinstance(r.get("clock"), dict)]
+        so_far = max((float(t) for t in trained if is_number(t)), default=0.0)
+        unit, size = time_unit(so_far)
+        return section("Where the time went", note(f"No result yet; {so_far / size:.1f} {unit} of training so far."))
+    total = note(f"{duration(sum(seconds.values()))} in all, of every process that worked on the run.")
+    return section("Where the time went", total + stacked(rows))
+
+
+def configuration(subject: Subject) -> str:
+    """What was computed, with the paper's value where it differs, and how it ran."""
+    config = subject.run.config
+    paper = _paper(config)
+    what = [
+        (name, value, "" if value == paper[path] else f"the paper's recipe: {paper[path]}")
+        for path, name, value in _leaves(config.what())
+    ]
+    tree = config.to_dict()
+    how = [(name, value, "") for part in ("execution", "output") for _, name, value in _leaves(tree[part])]
+    left = f"<div><h3>What is computed</h3>{keys([*what, ('digest', config.digest, 'of all this')])}</div>"
+    return section(
+        "Configuration", f'<div class="pair">{left}<div><h3>How it runs, what is kept</h3>{keys(how)}</div></div>'
+    )
+
+
+def departures(config: RunConfig) -> list[str]:
+    """What a run computes otherwise than the paper's recipe for that network: "steps 250, not 64000"."""
+    paper = _paper(config)
+    return [
+        f"{name} {value}, not {paper[path]}" for path, name, value in _leaves(config.what()) if value != paper[path]
+    ]
+
+
+def _paper(config: RunConfig) -> dict[str, str]:
+    """The values of the paper's recipe for a network, by path; any seed is the paper's."""
+    model = {"arch": config.model.arch, "depth": config.model.depth}
+    paper = make_config("paper", model=model, seed=config.seed)
+    return {path: value for path, _, value in _leaves(paper.what())}
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str, str]]:
+    """(path, name, value as text) of each value of a tree."""
+    found = []
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found += _leaves(value, f"{path}.")
+        else:
+            found.append((path, key.replace("_", " "), show_value(value)))
+    return found
+
+
+def environment(subject: Subject) -> str:
+    """The data, the machine, the versions."""
+    if not subject.environment:
+        return section("Data and environment", note("environment.json is missing or cannot be read."))
+    data = [(name.replace("_", " "), _plain(value), "") for name, value in subject.data.items()]
+    machine = [
+        (name.replace("_", " "), _plain(value), "")
+        for name, value in subject.environment.items()
+        if name not in ("data", "resumed") and value is not None
+    ]
+    resumed = subject.environment.get("resumed")
+    if isinstance(resumed, list):
+        steps = ", ".join(_plain(r.get("step")) for r in resumed if isinstance(r, dict))
+        machine.append(("resumed", f"at step {steps}", ""))
+    left = f"<div><h3>Data</h3>{keys(data) if data else note('Not recorded.')}</div>"
+    return section(
+        "Data and environment", f'<div class="pair">{left}<div><h3>Environment</h3>{keys(machine)}</div></div>'
+    )
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+AFTER_MISTAKES: tuple[Callable[[Subject], str], ...] = (responses, clocks, configuration, environment)
+
+
+def headline(config: RunConfig) -> str:
+    """ "ResNet20 on CIFAR-10, seed 0"."""
+    return f"{config.name} on {DATASETS[config.data.dataset]}, seed {config.seed}"
+
+
+def banners(messages: list[str]) -> str:
+    """Each once."""
+    return "".join(map(mark, dict.fromkeys(messages)))

@@ -1,0 +1,233 @@
+"""The paper's Table 6 (section 4.2) from run folders: for each network n, mean, spread, the paper's number, a verdict.
+
+Every number is of the last step, and stands beside the run folders that it comes from.
+"""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.table import Table
+
+from fastres.errors import OutsideTolerance
+from fastres.reproduce.figure import Network, by_network
+from fastres.reproduce.paper import TABLE_6, TOLERANCE, Published
+from fastres.result import RunResult, result_of
+from fastres.rundir import DIVERGED, RESULT, RunDir, write_json, write_text
+
+FEW = 3  # runs from which on a mean is judged
+
+# Student's t for a two-sided interval of 95 %, by degrees of freedom from 1 on; beyond these 1.96 is close enough.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network. Errors are fractions; None where there is nothing to say."""
+
+    network: str  # ResNet-20
+    parameters: int | None
+    n: int  # finished runs, of which the numbers are
+    unfinished: int
+    diverged: int
+    mean: float | None
+    std: float | None
+    interval: tuple[float, float] | None  # 95 %, Student's t
+    best: float | None  # the best seed's last step
+    best_seed: int | None
+    paper: float | None
+    paper_best: float | None
+    paper_std: float | None
+    delta: float | None  # mean less the paper's
+    verdict: str
+    seconds: float | None  # of the training clock, a run; of runs side by side their share of it
+    images_per_second: float | None  # summed over runs side by side
+    gpus: tuple[str, ...]
+    runs: tuple[str, ...]  # folders behind the row
+
+
+def rows_of(runs: Sequence[RunDir]) -> list[Row]:
+    """Table 6's rows, ResNets first, by depth.
+
+    Args:
+        runs: Of any networks, finished or not; those of one network differ in their seed alone.
+
+    Raises:
+        InputError: Runs of one network are of different configs.
+    """
+    networks = by_network(runs)
+    networks.sort(key=lambda net: (net.config.model.arch == "plain", net.config.model.depth))
+    return [_row(network) for network in networks]
+
+
+def _row(network: Network) -> Row:
+    finished = [(seed, result_of(run)) for seed, run in network.runs if (run.path / RESULT).is_file()]
+    diverged = sum((run.path / DIVERGED).is_file() for _, run in network.runs)
+    results = [result for _, result in finished]
+    errors = [result.test_error for result in results]
+    model = network.config.model
+    published = TABLE_6.get((model.arch, model.depth), Published(math.nan))
+    paper = None if math.isnan(published.error) else published.error
+    mean = fmean(errors) if errors else None
+    best_seed, best = min(finished, key=lambda pair: pair[1].test_error) if finished else (None, None)
+    environments = [run.read_json("environment.json") for _, run in network.runs if (run.path / RESULT).is_file()]
+    return Row(
+        network=network.name,
+        parameters=results[0].num_parameters if results else None,
+        n=len(results),
+        unfinished=len(network.runs) - len(results) - diverged,
+        diverged=diverged,
+        mean=mean,
+        std=stdev(errors) if len(errors) > 1 else None,
+        interval=interval(errors),
+        best=best.test_error if best else None,
+        best_seed=best_seed,
+        paper=paper,
+        paper_best=published.best,
+        paper_std=published.std,
+        delta=mean - paper if mean is not None and paper is not None else None,
+        verdict=verdict(errors, paper),
+        seconds=_mean([_share(result, result.seconds.get("train", 0.0)) for result in results]),
+        images_per_second=_mean([result.images_per_second * result.side_by_side for result in results]),
+        gpus=tuple(sorted({str(env.get("gpu") or env.get("cpu")) for env in environments})),
+        runs=tuple(str(run.path) for _, run in network.runs),
+    )
+
+
+def interval(errors: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a mean by Student's t, which takes the errors as normally distributed; None below two."""
+    n = len(errors)
+    if n < 2:
+        return None
+    half = (T_95[n - 2] if n - 2 < len(T_95) else 1.96) * stdev(errors) / math.sqrt(n)
+    return fmean(errors) - half, fmean(errors) + half
+
+
+def verdict(errors: Sequence[float], paper: float | None) -> str:
+    """What the mean of last-step errors says beside the paper's number, which counts as met within 0.2 points."""
+    if not errors:
+        return "no finished run"
+    if paper is None:
+        return "the paper prints no number"
+    if len(errors) < FEW:
+        return "too few runs to say"
+    delta = fmean(errors) - paper
+    return "within the paper's spread" if abs(delta) <= TOLERANCE else "better" if delta < 0 else "worse"
+
+
+def write(rows: Sequence[Row], folder: Path, *, note: str) -> list[Path]:
+    """Write `table6.md`, `table6.csv` and `table6.json`.
+
+    Args:
+        rows: From `rows_of`.
+        folder: Where to.
+        note: What a reader must be told first (`plan.note_of`).
+
+    Raises:
+        MachineError: The folder cannot be written.
+    """
+    paths = [folder / f"table6.{suffix}" for suffix in ("md", "csv", "json")]
+    write_text(paths[0], markdown(rows, note=note, folder=folder))
+    write_text(paths[1], _csv(rows))
+    write_json(paths[2], {"schema": 1, "note": note, "tolerance": TOLERANCE, "rows": [asdict(row) for row in rows]})
+    return paths
+
+
+def check(rows: Sequence[Row]) -> None:
+    """Raise OutsideTolerance where a row with a published number is worse, or has too few runs to say."""
+    bad = [row for row in rows if row.paper is not None and row.verdict not in ("better", "within the paper's spread")]
+    if bad:
+        raise OutsideTolerance("Table 6 does not hold: " + "; ".join(f"{row.network}: {row.verdict}" for row in bad))
+
+
+LEGEND = (
+    "Test error of the last step: mean and standard deviation over the runs, and the 95 % interval of the mean by "
+    f"Student's t. The verdict allows {100 * TOLERANCE:.1f} points, about what separates single runs, and wants {FEW} "
+    "runs. The best seed was chosen on the test set, so it is no result. Seconds are of the training clock alone."
+)
+HEADS = (
+    "network",
+    "parameters",
+    "n",
+    "test error, %",
+    "95 %",
+    "best seed",
+    "paper",
+    "delta",
+    "verdict",
+    "s a run",
+    "img/s",
+)
+
+
+def cells(row: Row) -> list[str]:
+    """A row as a reader sees it, in the order of `HEADS`."""
+    spread = f" ± {100 * row.std:.2f}" if row.std is not None else ""
+    lost = [f"{count} {word}" for count, word in ((row.unfinished, "unfinished"), (row.diverged, "diverged")) if count]
+    paper = "" if row.paper is None else f"{100 * row.paper:.2f}"
+    if row.paper_std is not None and row.paper_best is not None:
+        paper += f" ± {100 * row.paper_std:.2f} (best {100 * row.paper_best:.2f})"
+    return [
+        row.network,
+        "" if row.parameters is None else f"{row.parameters:,}",
+        f"{row.n}" + (f" ({', '.join(lost)})" if lost else ""),
+        "" if row.mean is None else f"{100 * row.mean:.2f}{spread}",
+        "" if row.interval is None else f"{100 * row.interval[0]:.2f} to {100 * row.interval[1]:.2f}",
+        "" if row.best is None else f"{100 * row.best:.2f} (seed {row.best_seed})",
+        paper,
+        "" if row.delta is None else f"{100 * row.delta:+.2f}",
+        row.verdict,
+        "" if row.seconds is None else f"{row.seconds:,.0f}",
+        "" if row.images_per_second is None else f"{row.images_per_second:,.0f}",
+    ]
+
+
+def terminal(rows: Sequence[Row]) -> Table:
+    """The table for a terminal of 80 columns: what a row comes to."""
+    table = Table(box=None, pad_edge=False)
+    kept = [HEADS.index(head) for head in ("network", "n", "test error, %", "95 %", "paper", "verdict")]
+    for k in kept:
+        table.add_column(HEADS[k], justify="left" if k in (kept[0], kept[-1]) else "right")
+    for row in rows:
+        shown = cells(row)
+        table.add_row(*(shown[k].replace(" (best", "\n(best") for k in kept))
+    return table
+
+
+def markdown(rows: Sequence[Row], *, note: str, folder: Path) -> str:
+    """The table as Markdown, its run folders linked from `folder`."""
+    lines = [f"**{note[0].upper()}{note[1:]}.**", ""] if note else []
+    lines += [f"| {' | '.join(HEADS)} |", f"| --- |{' ---: |' * 7} --- | ---: | ---: |"]
+    lines += [f"| {' | '.join(cells(row))} |" for row in rows]
+    lines += ["", LEGEND, ""]
+    for row in rows:
+        links = (f"[{Path(run).name}]({Path(os.path.relpath(run, folder)).as_posix()})" for run in row.runs)
+        machine = f" ({', '.join(row.gpus)})" if row.gpus else ""
+        lines.append(f"- {row.network}{machine}: {', '.join(links)}")
+    return "\n".join(lines) + "\n"
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    names = [name for name in Row.__dataclass_fields__ if name != "interval"]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names, "interval_low", "interval_high"])
+    for row in rows:
+        values: list[Any] = [getattr(row, name) for name in names]
+        flat = [" ".join(value) if isinstance(value, tuple) else value for value in values]
+        writer.writerow(["" if value is None else value for value in (*flat, *(row.interval or ("", "")))])
+    return text.getvalue()
+
+
+def _share(result: RunResult, seconds: float) -> float:
+    return seconds / result.side_by_side
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None

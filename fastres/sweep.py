@@ -1,0 +1,211 @@
+"""Several runs of which some may be done: finds out which, and trains the rest, side by side where that pays.
+
+A sweep's folder holds a run folder for each seed and `sweep.json`, which says what they have in common.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+from fastres import checkpoint
+from fastres.clock import Clocks
+from fastres.config import RunConfig, differences
+from fastres.console import Console, Verbosity, percent
+from fastres.errors import Diverged, InputError
+from fastres.loop import check_same, train_together
+from fastres.result import RunResult, result_of
+from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, write_json
+from fastres.runtime import prepare
+
+SWEEP = "sweep.json"
+SCHEMA = 1  # of sweep.json; a reader refuses what it does not know
+SIDE_BY_SIDE = 8  # runs at once on a GPU, at most
+
+Outcome = RunResult | Diverged
+
+
+def train_seeds(
+    config: RunConfig | None = None,
+    seeds: Sequence[int] = (),
+    *,
+    resume: str | Path | None = None,
+    side_by_side: int = 0,
+    verbosity: Verbosity = "auto",
+    console: Console | None = None,
+    clocks: Clocks | None = None,
+    deadline: float = math.inf,
+) -> list[Outcome]:
+    """Train one config with several seeds; on a GPU side by side, on a CPU one after the other.
+
+    Each run comes out as `train` would have it alone (on a GPU to the bit under `execution.deterministic`). Called
+    again with the same folder it goes on where it was cut, and repeats nothing that is finished.
+
+    Args:
+        config: What to train; `config.output.out` is the sweep's folder (default: a new one under runs/). Its seed does
+            not count. May be left out with `resume`.
+        seeds: Which. With `resume` default to those of the sweep.
+        resume: A sweep's folder to go on with.
+        side_by_side: Runs at once; 0: up to eight on a GPU, one on a CPU.
+        verbosity, console, clocks, deadline: As `fastres.train`.
+
+    Returns:
+        A result for each seed in order, or why it was given up (`fastres.errors.Diverged`).
+
+    Raises:
+        As `fastres.train`, but for Diverged; InputError where the folder belongs to another sweep.
+    """
+    folder = Path(resume) if resume is not None else None
+    if folder is not None:
+        stored = read_sweep(folder)
+        config, seeds = config or RunConfig.from_dict(stored["config"]), seeds or stored["seeds"]
+    config = config or RunConfig()
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds are {list(seeds)}; give each of them once, and at least one")
+    folder = folder or (Path(config.output.out) if config.output.out else default_folder(config, seeds))
+    folders = seed_folders(folder, config, seeds)
+    _write_sweep(folder, config, seeds)
+    console = console or Console(verbosity)
+    outcomes = train_all(folders, side_by_side=side_by_side, console=console, clocks=clocks, deadline=deadline)
+    console.say(f"{spread(config.name, outcomes)}; {folder}")
+    return outcomes
+
+
+def seed_folders(folder: Path, config: RunConfig, seeds: Sequence[int]) -> dict[Path, RunConfig]:
+    """The run folders of a sweep, and what is trained in each."""
+    paths = {seed: folder / f"seed{seed}" for seed in seeds}
+    return {
+        path: dataclasses.replace(config, seed=seed, output=dataclasses.replace(config.output, out=str(path)))
+        for seed, path in paths.items()
+    }
+
+
+def train_all(
+    folders: Mapping[Path, RunConfig],
+    *,
+    side_by_side: int = 0,
+    console: Console,
+    clocks: Clocks | None = None,
+    deadline: float = math.inf,
+) -> list[Outcome]:
+    """Train those of the runs that are not finished; configs that differ in more than their seed go apart.
+
+    Args:
+        folders: Configs by run folder. A folder that is there must be a run of the same thing.
+        side_by_side, console, clocks, deadline: As `train_seeds`.
+
+    Returns:
+        An outcome for each folder in order.
+    """
+    for path, config in folders.items():
+        if status(path) != "missing":
+            check_same(RunDir.open(path), config)
+        else:
+            RunDir.check_free(path, overwrite=False)
+    for group in _groups(folders, side_by_side):
+        train_together(group, console=console, clocks=clocks, deadline=deadline)
+        clocks = None  # what came before the first group is its own
+    return [outcome_of(path) for path in folders]
+
+
+def status(path: Path) -> Literal["missing", "cut", "finished", "diverged"]:
+    """What there is of a run. Whether it is the right one is not looked at."""
+    if (path / RESULT).exists():
+        return "finished"
+    if (path / DIVERGED).exists():
+        return "diverged"
+    return "cut" if (path / CONFIG).exists() else "missing"
+
+
+def outcome_of(path: Path) -> Outcome:
+    """What a finished run gave, or why it was given up. Raises InputError where it is neither."""
+    run = RunDir.open(path)
+    return Diverged(str(run.read_json(DIVERGED).get("why"))) if status(path) == "diverged" else result_of(run)
+
+
+def spread(name: str, outcomes: Sequence[Outcome]) -> str:
+    """Last-step errors of several runs in one line: mean, standard deviation, extremes."""
+    errors = [outcome.test_error for outcome in outcomes if isinstance(outcome, RunResult)]
+    given_up = len(outcomes) - len(errors)
+    lost = f", {given_up} given up (diverged)" if given_up else ""
+    if not errors:
+        return f"{name}: no run finished{lost}"
+    about = (
+        f" +- {percent(stdev(errors))} ({percent(min(errors))} to {percent(max(errors))})" if len(errors) > 1 else ""
+    )
+    return (
+        f"{name}, {len(errors)} run{'s' if len(errors) > 1 else ''}: test error {percent(fmean(errors))}{about}{lost}"
+    )
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """JSON-ready: a result, or {"diverged": why}."""
+    return outcome.to_dict() if isinstance(outcome, RunResult) else {"diverged": str(outcome)}
+
+
+def raise_if_all_diverged(outcomes: Sequence[Outcome]) -> None:
+    """Raise the first Diverged where no run gave a result."""
+    lost = [outcome for outcome in outcomes if isinstance(outcome, Diverged)]
+    if len(lost) == len(outcomes):
+        raise lost[0]
+
+
+def default_folder(config: RunConfig, seeds: Sequence[int]) -> Path:
+    """Where a sweep goes that was not told: `runs/resnet20-5seeds-<date>-<time>`."""
+    return Path("runs") / f"{config.name.lower()}-{len(seeds)}seeds-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """A sweep's own file. Raises InputError where it is missing, damaged, or of another version."""
+    stored = RunDir(folder).read_json(SWEEP)
+    if stored.get("schema") != SCHEMA:
+        raise InputError(
+            f"{folder / SWEEP} has schema {stored.get('schema')}; this version reads {SCHEMA}. Its run folders can be "
+            "used one by one"
+        )
+    return stored
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a folder is a sweep's."""
+    return (path / SWEEP).is_file()
+
+
+def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
+    """Found a sweep, or add seeds to one of the same config."""
+    own = {**config.to_dict(), "seed": None}
+    known: list[int] = []
+    if is_sweep(folder):
+        stored = read_sweep(folder)
+        theirs, known = RunConfig.from_dict({**stored["config"], "seed": 0}), stored["seeds"]
+        if changed := differences(theirs.what(), dataclasses.replace(config, seed=0).what()):
+            raise InputError(f"{folder} is a sweep of another config ({'; '.join(changed)}); give another --out")
+    else:
+        RunDir.check_free(folder, overwrite=False)
+    del own["seed"]
+    write_json(folder / SWEEP, {"schema": SCHEMA, "config": own, "seeds": list(dict.fromkeys([*known, *seeds]))})
+
+
+def _groups(folders: Mapping[Path, RunConfig], side_by_side: int) -> list[dict[Path, RunConfig]]:
+    """The unfinished runs, those together that can train side by side: but for the seed alike, and at one step."""
+    groups: list[dict[Path, RunConfig]] = []
+    common: list[set[int]] = []  # of each group: the steps that all its runs have saved
+    for path, config in folders.items():
+        if status(path) in ("finished", "diverged"):
+            continue
+        most = side_by_side or (SIDE_BY_SIDE if prepare(config.execution).device.type == "cuda" else 1)
+        steps = checkpoint.steps(path) or {0}
+        for k, group in enumerate(groups):
+            other = next(iter(group.values()))
+            alike = dataclasses.replace(config, seed=other.seed, output=other.output) == other
+            if alike and len(group) < most and common[k] & steps:
+                common[k] &= steps
+                group[path] = config
+                break
+        else:
+            groups.append({path: config})
+            common.append(steps)
+    return groups

@@ -1,0 +1,363 @@
+"""series.py, curves.py, plot.py and `fastres plot`: which points are drawn, how, under which name; what is refused."""
+
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from fastres.cli import run as command
+from fastres.config import RunConfig, make_config, merge
+from fastres.curves import COLORS, figure_of
+from fastres.errors import InputError
+from fastres.plot import Run, plot_runs, read_runs, tell_apart
+from fastres.rundir import DIVERGED, RESULT, RunDir
+from fastres.series import Curve, curve_of, mean_curve
+
+STEPS = range(10, 401, 10)
+
+
+def record(kind: str, step: int, error: object, **more: object) -> dict[str, Any]:
+    return {"kind": kind, "step": step, "error": error, "loss": 1.0, **more}
+
+
+def falling(offset: float = 0.0, upto: int = 400) -> list[dict[str, Any]]:
+    """Forty log steps and four tests; a step takes half a second."""
+    found = []
+    for step in (s for s in STEPS if s <= upto):
+        noise = 0.05 * (step // 10 % 2)
+        found.append(record("train", step, 50 / (step + 50) + noise, lr=0.1, clock={"train": step / 2}))
+        if step % 100 == 0:
+            found.append(record("test", step, 40 / (step + 50) + offset))
+    return found
+
+
+def made_run(
+    path: Path, *, finished: bool = True, records: Sequence[dict[str, Any]] | None = None, **changes: Any
+) -> Path:
+    """A run folder as a run leaves it, without the run."""
+    base: dict[str, Any] = {"data": {"dataset": "synthetic"}, "recipe": {"steps": 400}}
+    config = make_config("paper", **merge(base, changes))
+    folder = RunDir.create(path)
+    folder.write_json("config.json", config.to_dict())
+    for one in falling(config.seed / 100) if records is None else records:
+        folder.append_metrics(one)
+    if finished:
+        folder.write_json(RESULT, {"test_error": 0.1})
+    return path
+
+
+def plotted(tmp_path: Path, *paths: Path, **how: Any) -> Path:
+    return plot_runs(paths, how.pop("out", tmp_path / "out.png"), say=lambda _: None, **how)
+
+
+# --- points
+
+
+def test_smoothing_averages_a_centred_window_and_leaves_the_last_value() -> None:
+    records = [record("train", step, value) for step, value in zip(STEPS, np.arange(40) ** 2 / 1600, strict=True)]
+    line = curve_of(records, "", smooth=5).train
+    assert line is not None
+    raw = 100 * np.arange(40) ** 2 / 1600
+    np.testing.assert_allclose(line.y, raw)
+    assert line.smooth[20] == pytest.approx(raw[18:23].mean())
+    assert line.smooth[1] == pytest.approx(raw[0:3].mean())  # shrunk on both sides
+    assert line.smooth[[0, -1]] == pytest.approx(raw[[0, -1]])
+
+
+def test_tests_are_averaged_over_as_many_steps_as_training() -> None:
+    curve = curve_of(falling(), "", smooth=21)
+    assert curve.test is not None
+    assert curve.test.smoothed  # 100 steps to each side: three tests
+    assert curve.test.smooth[1] == pytest.approx(curve.test.y[:3].mean())
+    few = curve_of(falling(), "", smooth=5)
+    assert few.test is not None
+    assert not few.test.smoothed
+
+
+def test_smoothing_by_default_and_without() -> None:
+    long = [record("train", step, 0.5 + 0.1 * (step % 2)) for step in range(1, 641)]
+    assert all(line.smoothed for line in curve_of(long, "").lines)
+    assert not any(line.smoothed for line in curve_of(long, "", smooth=1).lines)
+    assert not any(line.smoothed for line in curve_of(long[:24], "").lines)  # a short run is shown as it is
+
+
+def test_the_x_axes() -> None:
+    unfinished = [*falling(upto=200), record("test", 250, 0.2)]
+    by_time = curve_of(unfinished, "", x="time").test
+    by_epoch = curve_of(unfinished, "", x="epoch", epochs_per_step=0.01).test
+    assert by_time is not None
+    assert by_epoch is not None
+    assert by_time.x.tolist() == [50, 100, 125]  # the last lies beyond the last log step
+    assert by_epoch.x == pytest.approx([1, 2, 2.5])
+
+
+@pytest.mark.parametrize("value", ["nan", None, True, "<b>", [], float("inf")])
+def test_what_is_no_number_is_left_out(value: object) -> None:
+    curve = curve_of([*falling(), record("train", 410, value)], "")
+    assert curve.train is not None
+    assert curve.train.steps[-1] == 400
+
+
+def test_mean_and_deviation_over_runs() -> None:
+    one, two, short = (
+        curve_of(records, "", smooth=1) for records in (falling(0.0), falling(0.02), falling(0.04, upto=300))
+    )
+    found = mean_curve([one, two], "both").test
+    assert found is not None
+    assert one.test is not None
+    assert found.low is not None
+    np.testing.assert_allclose(found.smooth, one.test.y + 1)
+    np.testing.assert_allclose(found.smooth - found.low, np.sqrt(2))  # n - 1
+    three = mean_curve([one, two, short], "all").test
+    assert three is not None
+    assert three.steps.tolist() == [100, 200, 300]
+    assert mean_curve([one], "alone") is one
+
+
+# --- names
+
+
+def config(**changes: Any) -> RunConfig:
+    return make_config("paper", **changes)
+
+
+@pytest.mark.parametrize(
+    ("configs", "common", "labels"),
+    [
+        ([config()], "ResNet20, cifar10, seed 0", ["ResNet20"]),
+        ([config(), config(seed=3)], "ResNet20, cifar10", ["seed 0", "seed 3"]),
+        ([config(), config(model={"arch": "plain"})], "cifar10, seed 0", ["ResNet20", "PlainNet20"]),
+        ([config(), config(recipe={"lr": 0.05})], "ResNet20, cifar10, seed 0", ["lr 0.1", "lr 0.05"]),
+        (
+            [config(), config(data={"augment": False}, seed=1)],
+            "ResNet20, cifar10",
+            ["augment on, seed 0", "augment off, seed 1"],
+        ),
+        (
+            [config(), config(execution={"precision": "bf16"})],
+            "ResNet20, cifar10, seed 0",
+            ["precision auto", "precision bf16"],
+        ),
+        ([config(), config()], "ResNet20, cifar10, seed 0", ["a", "b"]),
+        ([config(), config(), config(seed=1)], "ResNet20, cifar10", ["seed 0, a", "seed 0, b", "seed 1"]),
+    ],
+)
+def test_labels_say_what_differs(configs: list[RunConfig], common: str, labels: list[str]) -> None:
+    assert tell_apart(configs, ["a", "b", "c"][: len(configs)]) == (common, labels)
+
+
+def test_how_it_ran_is_named_only_where_nothing_else_tells_runs_apart() -> None:
+    _, labels = tell_apart([config(), config(seed=1, execution={"threads": 2})], ["a", "b"])
+    assert labels == ["seed 0", "seed 1"]
+
+
+# --- the picture
+
+
+def luminance(color: str) -> float:
+    channels = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    return float(np.dot([0.2126, 0.7152, 0.0722], channels))
+
+
+def seen_as(color: str, matrix: Sequence[Sequence[float]]) -> np.ndarray:
+    """A colour in OKLab as a reader with a colour-vision deficiency sees it (https://bottosson.github.io/posts/oklab)."""
+    linear = np.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)])
+    cones = np.array(
+        [
+            [0.4122214708, 0.5363325363, 0.0514459929],
+            [0.2119034982, 0.6806995451, 0.1073969566],
+            [0.0883024619, 0.2817188376, 0.6299787005],
+        ]
+    ) @ np.clip(np.array(matrix) @ linear, 0, 1)
+    return np.array(
+        [
+            [0.2104542553, 0.7936177850, -0.0040720468],
+            [1.9779984951, -2.4285922050, 0.4505937099],
+            [0.0259040371, 0.7827717662, -0.8086757660],
+        ]
+    ) @ np.cbrt(cones)
+
+
+# Machado, Oliveira, Fernandes 2009 (https://doi.org/10.1109/TVCG.2009.113), severity 1
+SIGHT = {
+    "normal": np.eye(3).tolist(),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+}
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_colours_are_told_apart(sight: str) -> None:
+    """Distances in OKLab; 0.05 is about what two thin lines need. Seaborn's default colours come to 0.03."""
+    seen = {color: seen_as(color, SIGHT[sight]) for color in COLORS}
+    near = [(a, b) for a, b in combinations(COLORS, 2) if np.linalg.norm(seen[a] - seen[b]) < 0.05]
+    assert near == []
+
+
+def test_colours_stand_out_from_white() -> None:
+    assert min(1.05 / (luminance(color) + 0.05) for color in COLORS) >= 3
+
+
+def drawn(curves: Sequence[Curve], **how: Any) -> Any:
+    figure = figure_of(curves, "title", **how)
+    figure.draw_without_rendering()
+    return figure
+
+
+def test_training_is_thin_test_bold_and_both_have_the_runs_colour() -> None:
+    (axes,) = drawn([curve_of(falling(), "a", smooth=5), curve_of(falling(0.1), "b", smooth=5)]).axes
+    for color in COLORS[:2]:
+        widths = [line.get_linewidth() for line in axes.lines if line.get_color() == color and not line.get_alpha()]
+        assert len(widths) == 2
+        assert widths[1] >= 2 * widths[0]
+        pale = [line for line in axes.lines if line.get_color() == color and line.get_alpha()]
+        assert pale
+        assert all(line.get_zorder() < 3 for line in pale)
+    assert {line.get_color() for line in axes.lines} == set(COLORS[:2])
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 30])
+def test_the_legend_lies_outside_the_axes_and_inside_the_figure(count: int) -> None:
+    label = "ResNet110, lr 0.05, weight decay 0.0005, seed"
+    figure = drawn([curve_of(falling(), f"{label} {seed}", smooth=3) for seed in range(count)])
+    (axes,) = figure.axes
+    for legend in figure.legends:
+        box = legend.get_window_extent()
+        assert not box.overlaps(axes.get_tightbbox())
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1
+    assert axes.get_window_extent().height > 0.3 * figure.bbox.height or count == 30
+    assert [text.get_text() for text in figure.legends[-1].get_texts()][:1] == [f"{label} 0"]
+
+
+def test_after_the_last_colour_comes_another_dash() -> None:
+    (axes,) = drawn([curve_of(falling(), str(n), smooth=1) for n in range(9)]).axes
+    looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in axes.lines}
+    assert len(looks) == 9
+
+
+def test_an_unfinished_run_ends_in_a_ring() -> None:
+    for unfinished in (True, False):
+        (axes,) = drawn([curve_of(falling(), "a", unfinished=unfinished)]).axes
+        rings = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+        assert [line.get_xdata()[0] for line in rings] == ([400, 400] if unfinished else [])
+
+
+def test_names_are_no_formulas() -> None:
+    drawn([curve_of(falling(), "_$\\frac$"), curve_of(falling(), "$x")])
+
+
+# --- which runs
+
+
+def test_runs_of_a_sweep_and_its_bands(tmp_path: Path) -> None:
+    for depth in (8, 14):
+        for seed in range(2):
+            made_run(tmp_path / "sweep" / f"{depth}-{seed}", model={"depth": depth}, seed=seed)
+    common, runs = read_runs([tmp_path / "sweep"])
+    assert common == "synthetic"
+    assert [run.label for run in runs][:3] == ["ResNet14, seed 0", "ResNet14, seed 1", "ResNet8, seed 0"]
+    plain = plotted(tmp_path, tmp_path / "sweep", out=tmp_path / "plain.svg")
+    bands = plotted(tmp_path, tmp_path / "sweep", out=tmp_path / "bands.svg", band=True)
+    assert plain.read_bytes() != bands.read_bytes()
+
+
+def test_bands_join_what_differs_in_the_seed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Curve] = []
+    monkeypatch.setattr("fastres.plot.draw", lambda curves, *_, **__: seen.extend(curves))
+    paths = [made_run(tmp_path / f"a{seed}", seed=seed) for seed in range(3)]
+    paths.append(made_run(tmp_path / "b", recipe={"lr": 0.2}, seed=7))
+    plotted(tmp_path, *paths, band=True)
+    assert [curve.label for curve in seen] == ["lr 0.1, mean of 3", "lr 0.2, seed 7"]
+    assert [curve.lines[0].low is not None for curve in seen] == [True, False]
+
+
+def test_one_run_gets_its_figure_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made_run(tmp_path / "run")
+    assert command(["plot", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path / 'curves.png'}\n"
+    assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_runs_get_theirs_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made_run(tmp_path / "a")
+    made_run(tmp_path / "b", seed=1)
+    assert command(["plot", "a", "b", "--x", "time", "--what", "loss", "--log-y", "--ylim", "0.5,2"]) == 0
+    assert capsys.readouterr().out == "curves.png\n"
+    assert (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("what", ["error", "loss", "lr"])
+@pytest.mark.parametrize("x", ["step", "epoch", "time"])
+def test_equal_runs_give_equal_files(tmp_path: Path, what: str, x: str) -> None:
+    path = made_run(tmp_path / "run")
+    first, second = (plotted(tmp_path, path, out=tmp_path / f"{n}.svg", what=what, x=x) for n in "ab")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_runs_that_got_nowhere(tmp_path: Path) -> None:
+    said: list[str] = []
+    cut = made_run(tmp_path / "cut", finished=False, records=falling(upto=200))
+    empty = made_run(tmp_path / "empty", finished=False, records=[], seed=1)
+    lost = made_run(tmp_path / "lost", finished=False, records=falling(upto=50), seed=2)
+    (lost / DIVERGED).write_text(json.dumps({"step": 57, "why": "NaN"}))
+    _, runs = read_runs([cut, empty, lost])
+    labels = [run.curve().label for run in runs]
+    assert labels == ["seed 0 (step 200 of 400)", "seed 1 (step 0 of 400)", "seed 2 (diverged after step 50)"]
+    plot_runs([cut, empty, lost], tmp_path / "x.png", say=said.append)
+    assert said == [f"{empty} has logged no error yet: left out"]
+    with pytest.raises(InputError, match="has logged no error yet"):
+        plotted(tmp_path, empty)
+
+
+def test_standing_of_a_finished_run(tmp_path: Path) -> None:
+    _, (run,) = read_runs([made_run(tmp_path / "run")])
+    assert isinstance(run, Run)
+    assert (run.standing, run.curve().unfinished, run.curve().label) == ("", False, "ResNet20")
+
+
+BAD = {
+    "": "Missing argument",
+    "nowhere": "nowhere is not a run folder, and holds none",
+    "run --out x.pdf": "x.pdf; give a name that ends in .png or .svg",
+    "run --out x": ".png or .svg",
+    "run --x steps": "'steps'; it must be one of step, epoch, time",
+    "run --what accuracy": "'accuracy'; it must be one of error, loss, lr",
+    "run --smooth 0": "--smooth is 0",
+    "run --ylim 20": "write two rising numbers as 0,20",
+    "run --ylim 20,0": "write two rising numbers",
+    "run --ylim 0,inf": "write two rising numbers",
+    "run --ylim 0,20 --log-y": "both must be above 0",
+    "empty": "has logged no error yet",
+    "broken": "config.json: unknown key model.width",
+    "torn": "cannot be read",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made_run(Path("run"))
+    made_run(Path("empty"), records=[])
+    for name, content in (("broken", '{"model": {"width": 3}}'), ("torn", '{"model": ')):
+        (made_run(Path(name)) / "config.json").write_text(content)
+    assert command(["plot", *line.split()]) == 2
+    err = capsys.readouterr().err
+    assert BAD[line] in err
+    assert err.count("\n") <= 2
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert command(["plot", str(made_run(tmp_path / "run")), "--out", str(tmp_path / "file" / "x.png")]) == 3

@@ -1,0 +1,115 @@
+"""fig7.py: the figure and its table hold what `layer_responses` measures at each run's checkpoint."""
+
+import csv
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+import fastres
+from fastres import checkpoint
+from fastres.errors import InputError
+from fastres.evaluate import load_trained
+from fastres.reproduce import fig7
+from fastres.responses import layer_responses
+from fastres.rundir import CONFIG, RESULT, RunDir
+from tests.runs import tiny
+
+CPU = {"device": "cpu", "threads": 1}
+QUIET: Callable[[str], None] = lambda _: None  # noqa: E731
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunDir]:
+    """ResNet-8 twice, plain-14 once."""
+    folder = tmp_path_factory.mktemp("fig7")
+    for name, seed, model in (("a", 0, {}), ("b", 1, {}), ("c", 0, {"arch": "plain", "depth": 14})):
+        config = tiny(folder / name, model=model, seed=seed, recipe={"steps": 3})
+        fastres.train(config, verbosity="quiet")
+    return [RunDir.open(folder / name) for name in "abc"]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were saved; nothing is written but the CSV."""
+    figures: list[Figure] = []
+
+    def save(drawn: Figure, paths: list[Path]) -> list[Path]:
+        figures.append(drawn)
+        return paths
+
+    monkeypatch.setattr(fig7, "save", save)
+    return figures
+
+
+def stds_of(run: RunDir) -> list[float]:
+    trained = load_trained(run.path, {**CPU, "precision": "fp32"}, say=QUIET)
+    return [r.std for r in layer_responses(trained.net, trained.batches(), trained.runtime.dtype)]
+
+
+def copy_of(run: RunDir, path: Path, *names: str) -> RunDir:
+    path.mkdir()
+    for name in names:
+        shutil.copy(run.path / name, path / name)
+    return RunDir.open(path)
+
+
+def test_lines_are_means_over_seeds_in_order_and_sorted(
+    runs: list[RunDir], tmp_path: Path, drawn: list[Figure]
+) -> None:
+    *_, table = fig7.draw(runs, tmp_path, CPU, note="", say=QUIET)
+    top, bottom = drawn[0].axes
+    mean = [(a + b) / 2 for a, b in zip(stds_of(runs[0]), stds_of(runs[1]), strict=True)]
+    plain, resnet = top.lines
+    assert list(resnet.get_ydata()) == pytest.approx(mean)  # type: ignore[arg-type]
+    assert list(resnet.get_xdata()) == list(range(1, 8))  # type: ignore[arg-type]
+    assert (plain.get_label(), resnet.get_label()) == ("plain-14", "ResNet-8 (n = 2)")
+    assert (plain.get_linestyle(), resnet.get_linestyle()) == ("--", "-")
+    assert list(bottom.lines[1].get_ydata()) == pytest.approx(sorted(mean, reverse=True))  # type: ignore[arg-type]
+    assert [axes.get_xlabel() for axes in (top, bottom)] == [
+        "layer index (original order)",
+        "layer index (sorted by magnitude)",
+    ]
+    assert {axes.get_ylabel() for axes in (top, bottom)} == {"std"}
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["network", "seed", "layer_index", "layer_name", "std"]
+    assert [float(r["std"]) for r in rows] == pytest.approx([*stds_of(runs[2]), *stds_of(runs[0]), *stds_of(runs[1])])
+    assert list(rows[-1].values())[:4] == ["ResNet-8", "1", "7", "layer3.0.conv2"]
+
+
+def test_equal_runs_give_equal_bytes_and_the_note_is_on_the_face(runs: list[RunDir], tmp_path: Path) -> None:
+    note = "synthetic data: not a result of the paper"
+    one = fig7.draw(runs[1:], tmp_path / "one", CPU, note=note, say=QUIET)
+    other = fig7.draw(runs[:0:-1], tmp_path / "other", CPU, note=note, say=QUIET)
+    assert [path.name for path in one] == ["fig7.png", "fig7.svg", "fig7.csv"]
+    for a, b in zip(one, other, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+    assert f"<!-- {note} -->" in one[1].read_text()
+
+
+def test_runs_without_weights_are_left_out_and_unfinished_ones_marked(
+    runs: list[RunDir], tmp_path: Path, drawn: list[Figure]
+) -> None:
+    bare = copy_of(runs[2], tmp_path / "bare", CONFIG, RESULT)
+    cut = copy_of(runs[0], tmp_path / "cut", CONFIG, checkpoint.NEWEST)
+    said: list[str] = []
+    fig7.draw([bare, cut], tmp_path, CPU, note="", say=said.append)
+    assert [line.get_label() for line in drawn[0].axes[0].lines] == ["ResNet-8 (unfinished, at 3)"]
+    assert f"{bare.path} has no checkpoint: left out of Figure 7" in said
+    with pytest.raises(InputError, match="none of the runs has a checkpoint"):
+        fig7.draw([bare], tmp_path, CPU, note="", say=QUIET)
+
+
+def test_the_papers_five_alone_where_there_are_some() -> None:
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    def chosen(*names: str) -> list[str]:
+        return [n.name for n in fig7._as_in_the_paper([Named(n) for n in names], QUIET)]  # type: ignore[misc]
+
+    assert chosen("plain-20", "plain-32", "ResNet-44", "ResNet-110") == ["plain-20", "ResNet-110"]
+    assert chosen("plain-8", "ResNet-32") == ["plain-8", "ResNet-32"]

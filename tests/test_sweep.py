@@ -1,0 +1,231 @@
+"""sweep.py: several seeds come out as each alone, side by side or in turn, cut or whole, and nothing is done twice."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastres
+from fastres import checkpoint, sweep
+from fastres.cli.flags import parse_seeds
+from fastres.console import Console
+from fastres.data.dali import dali_available
+from fastres.errors import Diverged, InputError, Interrupted, OutOfTime
+from fastres.result import RunResult
+from fastres.rundir import RunDir, find_runs
+from fastres.step import Replica
+from fastres.sweep import train_all, train_seeds
+from tests.runs import assert_same_run, tiny
+from tests.test_loop import interrupt_at
+
+SEEDS = (0, 1, 2)
+needs_dali = pytest.mark.skipif(not dali_available(), reason="DALI is not installed")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny runs of three seeds, each trained alone."""
+    folder = tmp_path_factory.mktemp("alone")
+    for seed in SEEDS:
+        fastres.train(tiny(folder / f"seed{seed}", seed=seed), verbosity="quiet")
+    return folder
+
+
+def assert_same_runs(alone: Path, folder: Path, seeds: tuple[int, ...] = SEEDS) -> None:
+    for seed in seeds:
+        assert_same_run(alone / f"seed{seed}", folder / f"seed{seed}")
+
+
+def written(folder: Path) -> dict[str, int]:
+    """When each run's result was written."""
+    return {run.path.name: (run.path / "result.json").stat().st_mtime_ns for run in find_runs([folder])}
+
+
+@pytest.mark.parametrize("loader", ["resident", pytest.param("dali", marks=needs_dali)])
+@pytest.mark.parametrize("side_by_side", [0, 2, 3])  # 0: on a CPU one after the other
+def test_each_run_is_what_it_would_be_alone(alone: Path, tmp_path: Path, loader: str, side_by_side: int) -> None:
+    config = tiny(tmp_path / "sweep", execution={"loader": loader})
+    outcomes = train_seeds(config, SEEDS, side_by_side=side_by_side, verbosity="quiet")
+    assert_same_runs(alone, tmp_path / "sweep")
+    assert [o.side_by_side for o in outcomes if isinstance(o, RunResult)] == {0: [1] * 3, 2: [2, 2, 1], 3: [3] * 3}[
+        side_by_side
+    ]
+    assert json.loads((tmp_path / "sweep/sweep.json").read_text())["seeds"] == [0, 1, 2]
+    for seed in SEEDS:
+        stored = RunDir(tmp_path / f"sweep/seed{seed}").config()
+        assert (stored.seed, stored.output.out) == (seed, str(tmp_path / f"sweep/seed{seed}"))
+        assert (tmp_path / f"sweep/seed{seed}/curves.png").exists()
+
+
+@pytest.mark.parametrize("side_by_side", [1, 3])
+def test_cut_and_called_again_is_uninterrupted_and_repeats_nothing(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side_by_side: int
+) -> None:
+    folder = tmp_path / "sweep"
+    train_seeds(tiny(folder), (2,), verbosity="quiet")
+    before = written(folder)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 9)
+        with pytest.raises(Interrupted, match="all saved"):
+            train_seeds(tiny(folder), SEEDS, side_by_side=side_by_side, verbosity="quiet")
+    assert checkpoint.steps(folder / "seed0") == {10, 7}
+    train_seeds(resume=folder, side_by_side=side_by_side, verbosity="quiet")
+    assert_same_runs(alone, folder)
+    assert written(folder)["seed2"] == before["seed2"]
+    everything = written(folder)
+    train_seeds(resume=folder, verbosity="quiet")
+    assert written(folder) == everything
+
+
+def test_a_crash_between_two_saves_goes_on_from_what_all_have(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "sweep"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 15)
+        with pytest.raises(Interrupted):
+            train_seeds(tiny(folder), SEEDS, side_by_side=3, verbosity="quiet")
+    # seed 1 had not been saved at step 16 when the power went
+    late = folder / "seed1"
+    (late / checkpoint.PREVIOUS).replace(late / checkpoint.NEWEST)
+    train_seeds(resume=folder, side_by_side=3, verbosity="quiet")
+    for seed in SEEDS:
+        assert "going on from step 14" in (folder / f"seed{seed}/console.log").read_text()
+    assert_same_runs(alone, folder)
+
+
+def test_runs_at_different_steps_do_not_wait_for_each_other(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "sweep"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 15)
+        with pytest.raises(Interrupted):
+            train_seeds(tiny(folder), (0,), verbosity="quiet")
+    train_seeds(tiny(folder), SEEDS, side_by_side=3, verbosity="quiet")
+    assert "going on from step 16" in (folder / "seed0/console.log").read_text()
+    assert_same_runs(alone, folder)
+
+
+def break_seed(monkeypatch: pytest.MonkeyPatch, number: int, step: int) -> None:
+    """The `number`th replica's loss is NaN at 0-based step `step`."""
+    forward = Replica.forward
+    seen: list[Replica] = []
+
+    def broken(self: Replica, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss, errors = forward(self, images, labels)
+        if self not in seen:
+            seen.append(self)
+        if seen.index(self) == number and int(self.counter) == step:
+            loss = loss * math.nan
+        return loss, errors
+
+    monkeypatch.setattr(Replica, "forward", broken)
+
+
+def test_a_run_that_diverges_is_given_up_and_the_others_go_on(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "sweep"
+    with monkeypatch.context() as patch:
+        break_seed(patch, 1, 11)
+        outcomes = train_seeds(tiny(folder), SEEDS, side_by_side=3, verbosity="quiet")
+    assert isinstance(outcomes[1], Diverged)
+    assert "the loss became nan at step 12" in str(outcomes[1])
+    assert_same_runs(alone, folder, (0, 2))
+    assert "1 given up" in sweep.spread("ResNet8", outcomes)
+    # not tried again, and told again
+    again = train_seeds(resume=folder, verbosity="quiet")
+    assert str(again[1]) == str(outcomes[1])
+    # ... unless it is asked for: from its last good checkpoint it ends as if nothing had been
+    fastres.train(resume=folder / "seed1", verbosity="quiet")
+    assert_same_runs(alone, folder)
+    assert sweep.status(folder / "seed1") == "finished"
+
+
+def test_all_diverged_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_seed(monkeypatch, 0, 3)
+    with pytest.raises(Diverged, match="became nan at step 4"):
+        sweep.raise_if_all_diverged(train_seeds(tiny(tmp_path / "sweep"), (0,), verbosity="quiet"))
+
+
+def test_out_of_time_saves_and_goes_on(alone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    with pytest.raises(OutOfTime, match="stopped after step") as caught:
+        train_seeds(tiny(folder), SEEDS, side_by_side=3, verbosity="quiet", deadline=perf_counter())
+    assert caught.value.exit_code == 0
+    train_seeds(resume=folder, side_by_side=3, verbosity="quiet")
+    assert_same_runs(alone, folder)
+
+
+def test_clean_training_error_is_recorded_and_changes_nothing(alone: Path, tmp_path: Path) -> None:
+    fastres.train(tiny(tmp_path / "run", output={"clean_train_error": True}), verbosity="quiet")
+    records = RunDir(tmp_path / "run").metrics()
+    clean = [r for r in records if r["kind"] == "train_clean"]
+    assert [r["step"] for r in clean] == [12, 24]
+    assert all(0 < r["error"] < 1 and r["loss"] > 0 for r in clean)
+    one, other = (checkpoint.load(path / checkpoint.NEWEST) for path in (alone / "seed0", tmp_path / "run"))
+    assert all(torch.equal(t, other.tensors[name]) for name, t in one.tensors.items())
+
+
+def test_another_sweep_or_config_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    train_seeds(tiny(folder, recipe={"steps": 2}), (0,), verbosity="quiet")
+    with pytest.raises(InputError, match=r"another config \(recipe\.steps: 2 -> 3\)"):
+        train_seeds(tiny(folder, recipe={"steps": 3}), (0,), verbosity="quiet")
+    with pytest.raises(InputError, match=r"seed0 was started with another config.*recipe\.steps: 2 -> 3"):
+        train_all({folder / "seed0": tiny(folder, recipe={"steps": 3})}, console=Console("quiet"))
+    stored = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps({**stored, "schema": 99}))
+    with pytest.raises(InputError, match="schema 99"):
+        train_seeds(resume=folder, verbosity="quiet")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("precious")
+    with pytest.raises(InputError, match="not empty"):
+        train_seeds(tiny(tmp_path / "mine"), (0,), verbosity="quiet")
+    for seeds in ((), (1, 1)):
+        with pytest.raises(InputError, match="give each of them once"):
+            train_seeds(tiny(tmp_path / "none"), seeds, verbosity="quiet")
+
+
+def test_find_runs(alone: Path, tmp_path: Path) -> None:
+    names = [run.path.name for run in find_runs([alone / "seed1", alone])]
+    assert names == ["seed1", "seed0", "seed2"]
+    with pytest.raises(InputError, match="not a run folder and holds none"):
+        find_runs([tmp_path])
+
+
+def test_spread(alone: Path) -> None:
+    outcomes = [sweep.outcome_of(alone / f"seed{seed}") for seed in SEEDS]
+    results = [outcome for outcome in outcomes if isinstance(outcome, RunResult)]
+    made = [replace(result, test_error=error) for result, error in zip(results, (0.08, 0.09, 0.1), strict=True)]
+    assert sweep.spread("X", made) == "X, 3 runs: test error 9.00 % +- 1.00 % (8.00 % to 10.00 %)"
+    assert sweep.spread("X", made[:1]) == "X, 1 run: test error 8.00 %"
+    assert sweep.spread("X", [Diverged("nan")]) == "X: no run finished, 1 given up (diverged)"
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("5", [0, 1, 2, 3, 4]), ("0-4", [0, 1, 2, 3, 4]), ("2-3", [2, 3]), ("1,3-4", [1, 3, 4]), ("7-7", [7])],
+)
+def test_seeds_in_words(text: str, seeds: list[int]) -> None:
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "0", "a", "1,,2", "3-1", "1,1", "-1", "1-99999"])
+def test_seeds_that_are_none(text: str) -> None:
+    with pytest.raises(InputError, match="write 5"):
+        parse_seeds(text)
+
+
+def test_a_copied_folder_counts_as_what_it_says(alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone, tmp_path / "sweep")
+    shutil.rmtree(tmp_path / "sweep/seed2")
+    train_all(sweep.seed_folders(tmp_path / "sweep", tiny(tmp_path), SEEDS), console=Console("quiet"))
+    assert_same_runs(alone, tmp_path / "sweep")

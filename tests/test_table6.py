@@ -1,0 +1,186 @@
+"""reproduce/table6.py and plan.py: the numbers of a row, what stands on its face, which runs are needed and reused."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastres.config import RunConfig, make_config
+from fastres.console import Console
+from fastres.errors import InputError, OutsideTolerance
+from fastres.reproduce import table6
+from fastres.reproduce.plan import needs, note_of, runs_of, stages_of
+from fastres.rundir import RunDir
+
+ERRORS = (0.0860, 0.0880, 0.0870, 0.0850, 0.0890)  # mean 0.0870, std 0.00158
+
+
+def make_run(
+    path: Path, config: RunConfig, error: float | None, *, official: bool = True, diverged: bool = False, **result: Any
+) -> RunDir:
+    """A run folder that says it ended with a test error; None leaves it unfinished."""
+    run = RunDir.create(path)
+    run.write_json("config.json", config.to_dict())
+    data = {"name": "cifar10", "digest": "sha256:0", "official": official}
+    run.write_json("environment.json", {"gpu": "GPU X", "cpu": "CPU", "data": data})
+    run.append_metrics({"kind": "train", "step": 100, "loss": 1.0, "error": 0.5, "lr": 0.1})
+    if diverged:
+        run.write_json("diverged.json", {"step": 100, "why": "NaN"})
+    if error is not None:
+        values = {
+            "test_error": error, "test_loss": 0.3, "best_test_error": error - 0.005, "best_step": 60_000,
+            "train_error": 0.01, "class_errors": [error] * 10, "steps": 64_000, "warmup_end": None,
+            "num_parameters": 269_722, "images_per_second": 100_000.0, "step_milliseconds": {}, "peak_memory": 1,
+            "side_by_side": 1, "seconds": {"train": 80.0}, **result,
+        }  # fmt: skip
+        run.write_json("result.json", values)
+    return run
+
+
+def make_net(folder: Path, arch: str, depth: int, errors: tuple[float | None, ...], **how: Any) -> list[RunDir]:
+    model = {"arch": arch, "depth": depth}
+    return [
+        make_run(folder / f"{arch}{depth}-{k}", make_config(model=model, seed=k), error, **how)
+        for k, error in enumerate(errors)
+    ]
+
+
+def test_a_row_by_hand(tmp_path: Path) -> None:
+    (row,) = table6.rows_of(make_net(tmp_path, "resnet", 20, ERRORS))
+    assert (row.network, row.parameters, row.n) == ("ResNet-20", 269_722, 5)
+    assert row.mean == pytest.approx(0.0870)
+    assert row.std == pytest.approx(math.sqrt(2.5e-6))  # of a sample: squares of 1, 1, 0, 2, 2 in 1e-3, over 4
+    half = 2.776 * math.sqrt(2.5e-6 / 5)
+    assert row.interval == pytest.approx((0.0870 - half, 0.0870 + half))
+    assert (row.best, row.best_seed) == (0.0850, 3)
+    assert (row.paper, row.delta) == (0.0875, pytest.approx(-0.0005))
+    assert row.verdict == "within the paper's spread"
+    assert (row.seconds, row.images_per_second, row.gpus) == (80.0, 100_000.0, ("GPU X",))
+    assert [Path(run).name for run in row.runs] == [f"resnet20-{k}" for k in range(5)]
+
+
+def test_the_last_step_is_the_result_not_the_best(tmp_path: Path) -> None:
+    (row,) = table6.rows_of(make_net(tmp_path, "resnet", 56, (0.07,)))  # its best_test_error is lower
+    assert (row.mean, row.best) == (0.07, 0.07)
+
+
+@pytest.mark.parametrize(
+    ("errors", "paper", "said"),
+    [
+        ((), 0.0875, "no finished run"),
+        ((0.08, 0.08), 0.0875, "too few runs to say"),
+        ((0.0895, 0.0895, 0.0895), 0.0875, "within the paper's spread"),
+        ((0.0896, 0.0896, 0.0896), 0.0875, "worse"),
+        ((0.0854, 0.0854, 0.0854), 0.0875, "better"),
+        ((0.5, 0.5, 0.5), None, "the paper prints no number"),
+    ],
+)
+def test_verdicts(errors: tuple[float, ...], paper: float | None, said: str) -> None:
+    assert table6.verdict(errors, paper) == said
+
+
+def test_student_not_gauss() -> None:
+    assert table6.interval([0.1]) is None
+    low, high = table6.interval([0.1, 0.2]) or (0, 0)
+    assert (low, high) == pytest.approx((0.15 - 12.706 * 0.05, 0.15 + 12.706 * 0.05), rel=1e-4)
+
+
+def test_side_by_side_shares_the_clock(tmp_path: Path) -> None:
+    (row,) = table6.rows_of(make_net(tmp_path, "resnet", 20, (0.08, 0.08), side_by_side=2))
+    assert (row.seconds, row.images_per_second) == (40.0, 200_000.0)
+
+
+def test_unfinished_and_diverged_runs_are_counted_and_do_not_count(tmp_path: Path) -> None:
+    runs = make_net(tmp_path, "resnet", 20, (0.08, None))
+    runs.append(make_run(tmp_path / "nan", make_config(seed=7), None, diverged=True))
+    (row,) = table6.rows_of(runs)
+    assert (row.n, row.unfinished, row.diverged, row.mean) == (1, 1, 1, 0.08)
+    assert "1 unfinished, 1 diverged" in table6.cells(row)[2]
+
+
+def test_runs_of_different_configs_in_one_row_are_refused(tmp_path: Path) -> None:
+    runs = make_net(tmp_path, "resnet", 20, (0.08,))
+    runs.append(make_run(tmp_path / "other", make_config(seed=1, recipe={"lr": 0.2}), 0.08))
+    with pytest.raises(InputError, match=r"not of one config.*recipe\.lr"):
+        table6.rows_of(runs)
+
+
+def test_files(tmp_path: Path) -> None:
+    runs = [
+        *make_net(tmp_path / "runs", "plain", 20, (0.09,)),
+        *make_net(tmp_path / "runs", "resnet", 110, (0.066, 0.066, 0.066)),
+    ]
+    rows = table6.rows_of(runs)
+    table6.write(rows, tmp_path / "out", note="the data set is not the official CIFAR-10 files")
+    text = (tmp_path / "out/table6.md").read_text()
+    assert text.startswith("**The data set is not the official CIFAR-10 files.**\n")
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][1:] == [
+        "---", "ResNet-110", "plain-20",
+    ]  # fmt: skip
+    assert "6.61 ± 0.16 (best 6.43)" in text
+    assert "[resnet110-0](../runs/resnet110-0)" in text
+    assert "no result" in text  # the best seed is named as what it is
+    (header, first, second) = csv.reader((tmp_path / "out/table6.csv").read_text().splitlines())
+    assert dict(zip(header, first, strict=True))["mean"] == "0.066"
+    assert dict(zip(header, second, strict=True))["paper"] == ""
+    stored = json.loads((tmp_path / "out/table6.json").read_text())
+    assert (stored["schema"], stored["rows"][0]["n"], stored["note"][:3]) == (1, 3, "the")
+
+
+def test_check(tmp_path: Path) -> None:
+    good = table6.rows_of(make_net(tmp_path, "resnet", 20, ERRORS) + make_net(tmp_path, "plain", 20, (0.5,)))
+    table6.check(good)
+    bad = table6.rows_of(make_net(tmp_path, "resnet", 32, (0.08, 0.08, 0.08)))
+    with pytest.raises(OutsideTolerance, match="ResNet-32: worse") as caught:
+        table6.check([*good, *bad])
+    assert caught.value.exit_code == 6
+    with pytest.raises(OutsideTolerance, match="too few"):
+        table6.check(table6.rows_of(make_net(tmp_path, "resnet", 44, (0.07,))))
+
+
+def test_what_a_reader_must_be_told(tmp_path: Path) -> None:
+    assert note_of(make_net(tmp_path, "resnet", 110, (0.07,))) == ""  # its warm-up is the paper's
+    unofficial = make_run(tmp_path / "a", make_config(), 0.1, official=False)
+    assert note_of([unofficial]) == "the data set is not the official CIFAR-10 files"
+    short = make_run(tmp_path / "b", make_config("fast", data={"val_split": True}), 0.2)
+    assert "not the paper's recipe: steps 64,000 -> 3,910" in note_of([short])
+    assert "tested on the other 5k" in note_of([short])
+    built_in = make_run(tmp_path / "c", make_config("smoke"), 0.2, official=True)
+    assert note_of([built_in]).startswith("synthetic data: not a result of the paper")
+
+
+def test_the_order_of_the_work() -> None:
+    every = [(arch, depth) for depth in (20, 32, 44, 56, 110) for arch in ("resnet", "plain")]
+    stages = stages_of(every, 5, 1)
+    assert stages[:6] == [
+        ("resnet", 20, 5), ("resnet", 110, 1), ("plain", 20, 1),
+        ("plain", 56, 1), ("resnet", 56, 5), ("resnet", 110, 5),
+    ]  # fmt: skip
+    assert stages[-1] == ("plain", 110, 1)  # on request: after all others
+    assert stages_of([("resnet", 1202), ("resnet", 20)], 2, 1) == [("resnet", 20, 2), ("resnet", 1202, 2)]
+
+
+def test_needs_finds_runs_by_what_they_compute(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "old/sweep/mine"
+    make_run(elsewhere, make_config(seed=1, execution={"precision": "fp32"}), 0.09)
+    make_run(tmp_path / "other", make_config(seed=0, recipe={"lr": 0.2}), 0.09)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{")
+    (need,) = needs([("resnet", 20, 2)], tmp_path, "paper", {})
+    assert list(need.folders) == [tmp_path / "resnet20/seed0", elsewhere]
+    assert [run.path for run in runs_of([need])] == [elsewhere]
+
+
+def test_a_folder_in_the_way_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path / "resnet20/seed0", make_config(seed=0, recipe={"lr": 0.2}), 0.09)
+    with pytest.raises(InputError, match=r"run of another config \(recipe\.lr: 0\.2 -> 0\.1\)"):
+        needs([("resnet", 20, 1)], tmp_path, "paper", {})
+
+
+def test_the_terminal_shows_it_in_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = table6.rows_of(make_net(tmp_path, "resnet", 110, ERRORS))
+    Console("lines").print(table6.terminal(rows))
+    assert "8.70 ± 0.16" in capsys.readouterr().out
