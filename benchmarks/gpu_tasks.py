@@ -272,7 +272,7 @@ def train(setting: Setting, depth: int) -> Result:
         result = fastres.train(config, resume=folder, verbosity="lines", deadline=deadline)
     else:
         result = fastres.train(config, overwrite=True, verbosity="lines", deadline=deadline)
-    return {"run": str(folder.relative_to(setting.out)), **result.to_dict(), "digest": config.digest}
+    return {**result.to_dict(), "run": str(folder.relative_to(setting.out)), "digest": config.digest}
 
 
 def table6(setting: Setting) -> Result:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Told apart by readers who do not see red and green alike, and dark enough for thin lines on white.
-COLORS = ("#0072b2", "#d55e00", "#00866a", "#b0539a", "#8a6d00", "#2c95c9", "#4d4d4d")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#a63d8f", "#7a5c00", "#3397ce", "#222222")
 DASHES: tuple[Any, ...] = (
     "-",
     (0, (5, 2)),

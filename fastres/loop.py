@@ -17,6 +17,7 @@ from fastres.console import Console, Progress, Verbosity
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
 from fastres.errors import Diverged, InputError, Interrupted, OutOfTime
+from fastres.evaluator import Evaluator
 from fastres.guards import Interrupt, explained_memory_errors, interrupts
 from fastres.member import Member
 from fastres.models.cifar import num_parameters
@@ -85,6 +86,7 @@ def train_together(
     console: Console,
     clocks: Clocks | None = None,
     deadline: float = math.inf,
+    brief: bool = False,
 ) -> list[RunResult | Diverged]:
     """Train runs side by side, a step of each in turn; on a GPU the turns are parallel branches of one graph.
 
@@ -95,6 +97,7 @@ def train_together(
         folders: Configs that differ in their seed alone, by run folder. A folder that is a run's goes on with it.
         overwrite: Move a folder that holds something, but no run, aside.
         console, clocks, deadline: As `train`.
+        brief: Print one line of each result; the rest is in its console.log.
 
     Returns:
         A result for each, or why it was given up. The others go on without it.
@@ -127,7 +130,7 @@ def train_together(
                 run.write_json(CONFIG, own.to_dict())
             run.remove(DIVERGED)
             _record_environment(run, runtime, images, checkpoint)
-        return _run(list(folders.values()), runs, runtime, images, saved, console, clocks, interrupt)
+        return _run(list(folders.values()), runs, runtime, images, saved, console, clocks, interrupt, brief=brief)
 
 
 def _run(
@@ -139,6 +142,8 @@ def _run(
     console: Console,
     clocks: Clocks,
     interrupt: Interrupt,
+    *,
+    brief: bool,
 ) -> list[RunResult | Diverged]:
     """Build, train, test, save. A step counts as done after its update; all records name the number of steps done."""
     config = configs[0]  # the others have another seed, and all else in common
@@ -152,16 +157,14 @@ def _run(
         with clocks("data"):
             loaders = build_loaders(configs, images, mean, runtime)
             tests = build_evaluators(nets, config, images, mean, runtime)
-            clean = (
-                build_evaluators(nets, config, images, mean, runtime, train=True) if output.clean_train_error else []
-            )
+            clean: Sequence[Evaluator | None] = [None] * len(runs)
+            if output.clean_train_error:
+                clean = build_evaluators(nets, config, images, mean, runtime, train=True)
         replicas = []
         for net, loader in zip(nets, loaders, strict=True):
             stack.enter_context(contextlib.closing(loader))
             replicas.append(Replica(net, build_optimizer(net, recipe), loader, runtime, num_steps=recipe.steps))
-        members = [
-            Member(*parts) for parts in zip(configs, runs, replicas, tests, clean or [None] * len(runs), strict=True)
-        ]
+        members = [Member(*parts) for parts in zip(configs, runs, replicas, tests, clean, strict=True)]
         train_step = TrainStep(replicas)
         if runtime.compile_scope != "none" or runtime.cuda_graph:
             console.say("compiling (later runs of the same model find the result in the compiler's cache)")
@@ -271,8 +274,8 @@ def _run(
             if isinstance(outcome, RunResult):
                 first_line, *lines = summary(outcome, member.config, images)
                 console.say(first_line, member.run)
-                for line in lines:  # of several runs a person gets one line each; the rest is in their console.log
-                    console.say(line, member.run) if len(members) == 1 else member.run.say(line)
+                for line in lines:
+                    member.run.say(line) if brief else console.say(line, member.run)
         return outcomes
 
 

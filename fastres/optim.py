@@ -50,7 +50,7 @@ class LrSchedule:
             return ramp if self.warmup == "ramp" else self.warmup_lr
         if self.schedule == "linear":
             # Falls from `lr`, at the first step after the warm-up, to zero at `num_steps`, which is never taken.
-            return self.lr * (self.num_steps - step) / (self.num_steps - end)
+            return self.lr * (self.num_steps - step) / max(1, self.num_steps - end)
         passed = sum(step >= milestone for milestone in self.milestones)
         # Dividing by a whole number where the decay is one over it: 0.1 -> 0.01 -> 0.001, each rounded once.
         divisor = round(1 / self.lr_decay)
@@ -152,7 +152,7 @@ def lr_ratios(lrs: Tensor) -> Tensor:
     return (before / lrs).float()
 
 
-def scale_velocities(velocities: Sequence[Tensor], ratio: Tensor) -> None:
+def scale_velocities(velocities: list[Tensor], ratio: Tensor) -> None:
     """Multiply in place, in few launches; `ratio` is one number on their device, and is not read by the host."""
     torch._foreach_mul_(velocities, ratio.view(()))
 

@@ -165,22 +165,20 @@ def usable_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    limits = [number for path in CGROUP_LIMITS if path.exists() and (number := path.read_text().strip()).isdigit()]
-    sizes = [int(number) for number in limits]
     try:
         import resource
     except ImportError:  # Windows
         return None
-    if (address_space := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-        sizes.append(address_space)
     meminfo, statm = Path("/proc/meminfo"), Path("/proc/self/statm")
-    if meminfo.exists() and statm.exists():
-        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-        held = int(statm.read_text().split()[1]) * resource.getpagesize()
-        sizes.append(1024 * int(available.split()[1]) + held)
-    else:  # macOS: of the whole machine
-        sizes.append(os.sysconf("SC_PHYS_PAGES") * resource.getpagesize())
-    return min(sizes)
+    if not (meminfo.exists() and statm.exists()):  # macOS: of the whole machine
+        return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
+    limits = [number for path in CGROUP_LIMITS if path.exists() and (number := path.read_text().strip()).isdigit()]
+    sizes = [int(number) for number in limits]
+    mapped, held = (int(pages) * resource.getpagesize() for pages in statm.read_text().split()[:2])
+    if (address_space := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        sizes.append(address_space - mapped + held)  # libraries are mapped whole and held in part
+    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    return min([*sizes, 1024 * int(available.split()[1]) + held])
 
 
 def environment(runtime: Runtime) -> dict[str, Any]:

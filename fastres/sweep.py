@@ -106,7 +106,7 @@ def train_all(
         else:
             RunDir.check_free(path, overwrite=False)
     for group in _groups(folders, side_by_side):
-        train_together(group, console=console, clocks=clocks, deadline=deadline)
+        train_together(group, console=console, clocks=clocks, deadline=deadline, brief=True)
         clocks = None  # what came before the first group is its own
     return [outcome_of(path) for path in folders]
 

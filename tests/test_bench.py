@@ -1,5 +1,6 @@
 """bench.py and roofline.py: what is timed is the training step, what is counted is right, verdicts are seldom wrong."""
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterator
@@ -124,6 +125,16 @@ def test_cells_take_turns_and_the_report_is_json(tmp_path: Path, monkeypatch: py
         assert found["images_per_second"] == timing.images_per_second > 0
         assert found["over_floor"] > 1  # nothing is faster than the machine
         assert found["step_seconds"]["p5"] <= found["step_seconds"]["median"] <= found["step_seconds"]["p95"]
+
+
+def test_several_replicas_are_networks_of_their_own(tmp_path: Path) -> None:
+    one = Bench(dataclasses.replace(cell(tmp_path), num_replicas=2), make_synthetic(), num_steps=100)
+    first, second = (replica.net.state_dict()["conv1.weight"] for replica in one.replicas)
+    assert not torch.equal(first, second)
+    one.run(3)
+    assert [int(replica.counter) for replica in one.replicas] == [bench.FIRST_STEPS + 3] * 2
+    assert one.images == 2 * 16
+    one.close()
 
 
 def test_matrix_is_all_combinations(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from fastres.bench import SCHEMA, Cell
 from fastres.benchreport import compare, compare_reports, draw, read_json, tables, write_json
 from fastres.cli import run
 from fastres.errors import InputError, MachineError, OutOfMemory
-from fastres.profiling import STEPS, profile_cell
+from fastres.profiling import STEPS, idle_share, profile_cell
 from tests.runs import tiny
 
 Report = dict[str, Any]
@@ -173,6 +173,11 @@ def test_profile(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MachineError):
         profile_cell(Cell("tiny", tiny(tmp_path), frozen=True), tmp_path / "file" / "x.json", say=lambda _: None)
+
+
+def test_idle_is_what_no_kernel_of_any_stream_covers() -> None:
+    assert idle_share([(0, 4), (6, 8), (1, 2), (7, 10)]) == pytest.approx(0.2)
+    assert idle_share([(0, 1), (1, 3)]) == 0
 
 
 def test_scaling_stops_where_memory_or_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

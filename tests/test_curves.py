@@ -1,6 +1,7 @@
 """series.py, curves.py, plot.py and `fastres plot`: which points are drawn, how, under which name; what is refused."""
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastres.config import RunConfig, make_config, merge
 from fastres.curves import COLORS, figure_of
 from fastres.errors import InputError
 from fastres.plot import Run, plot_runs, read_runs, tell_apart
+from fastres.reproduce import html as report_page
 from fastres.rundir import DIVERGED, RESULT, RunDir
 from fastres.series import Curve, curve_of, mean_curve
 
@@ -193,10 +195,14 @@ SIGHT = {
 
 @pytest.mark.parametrize("sight", SIGHT)
 def test_colours_are_told_apart(sight: str) -> None:
-    """Distances in OKLab; 0.05 is about what two thin lines need. Seaborn's default colours come to 0.03."""
-    seen = {color: seen_as(color, SIGHT[sight]) for color in COLORS}
-    near = [(a, b) for a, b in combinations(COLORS, 2) if np.linalg.norm(seen[a] - seen[b]) < 0.05]
-    assert near == []
+    """Distances in OKLab, of the figures' colours and of the report's, which has others in the dark."""
+    css = Path(report_page.__file__).with_name("report.css").read_text()
+    light, dark = (re.findall(r"--s\d: (#\w{6})", half) for half in css.split("prefers-color-scheme: dark"))
+    assert light == list(COLORS)
+    for colors in (light, dark):
+        seen = {color: seen_as(color, SIGHT[sight]) for color in colors}
+        assert len(seen) == 7
+        assert [(a, b) for a, b in combinations(seen, 2) if np.linalg.norm(seen[a] - seen[b]) < 0.07] == []
 
 
 def test_colours_stand_out_from_white() -> None:

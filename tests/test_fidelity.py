@@ -86,7 +86,7 @@ def test_compiled_is_eager_with_the_switches_on(scope: Literal["blocks", "whole"
     """In fp64 over 20 steps, as `test_step.test_compiled_is_eager_in_fp64_over_50_steps` has it for the defaults."""
 
     def make(scope: Any = "none") -> Replica:
-        net = CifarNet(8, pad="after", norm_batch=2)
+        net = CifarNet(8, pad="after", norm_batch=4)
         init_he_(net, mode="fan_out", generator=torch.Generator().manual_seed(0))
         optimizer = make_sgd(net.double(), lr=0.1, weight_decay=1e-2, weight_decay_on="weights", lr_in_velocity=True)
         replica = Replica(net, optimizer, Noise(torch.float64), Runtime(CPU, "fp32", scope), num_steps=20)

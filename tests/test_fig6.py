@@ -149,7 +149,7 @@ def test_a_curve_above_the_axis_is_named_and_a_widened_axis_too(tmp_path: Path, 
     fig6.draw(runs, tmp_path, note="")
     assert labels(drawn[0].axes[0]) == ["plain-20", "plain-110 (above 20 %)"]
     assert "y axis" not in texts(drawn[0])
-    fig6.draw(runs, tmp_path, note="", ylim=80)
+    fig6.draw(runs, tmp_path, note="", ylim=0.8)
     assert labels(drawn[1].axes[0]) == ["plain-20", "plain-110"]
     assert drawn[1].axes[0].get_ylim() == (0, 80)
     assert "y axis to 80 %, the paper's to 20 %" in texts(drawn[1])

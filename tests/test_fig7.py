@@ -1,17 +1,21 @@
 """fig7.py: the figure and its table hold what `layer_responses` measures at each run's checkpoint."""
 
 import csv
+import dataclasses
+import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
 import fastres
 from fastres import checkpoint
+from fastres.data import synthetic
 from fastres.errors import InputError
-from fastres.evaluate import load_trained
+from fastres.evaluate import Trained, load_trained
 from fastres.reproduce import fig7
 from fastres.responses import layer_responses
 from fastres.rundir import CONFIG, RESULT, RunDir
@@ -21,11 +25,21 @@ CPU = {"device": "cpu", "threads": 1}
 QUIET: Callable[[str], None] = lambda _: None  # noqa: E731
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_test_images() -> Iterator[None]:
+    """200 instead of 2,000: every test measures several networks."""
+    images = synthetic.make_synthetic()
+    few = dataclasses.replace(images, test_images=images.test_images[:200], test_labels=images.test_labels[:200])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "make_synthetic", lambda: few)
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunDir]:
-    """ResNet-8 twice, plain-14 once."""
+    """ResNet-8 twice, plain-8 once."""
     folder = tmp_path_factory.mktemp("fig7")
-    for name, seed, model in (("a", 0, {}), ("b", 1, {}), ("c", 0, {"arch": "plain", "depth": 14})):
+    for name, seed, model in (("a", 0, {}), ("b", 1, {}), ("c", 0, {"arch": "plain", "depth": 8})):
         config = tiny(folder / name, model=model, seed=seed, recipe={"steps": 3})
         fastres.train(config, verbosity="quiet")
     return [RunDir.open(folder / name) for name in "abc"]
@@ -44,6 +58,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return figures
 
 
+@functools.cache
 def stds_of(run: RunDir) -> list[float]:
     trained = load_trained(run.path, {**CPU, "precision": "fp32"}, say=QUIET)
     return [r.std for r in layer_responses(trained.net, trained.batches(), trained.runtime.dtype)]
@@ -65,7 +80,7 @@ def test_lines_are_means_over_seeds_in_order_and_sorted(
     plain, resnet = top.lines
     assert list(resnet.get_ydata()) == pytest.approx(mean)  # type: ignore[arg-type]
     assert list(resnet.get_xdata()) == list(range(1, 8))  # type: ignore[arg-type]
-    assert (plain.get_label(), resnet.get_label()) == ("plain-14", "ResNet-8 (n = 2)")
+    assert (plain.get_label(), resnet.get_label()) == ("plain-8", "ResNet-8 (n = 2)")
     assert (plain.get_linestyle(), resnet.get_linestyle()) == ("--", "-")
     assert list(bottom.lines[1].get_ydata()) == pytest.approx(sorted(mean, reverse=True))  # type: ignore[arg-type]
     assert [axes.get_xlabel() for axes in (top, bottom)] == [
@@ -82,8 +97,8 @@ def test_lines_are_means_over_seeds_in_order_and_sorted(
 
 def test_equal_runs_give_equal_bytes_and_the_note_is_on_the_face(runs: list[RunDir], tmp_path: Path) -> None:
     note = "synthetic data: not a result of the paper"
-    one = fig7.draw(runs[1:], tmp_path / "one", CPU, note=note, say=QUIET)
-    other = fig7.draw(runs[:0:-1], tmp_path / "other", CPU, note=note, say=QUIET)
+    one = fig7.draw(runs[:2], tmp_path / "one", CPU, note=note, say=QUIET)
+    other = fig7.draw(runs[1::-1], tmp_path / "other", CPU, note=note, say=QUIET)
     assert [path.name for path in one] == ["fig7.png", "fig7.svg", "fig7.csv"]
     for a, b in zip(one, other, strict=True):
         assert a.read_bytes() == b.read_bytes()
@@ -113,3 +128,18 @@ def test_the_papers_five_alone_where_there_are_some() -> None:
 
     assert chosen("plain-20", "plain-32", "ResNet-44", "ResNet-110") == ["plain-20", "ResNet-110"]
     assert chosen("plain-8", "ResNet-32") == ["plain-8", "ResNet-32"]
+
+
+def test_auto_precision_is_fp32_on_every_machine(
+    runs: list[RunDir], tmp_path: Path, drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def load(path: Path, execution: dict[str, Any], **rest: Any) -> Trained:
+        asked.append(execution["precision"])
+        return load_trained(path, execution, **rest)
+
+    monkeypatch.setattr(fig7, "load_trained", load)
+    fig7.draw(runs[2:], tmp_path, {**CPU, "precision": "auto"}, note="", say=QUIET)
+    fig7.draw(runs[2:], tmp_path, {**CPU, "precision": "bf16"}, note="", say=QUIET)
+    assert asked == ["fp32", "bf16"]

@@ -1,5 +1,8 @@
 """What only a GPU can show: graph equals no graph, loaders equal the reference, nothing waits, resume is exact."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,21 +176,39 @@ def test_an_evaluation_captured_is_one_launched_kernel_by_kernel() -> None:
     close(step)
 
 
+def resumable(out: Path, loader: str = "auto", **execution: Any) -> RunConfig:
+    return config(
+        execution={**DETERMINISTIC, "loader": loader, **execution},
+        recipe={"steps": 120, "milestones": [60]},
+        output={"out": str(out), "log_every": 10, "eval_every": 40, "checkpoint_every": "25"},
+    )
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str) -> None:
-    def run(out: Path) -> RunConfig:
-        return config(
-            execution={**DETERMINISTIC, "loader": loader},
-            recipe={"steps": 120, "milestones": [60]},
-            output={"out": str(out), "log_every": 10, "eval_every": 40, "checkpoint_every": "25"},
-        )
-
-    fastres.train(run(tmp_path / "whole"), verbosity="quiet")
+    fastres.train(resumable(tmp_path / "whole", loader), verbosity="quiet")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 63)
         with pytest.raises(Interrupted):
-            fastres.train(run(tmp_path / "cut"), verbosity="quiet")
+            fastres.train(resumable(tmp_path / "cut", loader), verbosity="quiet")
     fastres.train(resume=tmp_path / "cut", verbosity="quiet")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("scope", ["whole", "blocks"])
+def test_resumed_in_a_new_process_with_an_empty_compile_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str
+) -> None:
+    """What was compiled anew computes the same bits: no choice was made by timing, and none was only remembered."""
+    fastres.train(resumable(tmp_path / "whole", compile_scope=scope), verbosity="quiet")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 63)
+        with pytest.raises(Interrupted):
+            fastres.train(resumable(tmp_path / "cut", compile_scope=scope), verbosity="quiet")
+    caches = {name: str(tmp_path / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    command = [sys.executable, "-m", "fastres", "train", "--quiet", "--resume", str(tmp_path / "cut")]
+    subprocess.run(command, env={**os.environ, **caches}, cwd=Path(__file__).parent.parent, check=True)
+    assert any((tmp_path / "TORCHINDUCTOR_CACHE_DIR").iterdir())
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 

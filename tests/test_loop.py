@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastres
-from fastres import build, checkpoint, loop
+from fastres import build, checkpoint, loop, pace
 from fastres.clock import Clocks
 from fastres.data import synthetic
 from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfMemory
@@ -262,7 +262,7 @@ def test_a_warmup_that_never_ends_is_an_error(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_long_run_says_so_by_step_20(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "LONG_RUN_SECONDS", 0)
+    monkeypatch.setattr(pace, "LONG_RUN_SECONDS", 0)
     fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
     log = (tmp_path / "run" / "console.log").read_text()
     assert "remaining 4 steps take about" in log

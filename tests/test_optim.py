@@ -84,6 +84,7 @@ def test_ramp_then_steps_and_line_without_warmup() -> None:
 def test_a_ramp_as_long_as_the_run() -> None:
     schedule = dataclasses.replace(PAPER, schedule="linear", warmup="ramp", warmup_steps=3, num_steps=3)
     assert [schedule.at(step) for step in range(3)] == pytest.approx([0.025, 0.05, 0.075])
+    assert schedule.at(3) == 0  # the rate after the last step, which the end of the warm-up tells
 
 
 def test_the_papers_warmup_rule() -> None:

@@ -333,6 +333,10 @@ def test_many_runs_stay_below_a_megabyte(sweep: Path) -> None:
     left_out = document.text.count("Left out to keep this file below 1 MB")
     assert 0 < left_out < 45
     assert document.count("img") == MISTAKES * (45 - left_out)
+    many = check(Document(render(common, subjects * 4)))
+    assert many.count("img") == 0
+    assert 0 < many.text.count("Layer responses") < 180
+    assert many.text.count("Details Left out") == 180 - many.text.count("Layer responses")
 
 
 # --- the look

@@ -116,9 +116,8 @@ def test_the_network_is_left_as_it_was() -> None:
     net.layer2.eval()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     measured(net, 250)
-    assert net.training
-    assert net.layer1[0].bn1.training
-    assert not net.layer2[0].bn1.training
+    modes = {name: module.training for name, module in net.named_modules()}
+    assert (modes[""], modes["layer1.0.bn1"], modes["layer2.0.bn1"]) == (True, True, False)
     assert not any(module._forward_hooks for module in net.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 

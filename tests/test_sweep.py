@@ -197,7 +197,7 @@ def test_another_sweep_or_config_is_refused(tmp_path: Path) -> None:
 def test_find_runs(alone: Path, tmp_path: Path) -> None:
     names = [run.path.name for run in find_runs([alone / "seed1", alone])]
     assert names == ["seed1", "seed0", "seed2"]
-    with pytest.raises(InputError, match="not a run folder and holds none"):
+    with pytest.raises(InputError, match="not a run folder, and holds none"):
         find_runs([tmp_path])
 
 

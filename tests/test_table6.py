@@ -56,7 +56,8 @@ def test_a_row_by_hand(tmp_path: Path) -> None:
     half = 2.776 * math.sqrt(2.5e-6 / 5)
     assert row.interval == pytest.approx((0.0870 - half, 0.0870 + half))
     assert (row.best, row.best_seed) == (0.0850, 3)
-    assert (row.paper, row.delta) == (0.0875, pytest.approx(-0.0005))
+    assert row.paper == 0.0875
+    assert row.delta == pytest.approx(-0.0005)
     assert row.verdict == "within the paper's spread"
     assert (row.seconds, row.images_per_second, row.gpus) == (80.0, 100_000.0, ("GPU X",))
     assert [Path(run).name for run in row.runs] == [f"resnet20-{k}" for k in range(5)]
@@ -106,6 +107,17 @@ def test_runs_of_different_configs_in_one_row_are_refused(tmp_path: Path) -> Non
     runs.append(make_run(tmp_path / "other", make_config(seed=1, recipe={"lr": 0.2}), 0.08))
     with pytest.raises(InputError, match=r"not of one config.*recipe\.lr"):
         table6.rows_of(runs)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"recipe": {"steps": 100}}, {"data": {"dataset": "synthetic"}}, {"data": {"val_split": True}}]
+)
+def test_another_experiment_is_not_judged(tmp_path: Path, changes: dict[str, Any]) -> None:
+    runs = [make_run(tmp_path / f"{seed}", make_config(seed=seed, **changes), 0.0875) for seed in range(5)]
+    (row,) = table6.rows_of(runs)
+    assert (row.verdict, row.delta) == ("not the paper's experiment", None)
+    with pytest.raises(OutsideTolerance):
+        table6.check([row])
 
 
 def test_files(tmp_path: Path) -> None:

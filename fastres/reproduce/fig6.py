@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PANELS = ("plain networks", "ResNets", "ResNets with 110 layers and more")
 KINDS = ("train", "test", "train_clean")
-PAPER_YLIM = 20.0  # per cent
+PAPER_YLIM = 0.2  # the error at the upper end of the paper's y axis, a fraction
 MARGIN = 65 / 64  # of the x axis: the paper's 64,000 iterations end it at 6.5e4
 FEW = 12  # points of a curve that get a mark each
 
@@ -48,7 +48,7 @@ def draw(
         folder: Takes fig6.png, fig6.svg and fig6.csv (network, seed, step, kind, error as a fraction).
         note: Printed on the figure's face; "" for none.
         clean: Draw the error on the training images as they are, without augmentation, instead of the running error.
-        ylim: Upper end of the y axis in per cent. The paper's is 20; another is named in the figure.
+        ylim: Error at the upper end of the y axis, a fraction. Another than the paper's is named in the figure.
 
     Returns:
         The three files.
@@ -79,7 +79,7 @@ def draw(
         last = max((row[2] for row in rows), default=64_000)
         unit = 10_000 if last >= 10_000 else 1
         for axes, title, members in zip(panels, PANELS, _by_panel(networks), strict=True):
-            axes.set(xlim=(0, MARGIN * last / unit), ylim=(0, ylim), ylabel="error (%)")
+            axes.set(xlim=(0, MARGIN * last / unit), ylim=(0, 100 * ylim), ylabel="error (%)")
             axes.set_xlabel("iter. (1e4)" if unit > 1 else "iter.")
             axes.set_title(title, fontsize=9)
             axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
@@ -175,5 +175,5 @@ def _caption(networks: Sequence[Network], clean: bool, ylim: float) -> str:
     if any(_lr_drops(network) for network in networks):
         parts.append("dotted: lr drops")
     if ylim != PAPER_YLIM:
-        parts.append(f"y axis to {ylim:g} %, the paper's to {PAPER_YLIM:g} %")
+        parts.append(f"y axis to {100 * ylim:g} %, the paper's to {100 * PAPER_YLIM:g} %")
     return "; ".join(parts)

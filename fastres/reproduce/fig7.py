@@ -10,12 +10,12 @@ from fastres.errors import InputError
 from fastres.evaluate import Trained, load_trained
 from fastres.reproduce.figure import (
     COLOURS,
-    LEGEND,
     OTHER,
     Network,
     by_network,
     paper_name,
     paper_style,
+    place_legend,
     print_note,
     save,
     write_csv,
@@ -56,7 +56,8 @@ def draw(
         runs: Run folders; of one network only those that differ in the seed alone. Those without a checkpoint (weights
             are large, and need not be kept) are left out, and `say` is told.
         folder: Takes fig7.png, fig7.svg and fig7.csv.
-        execution: Changes to `fastres.config.Execution`: device, where the data is. The precision is fp32 unless given.
+        execution: Changes to `fastres.config.Execution`: device, where the data is. Precision "auto" means fp32 here,
+            on every machine: measured is the network, not how it was rounded in training.
         note: Printed on the figure's face; "" for none.
         say: Takes one-line notices.
 
@@ -70,11 +71,13 @@ def draw(
     networks = _as_in_the_paper(by_network([run for run in runs if _has_weights(run, say)]), say)
     if not networks:
         raise InputError("Figure 7 needs weights, and none of the runs has a checkpoint; give runs that kept theirs")
+    named = execution.get("precision", "auto")
+    execution = {**execution, "precision": "fp32" if named == "auto" else named}
     lines, rows = [], list[tuple[str, int, int, str, float]]()
     for network in networks:
         measured, steps = list[list[Response]](), list[int]()
         for seed, run in network.runs:
-            trained = load_trained(run.path, {"precision": "fp32", **execution}, say=say)
+            trained = load_trained(run.path, execution, say=say)
             say(f"{network.name}, seed {seed}: layer responses over {len(trained.images.test_images):,} images")
             responses = layer_responses(trained.net, trained.batches(), trained.runtime.dtype)
             measured.append(responses)
@@ -123,8 +126,8 @@ def plot(lines: Sequence[Line], note: str) -> "Figure":
         axes.set_axisbelow(True)
     top.set_xlabel("layer index (original order)")
     bottom.set_xlabel("layer index (sorted by magnitude)")
-    bottom.legend(loc="upper right", **LEGEND)  # where falling curves leave room
     print_note(figure, note)
+    place_legend(bottom)
     return figure
 
 

@@ -1,6 +1,8 @@
 """What the paper says of its CIFAR-10 networks, as far as it is compared with (He et al., CVPR 2016, section 4.2)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from fastres.config import RunConfig, make_config
 
 
 @dataclass(frozen=True)
@@ -40,3 +42,25 @@ STAGES: tuple[tuple[str, int, int | None], ...] = (
     ("resnet", 44, None),
 )  # None: as many as were asked for
 FIGURE_7 = (("plain", 20), ("plain", 56), ("resnet", 20), ("resnet", 56), ("resnet", 110))
+
+
+def departures(config: RunConfig) -> list[str]:
+    """In what a run's recipe is not the paper's, as "steps 64,000 -> 3,910"."""
+    recipe, paper = (
+        config.recipe,
+        make_config("paper", model={"arch": config.model.arch, "depth": config.model.depth}).recipe,
+    )
+    unused = set()
+    if recipe.schedule != "step":
+        unused |= {"milestones", "lr_decay"}
+    if recipe.warmup == "none":
+        unused |= {"warmup_steps", "warmup_lr"}
+    if recipe.warmup == "ramp":
+        unused |= {"warmup_lr"}
+    names = [f.name for f in fields(recipe) if f.name not in unused]
+    pairs = {name: (getattr(paper, name), getattr(recipe, name)) for name in names}
+    return [f"{name} {_written(was)} -> {_written(now)}" for name, (was, now) in pairs.items() if was != now]
+
+
+def _written(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -16,7 +16,7 @@ from fastres.config import RunConfig, differences, make_config, merge
 from fastres.console import Console, duration
 from fastres.errors import FastresError, InputError, OutOfTime
 from fastres.models.depth import num_blocks
-from fastres.reproduce.paper import STAGES
+from fastres.reproduce.paper import STAGES, departures
 from fastres.rundir import CONFIG, METRICS, RESULT, RunDir
 from fastres.sweep import status, train_all
 
@@ -89,8 +89,8 @@ def train_missing(
     """
     folders = {path: config for stage in stages for path, config in stage.folders.items()}
     counts = [status(path) for path in folders]
-    said = [f"{counts.count(kind)} {word}" for kind, word in _WORDS.items() if kind in counts]  # type: ignore[arg-type]
-    console.say(f"{len(folders)} runs: {', '.join(said)}")
+    said = [f"{counts.count(kind)} {word}" for kind, word in _WORDS.items() if kind in counts]
+    console.say(f"{_plural(len(folders), 'run')}: {', '.join(said)}")
     began, work_before = perf_counter(), _work_done(folders)
     whole = sum(map(_work, folders.values()))
     for number, stage in enumerate(stages, 1):
@@ -99,9 +99,8 @@ def train_missing(
         done = _work_done(folders)
         rate = (done - work_before) / (perf_counter() - began)
         left = f", about {duration((whole - done) / rate)} left" if rate > 0 else ""
-        console.say(
-            f"[{number}/{len(stages)}] {stage.name}, {len(stage.folders)} seeds; {100 * done / whole:.0f} % done{left}"
-        )
+        head = f"[{number}/{len(stages)}] {stage.name}, {_plural(len(stage.folders), 'run')}"
+        console.say(f"{head}; {100 * done / whole:.0f} % done{left}")
         try:
             train_all(stage.folders, console=console, deadline=deadline, side_by_side=side_by_side)
         except OutOfTime as cut:
@@ -111,6 +110,10 @@ def train_missing(
 
 
 _WORDS = {"finished": "finished", "cut": "to go on with", "missing": "to do", "diverged": "given up (diverged)"}
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def note_of(runs: Sequence[RunDir]) -> str:
@@ -125,32 +128,11 @@ def note_of(runs: Sequence[RunDir]) -> str:
             notes["synthetic data: not a result of the paper"] = None
         elif data and not data["official"]:
             notes["the data set is not the official CIFAR-10 files"] = None
-        notes |= dict.fromkeys(f"not the paper's recipe: {line}" for line in _departures(config))
+        if changes := departures(config):
+            notes[f"not the paper's recipe: {', '.join(changes)}"] = None
         if config.data.val_split:
             notes["trained on 45k images, tested on the other 5k"] = None
     return "; ".join(notes)
-
-
-def _departures(config: RunConfig) -> list[str]:
-    """In what a run's recipe is not the paper's, as "steps 64,000 -> 3,910"."""
-    recipe, paper = (
-        config.recipe,
-        make_config("paper", model={"arch": config.model.arch, "depth": config.model.depth}).recipe,
-    )
-    unused = set()
-    if recipe.schedule != "step":
-        unused |= {"milestones", "lr_decay"}
-    if recipe.warmup == "none":
-        unused |= {"warmup_steps", "warmup_lr"}
-    if recipe.warmup == "ramp":
-        unused |= {"warmup_lr"}
-    names = [f.name for f in dataclasses.fields(recipe) if f.name not in unused]
-    pairs = {name: (getattr(paper, name), getattr(recipe, name)) for name in names}
-    return [f"{name} {_written(was)} -> {_written(now)}" for name, (was, now) in pairs.items() if was != now]
-
-
-def _written(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _data_of(run: RunDir) -> dict[str, Any] | None:

@@ -20,8 +20,7 @@ from fastres.rundir import ENVIRONMENT, RESULT, write_text
 from fastres.series import is_number, mean_curve
 
 MAX_BYTES = 1_000_000
-TABLE_6 = "Table 6 of the paper"
-FRAME = 4_000  # bytes kept for a run's own line, numbers and warnings, or to say what was left out
+TABLE_6, DETAILS, MISTAKES = "Table 6 of the paper", "Details", "Most confident mistakes"
 MANY_RUNS = 8  # from here on, lines have fewer points
 POINTS, FEWER_POINTS = 300, 100  # of a line at most
 NUMBERS = (
@@ -115,30 +114,38 @@ def render(common: str, subjects: Sequence[Subject]) -> str:
         everything = [warning for s in subjects for warning in sections.warnings(s) if not s.run.standing]
         top = _header(title, "") + banners(everything) + _overview(subjects, points) + _table6(subjects)
     bottom = f"<footer>fastres {text(__version__)}</footer>"
-    room = MAX_BYTES - len(page(title, top + bottom).encode()) - FRAME * len(subjects)
-    # What is said of the runs comes before the pictures.
-    parts: list[list[str]] = []
+    several = len(subjects) > 1
+    top += "<h2>Run by run</h2>\n" if several else ""
+
+    def around(count: int, body: str) -> str:
+        return _folded(subjects[count], count, body) if several else body
+
+    # What must be there, then what is said of the runs, and pictures last.
+    shells = [around(i, _left_out(DETAILS, s) + _left_out(MISTAKES, s)) for i, s in enumerate(subjects)]
+    room = MAX_BYTES - len(page(title, top + "".join(shells) + bottom).encode())
+    details: list[tuple[str, str]] = []
     for subject in subjects:
         before = sections.curves(subject, points) + sections.classes(subject)
         after = "".join(part(subject) for part in sections.AFTER_MISTAKES)
-        kept, room = _fitting([before, after], "Details", subject, room)
-        parts.append(kept)
+        fits, room = _take(before + after, room)
+        details.append((before, after) if fits else (_left_out(DETAILS, subject), ""))
     bodies = []
-    for number_of, (subject, part) in enumerate(zip(subjects, parts, strict=True)):
-        sheet, room = _fitting([sections.mistakes(subject)], "Most confident mistakes", subject, room)
-        body = "".join([part[0], *(sheet if len(part) > 1 else []), *part[1:]])
-        bodies.append(_folded(subject, number_of, body) if len(subjects) > 1 else body)
-    heading = "<h2>Run by run</h2>\n" if len(subjects) > 1 else ""
-    return page(title, top + heading + "".join(bodies) + bottom)
+    for i, (subject, (before, after)) in enumerate(zip(subjects, details, strict=True)):
+        sheet = sections.mistakes(subject)
+        fits, room = _take(sheet, room)
+        bodies.append(around(i, before + (sheet if fits else _left_out(MISTAKES, subject)) + after))
+    return page(title, top + "".join(bodies) + bottom)
 
 
-def _fitting(parts: list[str], title: str, subject: Subject, room: int) -> tuple[list[str], int]:
-    """The parts, or where there is no room for them a line that says where they are; and the bytes left."""
-    size = sum(len(part.encode()) for part in parts)
-    if size <= room:
-        return parts, room - size
-    words = f"Left out to keep this file below 1 MB: fastres report {subject.run.folder.path}"
-    return [section(title, note(words))], room
+def _take(part: str, room: int) -> tuple[bool, int]:
+    """Whether a part fits, and the bytes left after it."""
+    size = len(part.encode())
+    return (True, room - size) if size < room else (False, room)
+
+
+def _left_out(title: str, subject: Subject) -> str:
+    words = f"Left out to keep this file below 1 MB; it is in: fastres report {subject.run.folder.path}"
+    return section(title, note(words))
 
 
 def _header(title: str, path: str) -> str:

@@ -15,9 +15,10 @@ from typing import Any
 
 from rich.table import Table
 
+from fastres.config import Data
 from fastres.errors import OutsideTolerance
 from fastres.reproduce.figure import Network, by_network
-from fastres.reproduce.paper import TABLE_6, TOLERANCE, Published
+from fastres.reproduce.paper import TABLE_6, TOLERANCE, Published, departures
 from fastres.result import RunResult, result_of
 from fastres.rundir import DIVERGED, RESULT, RunDir, write_json, write_text
 
@@ -74,6 +75,7 @@ def _row(network: Network) -> Row:
     model = network.config.model
     published = TABLE_6.get((model.arch, model.depth), Published(math.nan))
     paper = None if math.isnan(published.error) else published.error
+    same = not departures(network.config) and network.config.data == Data()
     mean = fmean(errors) if errors else None
     best_seed, best = min(finished, key=lambda pair: pair[1].test_error) if finished else (None, None)
     environments = [run.read_json("environment.json") for _, run in network.runs if (run.path / RESULT).is_file()]
@@ -91,8 +93,8 @@ def _row(network: Network) -> Row:
         paper=paper,
         paper_best=published.best,
         paper_std=published.std,
-        delta=mean - paper if mean is not None and paper is not None else None,
-        verdict=verdict(errors, paper),
+        delta=mean - paper if mean is not None and paper is not None and same else None,
+        verdict=verdict(errors, paper) if same or not errors else "not the paper's experiment",
         seconds=_mean([_share(result, result.seconds.get("train", 0.0)) for result in results]),
         images_per_second=_mean([result.images_per_second * result.side_by_side for result in results]),
         gpus=tuple(sorted({str(env.get("gpu") or env.get("cpu")) for env in environments})),

@@ -1,0 +1,157 @@
+"""guards.py: memory that ran out is explained, with a batch size that fits. (Signals: tests/test_loop.py.)"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastres import guards, runtime
+from fastres.config import RunConfig, make_config
+from fastres.errors import OutOfMemory
+from fastres.guards import explained_memory_errors, memory_of_a_step
+
+SAID = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.50 GiB is free."
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config(batch_size: int = 4096, **changes: Any) -> RunConfig:
+    execution = {"device": "cpu", "precision": "fp32"}
+    return make_config(recipe={"batch_size": batch_size}, **{"execution": execution, "model": {"depth": 8}, **changes})
+
+
+def explained(error: Exception, run: RunConfig | None = None) -> str:
+    with pytest.raises(OutOfMemory) as caught, explained_memory_errors(run or config()):
+        raise error
+    assert caught.value.__cause__ is error
+    return str(caught.value)
+
+
+def suggested(message: str) -> int:
+    found = re.search(r"--batch-size (\d+)$", message)
+    assert found, message
+    return int(found[1])
+
+
+@pytest.mark.parametrize("depth", [8, 20])
+def test_memory_of_a_step_is_counted_by_hand(depth: int) -> None:
+    """Each 3x3 layer keeps its input and its output (for the normalisation), those of equal shape once."""
+    _, image = memory_of_a_step(config(model={"depth": depth}), bytes_each=4)
+    blocks = (depth - 2) // 6
+    maps = 1024 * 16 * (2 + 4 * blocks) + 256 * 32 * 4 * blocks + 64 * 64 * 4 * blocks  # ahead of and behind each BN
+    assert image == pytest.approx(4 * maps * guards.BACKWARD, rel=0.06)  # and the image, the logits, the zero padding
+
+
+def test_memory_follows_precision_replicas_and_data() -> None:
+    fixed, image = memory_of_a_step(config(), bytes_each=4)
+    assert memory_of_a_step(config(), bytes_each=2)[1] == pytest.approx(image / 2, abs=1)
+    several = memory_of_a_step(config(), bytes_each=4, num_replicas=3)
+    assert several[1] == pytest.approx(3 * image, abs=2)
+    assert several[0] - fixed == 2 * 16 * 75_290
+    small, _ = memory_of_a_step(config(data={"dataset": "synthetic"}), bytes_each=4)
+    assert fixed - small == 40_000 * 3_072 * guards.LOADER_BYTES
+
+
+def test_the_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what was needed, what is free, and names a batch that needs less."""
+    monkeypatch.setattr(guards, "usable_memory", lambda _: 3_000_000_000)
+    run = config()
+    fixed, image = memory_of_a_step(run, bytes_each=4)
+    message = explained(torch.OutOfMemoryError(SAID), run)
+    need = f"{(fixed + 4096 * image) / 1e9:.1f} GB"
+    assert f"a step of ResNet8 on 4,096 images needs about {need}, 2.50 GiB of them at once" in message
+    assert "3.0 GB are free for it on the CPU" in message
+    batch = suggested(message)
+    assert message.endswith(f"a batch of about {batch:,} fits: --batch-size {batch}")
+    assert fixed + batch * image <= 0.9 * 3e9 < fixed + (batch + 64) * image
+    assert batch % 64 == 0
+    assert message.count("\n") == 1
+
+
+def test_an_estimate_that_is_no_help_gives_way_to_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    for usable in (10**15, None):
+        monkeypatch.setattr(guards, "usable_memory", lambda _, usable=usable: usable)
+        assert suggested(explained(torch.OutOfMemoryError(SAID))) == 2048
+
+    def no_room(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(guards, "memory_of_a_step", no_room)
+    assert suggested(explained(torch.OutOfMemoryError(SAID))) == 2048
+
+
+def test_no_batch_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "usable_memory", lambda _: 1_000_000)
+    assert "try a smaller --depth than 8" in explained(torch.OutOfMemoryError(SAID))
+    monkeypatch.setattr(guards, "usable_memory", lambda _: 10**15)
+    assert "try a smaller --depth than 8" in explained(torch.OutOfMemoryError(SAID), config(1))
+
+
+def test_real_allocators() -> None:
+    """What torch's CPU allocator and numpy raise themselves."""
+    for ask in (lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50)):
+        with pytest.raises(OutOfMemory, match="--batch-size"), explained_memory_errors(config()):
+            ask()
+
+
+def test_a_step_lets_go_before_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the failed step had got so far is free again when the estimate is made, though the error remembers it."""
+    alive = []
+
+    class Big:
+        def __del__(self) -> None:
+            alive.remove(1)
+
+    def step() -> None:
+        big = Big()  # noqa: F841 (held by its frame)
+        alive.append(1)
+        raise torch.OutOfMemoryError(SAID)
+
+    monkeypatch.setattr(guards, "_way_out", lambda *_: f"{len(alive)} held")
+    with pytest.raises(OutOfMemory, match="0 held"), explained_memory_errors(config()):
+        step()
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED when calling", "CUDA error: out of memory"]
+)
+def test_libraries_say_it_in_their_words(said: str) -> None:
+    assert "--batch-size" in explained(RuntimeError(said))
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="illegal memory access"), explained_memory_errors(config()):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize(("batch_size", "rounded"), [(1, 1), (31, 31), (39, 32), (100, 96), (1000, 960)])
+def test_a_batch_is_rounded_down_a_little(batch_size: int, rounded: int) -> None:
+    assert guards._rounded(batch_size) == rounded
+    assert 0.8 * batch_size < rounded <= batch_size
+
+
+def test_usable_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    cpu = torch.device("cpu")
+    free = runtime.usable_memory(cpu)
+    assert free is not None
+    assert 1e8 < free < 1e14
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(runtime, "CGROUP_LIMITS", (limit, tmp_path / "none"))
+    limit.write_text("12345678\n")
+    assert runtime.usable_memory(cpu) == 12_345_678
+    limit.write_text("max\n")
+    assert runtime.usable_memory(cpu) == pytest.approx(free, rel=0.5)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 7)
+    assert runtime.usable_memory(torch.device("cuda", 0)) == 12

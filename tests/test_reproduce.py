@@ -1,0 +1,137 @@
+"""`fastres reproduce`: one line makes table and figures; cut anywhere, the same line ends with the same table."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastres.cli import run
+from fastres.reproduce import fig7
+from fastres.rundir import find_runs
+
+LINE = ["reproduce", "all", "--preset", "smoke", "--nets", "ResNet8,PlainNet8", "--steps", "12", "--threads", "1"]
+LINE += ["--precision", "fp32"]
+FILES = {f"fig{k}.{suffix}" for k in (6, 7) for suffix in ("png", "svg", "csv")}
+FILES |= {f"table6.{suffix}" for suffix in ("md", "csv", "json")}
+
+
+def timeless(table: Path) -> dict[str, Any]:
+    """A table without what was measured by the clock, and without the place it lies in."""
+    stored: dict[str, Any] = json.loads(table.read_text())
+    for row in stored["rows"]:
+        row["runs"] = [str(Path(path).relative_to(table.parent)) for path in row["runs"]]
+        del row["seconds"], row["images_per_second"]
+    return stored
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything, made without a break."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    assert run([*LINE, "--runs", str(folder)]) == 0
+    return folder
+
+
+def test_one_line_makes_everything_and_says_what_it_is(whole: Path) -> None:
+    assert {path.name for path in whole.iterdir()} >= FILES
+    rows = json.loads((whole / "table6.json").read_text())["rows"]
+    assert [(row["network"], row["n"]) for row in rows] == [("ResNet-8", 2), ("plain-8", 1)]
+    assert len(find_runs([whole / "resnet8", whole / "plainnet8"])) == 3
+    note = "synthetic data: not a result of the paper"
+    assert note in (whole / "table6.md").read_text().lower()
+    for figure in ("fig6.svg", "fig7.svg"):
+        assert "synthetic data" in (whole / figure).read_text().replace("\n", " ")
+
+
+def test_again_nothing_is_trained(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.glob("*/*/metrics.jsonl")}
+    assert run([*LINE, "--runs", str(whole)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "3 runs: 3 finished" in capsys.readouterr().out
+
+
+def test_more_seeds_reuse_what_is_there(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*LINE, "--runs", str(whole), "--out", str(whole / "three"), "--seeds", "3", "--no-train"]) == 0
+    rows = json.loads((whole / "three/table6.json").read_text())["rows"]
+    assert [(row["network"], row["n"]) for row in rows] == [("ResNet-8", 2), ("plain-8", 1)]
+
+
+@pytest.mark.timeout(400)
+def test_killed_at_random_moments_it_ends_with_the_same_table(whole: Path, tmp_path: Path) -> None:
+    chance = random.Random(3)
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "fastres", *LINE, "--runs", str(folder), "--quiet"]
+    killed = 0
+    for _ in range(2):
+        process = subprocess.Popen(command, start_new_session=True)
+        try:
+            process.wait(timeout=chance.uniform(4, 16))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+    assert killed > 0
+    assert subprocess.run(command).returncode == 0
+    assert timeless(folder / "table6.json") == timeless(whole / "table6.json")
+
+
+def test_a_budget_stops_in_time_and_goes_on(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [*LINE, "--runs", str(tmp_path)]
+    assert run([*line, "--budget", "0.00001"]) == 0
+    out = capsys.readouterr().out
+    assert "the same line goes on" in out
+    (row,) = json.loads((tmp_path / "table6.json").read_text())["rows"]
+    assert (row["n"], row["unfinished"], row["verdict"]) == (0, 1, "no finished run")
+    assert run(line) == 0
+    assert timeless(tmp_path / "table6.json") == timeless(whole / "table6.json")
+
+
+def test_assert_exits_with_6(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["reproduce", "table6", "--preset", "smoke", "--nets", "ResNet20", "--seeds", "1", "--steps", "1"]
+    assert run([*line, "--threads", "1", "--runs", str(whole / "assert"), "--assert"]) == 6
+    assert "ResNet-20: not the paper's experiment" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["table7"], 2, "there is table6, fig6, fig7, all"),
+        (["all", "--nets", "ResNet8", "--depths", "20"], 2, "contradict"),
+        (["all", "--nets", "ResNet9"], 2, "6n+2"),
+        (["all", "--nets", "VGG16"], 2, "ResNet20 or PlainNet56"),
+        (["all", "--seeds", "0"], 2, "--seeds is 0"),
+        (["all", "--budget", "-1"], 2, "--budget is -1"),
+        (["all", "--preset", "smok"], 2, "did you mean 'smoke'"),
+        (["all", "--no-train"], 2, "holds no run of these networks yet"),
+        (["all", "--device", "cuda:7"], 3, "--device cuda:7 was asked for"),
+    ],
+)
+def test_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
+) -> None:
+    assert run(["reproduce", *arguments, "--runs", str(tmp_path)]) == code
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.glob("*/*/checkpoint.safetensors")) == []
+
+
+def test_a_run_of_another_recipe_in_the_way(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [*LINE, "--runs", str(whole)]
+    line[line.index("12")] = "13"
+    assert run(line) == 2
+    assert "recipe.steps: 12 -> 13" in capsys.readouterr().err
+
+
+def test_fig7_failing_does_not_lose_the_table(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_args: Any, **_options: Any) -> list[Path]:
+        raise RuntimeError("no figure")
+
+    monkeypatch.setattr(fig7, "draw", fails)
+    with pytest.raises(RuntimeError, match="no figure"):
+        run([*LINE, "--runs", str(whole), "--out", str(tmp_path)])
+    assert (tmp_path / "table6.md").exists()
