@@ -16,6 +16,7 @@ from fastres.series import Curve, What, XAxis, curve_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 # Told apart by readers who do not see red and green alike, and dark enough for thin lines on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#a63d8f", "#7a5c00", "#3397ce", "#222222")
@@ -27,6 +28,8 @@ DASHES: tuple[Any, ...] = (
 )  # after the last colour, the next dash
 FEW_POINTS = 12  # below it, each is marked
 UNITS = (("hours", 3_600.0), ("minutes", 60.0), ("seconds", 1.0))
+AXES_HEIGHT, LEGEND_ROW = 4.4, 0.21  # inches
+Entry = tuple[Any, str]  # of a legend: handle and label
 Y_LABELS = {"error": "error (%)", "loss": "cross-entropy", "lr": "learning rate"}
 
 
@@ -86,9 +89,11 @@ def figure_of(
 
     farthest = max((float(line.x[-1]) for curve in curves for line in curve.lines), default=0.0)
     unit, scale = time_unit(farthest) if x == "time" else ("steps" if x == "step" else "epochs", 1.0)
-    columns, rows = _legend_shape([curve.label for curve in curves])
-    figure = Figure(figsize=(7.4, 4.4 + 0.23 * rows), layout="constrained")
-    axes = figure.add_subplot()
+    runs = _runs_of_legend(curves, title)
+    columns, rows = _legend_shape([label for _, label in runs])
+    room = LEGEND_ROW * rows + 0.2  # inches
+    figure = Figure(figsize=(7.4, AXES_HEIGHT + room), layout="constrained")
+    axes, below = figure.subplots(2, height_ratios=(AXES_HEIGHT - 0.7, room))
     for number, curve in enumerate(curves):
         _draw_curve(axes, curve, number, scale)
         if curve.warmup_end is not None and len(curves) == 1:
@@ -105,8 +110,12 @@ def figure_of(
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    below.axis("off")
     if any(curve.lines for curve in curves):
-        _draw_legend(figure, curves, title, what, columns)
+        key = _key_of_legend(curves, what)
+        below.add_artist(_legend(below, key, "upper center", len(key)))
+        if runs:
+            _legend(below, runs, "lower center", columns)
     return figure
 
 
@@ -146,47 +155,63 @@ def _draw_curve(axes: "Axes", curve: Curve, number: int, scale: float) -> None:
 
 def _legend_shape(labels: Sequence[str]) -> tuple[int, int]:
     """Columns, so that the longest label fits; and rows, the key to thin and bold included."""
-    longest = max((len(label) for label in labels), default=0)
-    columns = min(max(1, 92 // (longest + 7)), max(len(labels), 1), 4)
+    if not labels:
+        return 1, 1
+    columns = min(max(1, 92 // (max(map(len, labels)) + 7)), len(labels), 4)
     return columns, math.ceil(len(labels) / columns) + 1
 
 
-def _draw_legend(figure: "Figure", curves: Sequence[Curve], title: str, what: What, columns: int) -> None:
-    """Runs by colour, then what thin, bold and pale mean; below the axes, never over data."""
+def _legend(axes: "Axes", entries: Sequence[Entry], place: str, columns: int) -> "Legend":
+    legend = axes.legend(
+        [handle for handle, _ in entries],
+        ["-"] * len(entries),  # a label that begins with "_" would be left out
+        loc=place,
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        columnspacing=1.6,
+        handlelength=2.4,
+        borderaxespad=0,
+        borderpad=0,
+    )
+    for text, (_, label) in zip(legend.get_texts(), entries, strict=True):
+        text.set_parse_math(False)
+        text.set_text(label)
+    return legend
+
+
+def _runs_of_legend(curves: Sequence[Curve], title: str) -> list[Entry]:
+    """Runs by colour; a run alone needs no name where the title has it."""
+    from matplotlib.lines import Line2D
+
+    if len(curves) == 1 and curves[0].label in title:
+        return []
+    looks = [(style(number), curve.label) for number, curve in enumerate(curves)]
+    return [(Line2D([], [], color=color, linestyle=dash, linewidth=2), label) for (color, dash), label in looks]
+
+
+def _key_of_legend(curves: Sequence[Curve], what: What) -> list[Entry]:
+    """What thin, bold and pale mean."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     one = len(curves) == 1
     color = COLORS[0] if one else "0.35"
-    key: list[tuple[Any, str]] = []
-    names = {"error": " error", "loss": " loss", "lr": ""}
+    lines = [line for curve in curves for line in curve.lines]
+    name = {"error": " error", "loss": " loss", "lr": ""}[what]
+    key: list[Entry] = []
     if any(curve.train for curve in curves) and what != "lr":
         note = " (running, augmented images)" if one else ""
-        key.append((Line2D([], [], color=color, linewidth=1.0), f"training{names[what]}{note}"))
+        key.append((Line2D([], [], color=color, linewidth=1.0), f"training{name}{note}"))
     if any(curve.test for curve in curves):
-        key.append((Line2D([], [], color=color, linewidth=2.3), f"test{names[what]}"))
-    if any(line.smoothed and line.low is None for curve in curves for line in curve.lines):
+        key.append((Line2D([], [], color=color, linewidth=2.3), f"test{name}"))
+    if any(line.smoothed and line.low is None for line in lines):
         key.append((Line2D([], [], color=color, linewidth=1.0, alpha=0.35), "as logged"))
-    if any(line.low is not None for curve in curves for line in curve.lines):
+    if any(line.low is not None for line in lines):
         key.append((Patch(color=color, alpha=0.25), "one standard deviation"))
     if one and curves[0].warmup_end is not None:
         key.append((Line2D([], [], color="0.55", linewidth=0.9, linestyle=":"), "warm-up ends"))
     if any(curve.unfinished for curve in curves):
         ring = Line2D([], [], color=color, marker="o", markerfacecolor="white", linestyle="none")
         key.append((ring, "unfinished"))
-    runs: list[tuple[Any, str]] = []
-    if not one or curves[0].label not in title:
-        for number, curve in enumerate(curves):
-            shade, dash = style(number)
-            runs.append((Line2D([], [], color=shade, linestyle=dash, linewidth=2), curve.label))
-    # Lowest first: each legend takes its room from what is left.
-    for entries, width in ((key, len(key)), (runs, columns)):
-        if entries:
-            legend = figure.legend(
-                [handle for handle, _ in entries],
-                ["-"] * len(entries),  # a label that begins with "_" would be left out
-                loc="outside lower center", ncols=width, frameon=False, fontsize=9, columnspacing=1.6, handlelength=2.4,
-            )  # fmt: skip
-            for text, (_, label) in zip(legend.get_texts(), entries, strict=True):
-                text.set_parse_math(False)
-                text.set_text(label)
+    return key or [(Line2D([], [], color=color, linewidth=1.0), Y_LABELS[what])]

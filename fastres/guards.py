@@ -25,6 +25,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED
 USABLE_SHARE = 0.9  # of what is free; the rest goes to fragments and workspaces
 # A step's peak over what its forward keeps: 1.2 on a CPU (ResNet-20, fp32, from batch 256 to 512, torch 2.15)
 BACKWARD = 1.25
+UNITS = {"bytes": 1e-9, "KiB": 2**10 / 1e9, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}  # in GB
 WEIGHT_BYTES = 4 * 4  # a parameter: weight, gradient, momentum, and copies in other precisions
 LOADER_BYTES = 10  # a value of the training images: two padded fp32 tables on a CPU; less for DALI or on a GPU
 
@@ -91,8 +92,8 @@ def _way_out(config: RunConfig, num_replicas: int, said: str) -> str:
         )
     usable = usable_memory(device)
     need, have = fixed + batch_size * image, "an unknown amount is" if usable is None else f"{usable / 1e9:.1f} GB are"
-    asked = re.search(r"ried to allocate ([\d.]+ \w+)", said)
-    at = f", {asked[1]} of them at once" if asked else ""
+    asked = re.search(r"ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", said)
+    at = f", {float(asked[1]) * UNITS[asked[2]]:.1f} GB of them at once" if asked else ""
     head = (
         f"out of memory: a step of {config.name} on {batch_size:,} images needs about {need / 1e9:.1f} GB{at}; "
         f"{have} free for it on the {'GPU' if gpu else 'CPU'}\n"

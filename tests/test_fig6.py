@@ -230,6 +230,22 @@ def test_a_legend_covers_no_curve(ys: list[float]) -> None:
     assert axes.get_window_extent().contains(box.x0, box.y0)
 
 
+def test_a_legend_may_cover_a_dotted_line() -> None:
+    drawn = Figure(figsize=(3, 3), layout="constrained")
+    axes = drawn.add_subplot()
+    axes.set(xlim=(0, 40), ylim=(0, 20))
+    axes.plot([0, 40], [3, 3], label="ResNet-20")
+    axes.axvline(35, gid=figure.ASIDE)
+    axes.axvline(5, gid=figure.ASIDE)
+    figure.place_legend(axes)
+    drawn.draw_without_rendering()
+    legend = axes.get_legend()
+    assert legend is not None
+    box, panel = legend.get_window_extent(), axes.get_window_extent()
+    assert box.x0 > (panel.x0 + panel.x1) / 2
+    assert box.y0 > (panel.y0 + panel.y1) / 2
+
+
 def test_a_legend_that_fits_nowhere_goes_below() -> None:
     drawn = Figure(figsize=(3, 3), layout="constrained")
     axes = drawn.add_subplot()

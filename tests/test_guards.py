@@ -70,7 +70,7 @@ def test_the_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     fixed, image = memory_of_a_step(run, bytes_each=4)
     message = explained(torch.OutOfMemoryError(SAID), run)
     need = f"{(fixed + 4096 * image) / 1e9:.1f} GB"
-    assert f"a step of ResNet8 on 4,096 images needs about {need}, 2.50 GiB of them at once" in message
+    assert f"a step of ResNet8 on 4,096 images needs about {need}, 2.7 GB of them at once" in message
     assert "3.0 GB are free for it on the CPU" in message
     batch = suggested(message)
     assert message.endswith(f"a batch of about {batch:,} fits: --batch-size {batch}")

@@ -9,10 +9,9 @@ from fastres import checkpoint
 from fastres.errors import InputError
 from fastres.evaluate import Trained, load_trained
 from fastres.reproduce.figure import (
-    COLOURS,
-    OTHER,
     Network,
     by_network,
+    colour_of,
     paper_name,
     paper_style,
     place_legend,
@@ -116,7 +115,7 @@ def plot(lines: Sequence[Line], note: str) -> "Figure":
             axes.plot(
                 range(1, len(line.stds) + 1),
                 order(line.stds),
-                color=COLOURS.get(line.depth, OTHER),
+                color=colour_of(line.depth),
                 linewidth=1.4 if line.residual else 1.1,
                 linestyle="-" if line.residual else (0, (4, 1.5)),
                 label=line.label,

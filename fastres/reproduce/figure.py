@@ -1,6 +1,7 @@
 """Common to Figures 6 and 7: runs by network, the paper's names and colours, files that repeat bit for bit."""
 
 import csv
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 # By depth: the hues of the paper's figures, in Tol's bright scheme, which the colour-blind can tell apart.
 COLOURS = {20: "#ccbb44", 32: "#66ccee", 44: "#228833", 56: "#ee6677", 110: "#000000", 1202: "#aa3377"}
-OTHER = "#4477aa"
+OTHERS = ("#4477aa", "#882255", "#999933")  # of depths that the paper has not
 WARNING = "#b3261e"
+NOTE_COLUMNS = 10  # letters of a note in an inch of a figure's width
 ASIDE = "aside"  # gid of lines that are no curves: lr drops
 STYLE = {
     "font.size": 9,
@@ -46,7 +48,7 @@ class Network:
     @property
     def colour(self) -> str:
         """Of its lines."""
-        return COLOURS.get(self.config.model.depth, OTHER)
+        return colour_of(self.config.model.depth)
 
     def label(self, reached: int) -> str:
         """Its name in a legend: how many seeds, and what became of those without a result; `reached` in steps."""
@@ -58,6 +60,11 @@ class Network:
             some = ((len(lost), "diverged"), (len(cut), "unfinished"))
             notes = [f"n = {len(self.runs)}", *(f"{count} {what}" for count, what in some if count)]
         return f"{self.name} ({', '.join(notes)})" if notes else self.name
+
+
+def colour_of(depth: int) -> str:
+    """The colour of a network's lines."""
+    return COLOURS.get(depth) or OTHERS[depth // 6 % len(OTHERS)]
 
 
 def paper_name(arch: str, depth: int) -> str:
@@ -124,7 +131,8 @@ def _covers(box: "Bbox", axes: "Axes") -> bool:
 def print_note(figure: "Figure", note: str) -> None:
     """Print what a reader must know, such as "synthetic data", on the figure's face; nothing for ""."""
     if note:
-        figure.suptitle(note, color=WARNING, fontsize=10, fontweight="bold")
+        width = int(NOTE_COLUMNS * figure.get_figwidth())
+        figure.suptitle("\n".join(textwrap.wrap(note, width)), color=WARNING, fontsize=10, fontweight="bold")
 
 
 def save(figure: "Figure", paths: Sequence[Path]) -> list[Path]:

@@ -53,7 +53,7 @@ def departures(config: RunConfig) -> list[str]:
     unused = set()
     if recipe.schedule != "step":
         unused |= {"milestones", "lr_decay"}
-    if recipe.warmup == "none":
+    if "none" in (recipe.warmup, paper.warmup):
         unused |= {"warmup_steps", "warmup_lr"}
     if recipe.warmup == "ramp":
         unused |= {"warmup_lr"}

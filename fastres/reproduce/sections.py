@@ -171,7 +171,7 @@ def classes(subject: Subject) -> str:
     left = f"<div><h3>Error by class</h3>{bars(rows)}</div>"
     shown = matrix(evaluation.confusion, answers.class_names)
     right = f"<div><h3>True class (rows) and answer (columns)</h3>{shown}</div>"
-    return section("By class", f'{note(again + found)}<div class="pair">{left}{right}</div>')
+    return section("By class", f'{note(again + found)}<div class="pair uneven">{left}{right}</div>')
 
 
 def mistakes(subject: Subject) -> str:
