@@ -6,6 +6,7 @@ pale where a smoothed line stands in front of it. Training error is the running 
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ DASHES: tuple[Any, ...] = (
 FEW_POINTS = 12  # below it, each is marked
 UNITS = (("hours", 3_600.0), ("minutes", 60.0), ("seconds", 1.0))
 AXES_HEIGHT, LEGEND_ROW = 4.4, 0.21  # inches
+LEGEND_WIDTH, HANDLE = 96, 9  # characters: of the figure, of a handle and the room around it
 Entry = tuple[Any, str]  # of a legend: handle and label
 Y_LABELS = {"error": "error (%)", "loss": "cross-entropy", "lr": "learning rate"}
 
@@ -89,8 +91,8 @@ def figure_of(
 
     farthest = max((float(line.x[-1]) for curve in curves for line in curve.lines), default=0.0)
     unit, scale = time_unit(farthest) if x == "time" else ("steps" if x == "step" else "epochs", 1.0)
-    runs = _runs_of_legend(curves, title)
-    columns, rows = _legend_shape([label for _, label in runs])
+    key, runs = _key_of_legend(curves, what), _runs_of_legend(curves, title)
+    rows = sum(math.ceil(len(entries) / _columns(entries)) for entries in (key, runs) if entries)
     room = LEGEND_ROW * rows + 0.2  # inches
     figure = Figure(figsize=(7.4, AXES_HEIGHT + room), layout="constrained")
     axes, below = figure.subplots(2, height_ratios=(AXES_HEIGHT - 0.7, room))
@@ -112,10 +114,9 @@ def figure_of(
     axes.spines[["top", "right"]].set_visible(False)
     below.axis("off")
     if any(curve.lines for curve in curves):
-        key = _key_of_legend(curves, what)
-        below.add_artist(_legend(below, key, "upper center", len(key)))
+        below.add_artist(_legend(below, key, "upper center"))
         if runs:
-            _legend(below, runs, "lower center", columns)
+            _legend(below, runs, "lower center")
     return figure
 
 
@@ -153,20 +154,24 @@ def _draw_curve(axes: "Axes", curve: Curve, number: int, scale: float) -> None:
             )
 
 
-def _legend_shape(labels: Sequence[str]) -> tuple[int, int]:
-    """Columns, so that the longest label fits; and rows, the key to thin and bold included."""
-    if not labels:
-        return 1, 1
-    columns = min(max(1, 92 // (max(map(len, labels)) + 7)), len(labels), 4)
-    return columns, math.ceil(len(labels) / columns) + 1
+def _columns(entries: Sequence[Entry]) -> int:
+    """As many columns as fit. matplotlib fills them one by one, the first ones with the row more that is left over."""
+    lengths = [len(label) for _, label in entries]
+    for columns in range(len(lengths), 1, -1):
+        rows, longer = divmod(len(lengths), columns)
+        ends = [rows * k + min(k, longer) for k in range(columns + 1)]
+        widths = [max(lengths[a:b]) + HANDLE for a, b in pairwise(ends)]
+        if sum(widths) <= LEGEND_WIDTH:
+            return columns
+    return 1
 
 
-def _legend(axes: "Axes", entries: Sequence[Entry], place: str, columns: int) -> "Legend":
+def _legend(axes: "Axes", entries: Sequence[Entry], place: str) -> "Legend":
     legend = axes.legend(
         [handle for handle, _ in entries],
         ["-"] * len(entries),  # a label that begins with "_" would be left out
         loc=place,
-        ncols=columns,
+        ncols=_columns(entries),
         frameon=False,
         fontsize=9,
         columnspacing=1.6,

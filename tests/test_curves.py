@@ -228,10 +228,11 @@ def test_training_is_thin_test_bold_and_both_have_the_runs_colour() -> None:
     assert {line.get_color() for line in axes.lines} == set(COLORS[:2])
 
 
+@pytest.mark.parametrize("label", ["s", "ResNet110, lr 0.05, weight decay 0.0005, norm batch 64, seed"])
 @pytest.mark.parametrize("count", [1, 2, 9, 30])
-def test_the_legend_lies_outside_the_axes_and_inside_the_figure(count: int) -> None:
-    label = "ResNet110, lr 0.05, weight decay 0.0005, seed"
-    figure = drawn([curve_of(falling(), f"{label} {seed}", smooth=3) for seed in range(count)])
+def test_the_legend_lies_outside_the_axes_and_inside_the_figure(count: int, label: str) -> None:
+    records = [*falling(), {"kind": "warmup_end", "step": 40}]
+    figure = drawn([curve_of(records, f"{label} {n}", smooth=3, unfinished=True) for n in range(count)])
     axes = figure.axes[0]
     legends = figure.findobj(Legend)
     assert len(legends) == 2
@@ -244,7 +245,8 @@ def test_the_legend_lies_outside_the_axes_and_inside_the_figure(count: int) -> N
         assert box.x1 <= figure.bbox.x1
     assert axes.get_window_extent().height / figure.dpi == pytest.approx(3.7, abs=0.25)  # inches
     texts = {text.get_text() for legend in legends for text in legend.get_texts()}
-    assert {f"{label} 0", "training error", "test error", "as logged"} <= texts | {"training error"}
+    assert texts >= {f"{label} 0", "test error", "as logged", "unfinished"}
+    assert ("warm-up ends" in texts) == (count == 1)
 
 
 def test_after_the_last_colour_comes_another_dash() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fastres
-from fastres.build import build_evaluator, build_loader, build_net, build_optimizer, lr_schedule
+from fastres.build import build_evaluator, build_loaders, build_net, build_optimizer, lr_schedule
 from fastres.config import RunConfig, make_config, merge
 from fastres.cudagraph import CapturedGraph
 from fastres.data.dali import dali_available
@@ -53,11 +53,10 @@ def built(config: RunConfig, *, seeds: tuple[int, ...] = (0,)) -> tuple[TrainSte
     """A TrainStep, warmed up and captured as `train` does, and its evaluator."""
     images = make_synthetic()
     runtime, mean = prepare(config.execution, depth=config.model.depth), images.mean_image()
+    configs = [RunConfig.from_dict({**config.to_dict(), "seed": seed}) for seed in seeds]
     replicas = []
-    for seed in seeds:
-        one = RunConfig.from_dict({**config.to_dict(), "seed": seed})
+    for one, loader in zip(configs, build_loaders(configs, images, mean, runtime), strict=True):
         net = build_net(one, runtime, num_classes=10)
-        loader = build_loader(one, images, mean, runtime)
         replica = Replica(net, build_optimizer(net, one.recipe), loader, runtime, num_steps=one.recipe.steps)
         replica.set_lrs(lr_schedule(one.recipe).at)
         replicas.append(replica)
@@ -114,12 +113,14 @@ def test_warm_up_and_capture_leave_no_trace() -> None:
     close(fresh)
 
 
-def test_replicas_side_by_side_are_what_each_is_alone() -> None:
-    together, _ = built(config(execution=DETERMINISTIC), seeds=(0, 1, 2))
+@pytest.mark.parametrize("loader", LOADERS)
+def test_replicas_side_by_side_are_what_each_is_alone(loader: str) -> None:
+    how = {**DETERMINISTIC, "loader": loader}
+    together, _ = built(config(execution=how), seeds=(0, 1, 2))
     for k in range(60):
         together(k)
     for seed in range(3):
-        alone, _ = built(config(execution=DETERMINISTIC), seeds=(seed,))
+        alone, _ = built(config(execution=how), seeds=(seed,))
         for k in range(60):
             alone(k)
         for a, b in zip(alone.replicas[0].state(), together.replicas[seed].state(), strict=True):

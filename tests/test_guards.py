@@ -74,7 +74,7 @@ def test_the_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "3.0 GB are free for it on the CPU" in message
     batch = suggested(message)
     assert message.endswith(f"a batch of about {batch:,} fits: --batch-size {batch}")
-    assert fixed + batch * image <= 0.9 * 3e9 < fixed + (batch + 64) * image
+    assert fixed + batch * image <= guards.USABLE_SHARE * 3e9 < fixed + (batch + 64) * image
     assert batch % 64 == 0
     assert message.count("\n") == 1
 

@@ -301,6 +301,8 @@ def test_several_runs_are_a_table_with_a_section_each(sweep: Path) -> None:
     assert "10.00 %" in text
     assert len([a for a in document.all("href") if a.startswith("#run-")]) == 4
     assert text.count("Synthetic data: not a result of the paper.") == 1 + 4  # on top, and in each section
+    unfinished = reported(sweep / "cut", Path(shutil.copytree(sweep / "cut", sweep / "again"))).text
+    assert unfinished.index("Synthetic data") < unfinished.index("Results")
 
 
 def test_runs_of_several_configs_have_no_table_6(sweep: Path) -> None:

@@ -44,16 +44,19 @@ def lively_net(depth: int, residual: bool, shortcut: str) -> CifarNet:
 
 
 def batches(size: int, total: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images that grow in contrast and brightness, so that batches differ in mean and spread."""
     images = torch.randn(total, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    growth = torch.linspace(0, 1, total).view(-1, 1, 1, 1)
+    images = images * (0.2 + growth) + 3 * growth
     for part in images.split(size):
         yield part, torch.zeros(len(part), dtype=torch.int64)
 
 
-def measured(net: CifarNet, size: int) -> list[Response]:
-    return layer_responses(net, batches(size), torch.float32)
+def measured(net: CifarNet, size: int, total: int = 500) -> list[Response]:
+    return layer_responses(net, batches(size, total), torch.float32)
 
 
-def by_numpy(net: CifarNet) -> dict[str, float]:
+def by_numpy(net: CifarNet, total: int = 500) -> dict[str, float]:
     """Each 3x3 convolution's output, kept as it left the convolution; batch norm and std by the book, in float64."""
     kept: dict[str, list[np.ndarray]] = {}
     names = {module: name for name, module in net.named_modules()}
@@ -65,7 +68,7 @@ def by_numpy(net: CifarNet) -> dict[str, float]:
     handles = [module.register_forward_hook(keep) for module in convolutions]
     net.eval()
     with torch.no_grad():
-        for images, _ in batches(125):
+        for images, _ in batches(125, total):
             net(images)
     for handle in handles:
         handle.remove()
@@ -88,6 +91,20 @@ def test_equal_to_a_direct_computation(depth: int, residual: bool, shortcut: str
     assert len(expected) == depth - 1  # 6n+1 of the 6n+2 layers are 3x3
     assert {r.name: r.std for r in measured(net, 100)} == pytest.approx(expected, rel=1e-5)
     assert [r.name for r in measured(net, 500)] == list(expected)
+
+
+def test_the_population_std_is_meant() -> None:
+    """Two images are few enough that n - 1 would show."""
+    net = lively_net(8, True, "A")
+    assert {r.name: r.std for r in measured(net, 1, total=2)} == pytest.approx(by_numpy(net, total=2), rel=1e-5)
+
+
+def test_low_precision_activations_are_summed_in_float64() -> None:
+    net, kept = lively_net(8, True, "A"), list[Tensor]()
+    net.bn1.register_forward_hook(lambda _, __, output: kept.append(output.clone()))
+    first = layer_responses(net, batches(100), torch.bfloat16)[0]
+    assert {part.dtype for part in kept} == {torch.bfloat16}
+    assert first.std == pytest.approx(torch.cat(kept).double().numpy().std(), rel=1e-6)
 
 
 def test_batch_size_does_not_matter() -> None:

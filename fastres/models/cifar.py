@@ -50,9 +50,8 @@ class BatchNorm(nn.BatchNorm2d):
         assert self.running_var is not None
         # One by one by torch's own kernel is quicker than one formula for all groups: eager it makes fewer passes over
         # memory, compiled it becomes fewer kernels, since Inductor joins those that the groups have in common.
-        normed, means, variances = zip(
-            *[self._normed(images) for images in x.unflatten(0, (-1, self.group)).unbind()], strict=True
-        )
+        groups = x.unflatten(0, (-1, self.group)).unbind()
+        normed, means, variances = zip(*map(self._normed, groups), strict=True)
         self.running_mean.lerp_(sum(means[1:], means[0]) / len(means), self.momentum)
         self.running_var.lerp_(sum(variances[1:], variances[0]) / len(means), self.momentum)
         return torch.cat(normed)

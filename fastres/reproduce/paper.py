@@ -45,11 +45,9 @@ FIGURE_7 = (("plain", 20), ("plain", 56), ("resnet", 20), ("resnet", 56), ("resn
 
 
 def departures(config: RunConfig) -> list[str]:
-    """In what a run's recipe is not the paper's, as "steps 64,000 -> 3,910"."""
-    recipe, paper = (
-        config.recipe,
-        make_config("paper", model={"arch": config.model.arch, "depth": config.model.depth}).recipe,
-    )
+    """In what a run is not as the paper has it, as "steps 64,000 -> 3,910"; where it is silent any choice will do."""
+    model, recipe = config.model, config.recipe
+    paper = make_config("paper", model={"arch": model.arch, "depth": model.depth}).recipe
     unused = set()
     if recipe.schedule != "step":
         unused |= {"milestones", "lr_decay"}
@@ -59,6 +57,8 @@ def departures(config: RunConfig) -> list[str]:
         unused |= {"warmup_lr"}
     names = [f.name for f in fields(recipe) if f.name not in unused]
     pairs = {name: (getattr(paper, name), getattr(recipe, name)) for name in names}
+    if model.arch == "resnet":
+        pairs["shortcut"] = ("A", model.shortcut)
     return [f"{name} {_written(was)} -> {_written(now)}" for name, (was, now) in pairs.items() if was != now]
 
 

@@ -111,7 +111,7 @@ def render(common: str, subjects: Sequence[Subject]) -> str:
         top += sections.summary(subjects[0]) + _table6(subjects)
     else:
         title = f"{len(subjects)} runs" + (f": {common}" if common else "")
-        everything = [warning for s in subjects for warning in sections.warnings(s) if not s.run.standing]
+        everything = [warning for subject in subjects for warning in sections.caveats(subject)]
         top = _header(title, "") + banners(everything) + _overview(subjects, points) + _table6(subjects)
     bottom = f"<footer>fastres {text(__version__)}</footer>"
     several = len(subjects) > 1

@@ -82,6 +82,16 @@ def as_duration(value: object) -> str:
 
 def warnings(subject: Subject) -> list[str]:
     """What nobody may overlook: what the numbers are not."""
+    found = caveats(subject)
+    if subject.run.finished and not subject.result:
+        found.append("result.json is damaged: it lacks numbers that every result has.")
+    if subject.run.standing:
+        found.append(f"No result yet: {subject.run.standing}. Numbers are of the last evaluation so far.")
+    return found
+
+
+def caveats(subject: Subject) -> list[str]:
+    """Of these, what is so of the images that were used."""
     config, data = subject.run.config, subject.data
     found = []
     if config.data.dataset == "synthetic":
@@ -92,10 +102,6 @@ def warnings(subject: Subject) -> list[str]:
         found.append(f"Not the official CIFAR-10 files: {data.get('digest', 'no digest recorded')}.")
     if config.data.val_split:
         found.append("Errors are on the 5,000 validation images; the test set was not used.")
-    if subject.run.finished and not subject.result:
-        found.append("result.json is damaged: it lacks numbers that every result has.")
-    if subject.run.standing:
-        found.append(f"No result yet: {subject.run.standing}. Numbers are of the last evaluation so far.")
     return found
 
 

@@ -1,0 +1,294 @@
+"""What training needs of a machine, looked at one thing at a time; `doctor.py` puts it together.
+
+Nothing is downloaded, trained or written. torch is imported only inside, since it may be what is broken.
+"""
+
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from fastres import driver
+from fastres.errors import FastresError
+
+MIN_TORCH = (2, 11)
+DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+DALI_PYTHON = (3, 15)  # the first Python that DALI has no build for
+BF16_CAPABILITY, TRITON_CAPABILITY = (8, 0), (7, 0)  # of a GPU: Ampere, Volta
+RUN_BYTES, ROOM_BYTES = 200_000_000, 2_000_000_000  # on the disk: without it no run; with less a note
+
+Mark = Literal["ok", "note", "error"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        mark: "ok"; "note": works, but not as well as it could; "error": broken.
+        what: What was looked at.
+        value: What was found.
+        remedy: What to type or do about it; "" where nothing is to be done.
+        stops: Whether no training is possible with it.
+    """
+
+    mark: Mark
+    what: str
+    value: str
+    remedy: str = ""
+    stops: bool = False
+
+
+def words(error: Exception) -> str:
+    """An exception in one line."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def system() -> Iterable[Finding]:
+    """Operating system and Python."""
+    yield Finding("ok", "system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
+
+
+def torch_build() -> Iterable[Finding]:
+    """torch: whether it can be imported, is new enough, and for which CUDA it was built."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: one of its libraries cannot be loaded
+        yield Finding(
+            "error",
+            "torch",
+            f"cannot be imported: {words(error)}",
+            f"{_pip()} install --force-reinstall torch",
+            stops=True,
+        )
+        return
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU alone"
+    found = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if found and (int(found[1]), int(found[2])) < MIN_TORCH:
+        needed = ".".join(map(str, MIN_TORCH))
+        value = f"{torch.__version__}, {build}; fastres needs {needed} or newer"
+        yield Finding("error", "torch", value, f"{_pip()} install -U 'torch>={needed}'", stops=True)
+        return
+    if not torch.version.cuda and driver.newest_cuda():
+        remedy = f"{_pip()} install --force-reinstall torch"
+        yield Finding("note", "torch", f"{torch.__version__}, {build}, but there is an NVIDIA driver", remedy)
+        return
+    yield Finding("ok", "torch", f"{torch.__version__}, {build}")
+
+
+def gpus() -> Iterable[Finding]:
+    """Every GPU: memory, and what its generation lacks."""
+    import torch
+
+    if not torch.cuda.is_available():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if driver.newest_cuda() and hidden is not None and hidden.strip() in ("", "-1"):
+            yield Finding("note", "GPU", f"hidden by CUDA_VISIBLE_DEVICES={hidden!r}", "unset CUDA_VISIBLE_DEVICES")
+        else:
+            yield Finding("note", "GPU", "none that torch can use; training will be on the CPU")
+        return
+    built_for = [
+        tuple(divmod(int(arch[3:].rstrip("af")), 10)) for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_"
+    ]
+    for k in range(torch.cuda.device_count()):
+        seen = torch.cuda.get_device_properties(k)
+        free, total = torch.cuda.mem_get_info(k)
+        capability = (seen.major, seen.minor)
+        what = f"GPU cuda:{k}"
+        value = (
+            f"{seen.name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, compute capability {seen.major}.{seen.minor}"
+        )
+        if built_for and capability < min(built_for):
+            oldest = ".".join(map(str, min(built_for)))
+            yield Finding(
+                "error",
+                what,
+                f"{value}; this torch has kernels from {oldest} on",
+                "fastres train --device cpu",
+                stops=True,
+            )
+        elif capability < TRITON_CAPABILITY:
+            yield Finding("note", what, f"{value}: too old for torch.compile", "fastres train --no-compile")
+        elif capability < BF16_CAPABILITY:
+            yield Finding("note", what, f"{value}: no bf16 (Ampere and later have it), so fp16")
+        else:
+            yield Finding("ok", what, f"{value}, bf16")
+
+
+def nvidia_driver() -> Iterable[Finding]:
+    """Whether the driver is new enough for torch's CUDA."""
+    import torch
+
+    supported, wanted = driver.newest_cuda(), torch.version.cuda
+    if not supported:
+        if driver.has_gpu():
+            yield Finding("note", "driver", "none, though there is an NVIDIA GPU", "install NVIDIA's driver")
+        else:
+            yield Finding("ok", "driver", "none needed: no NVIDIA GPU")
+        return
+    value = f"NVIDIA {driver.version() or 'of unknown version'}, up to CUDA {supported[0]}.{supported[1]}"
+    if wanted and supported[0] < int(wanted.partition(".")[0]):  # minor versions are compatible, major ones are not
+        index = "https://download.pytorch.org/whl/cu126"
+        remedy = f"update the driver, or in an environment of your own: pip install torch --index-url {index}"
+        yield Finding("note", "driver", f"{value}: too old for torch's CUDA {wanted}, so the GPU is not used", remedy)
+    else:
+        yield Finding("ok", "driver", value)
+
+
+def cpu() -> Iterable[Finding]:
+    """Model, cores, and what `--precision auto` looks at."""
+    from fastres.runtime import bf16_features, cpu_name, num_cores
+
+    features = ", ".join(sorted(bf16_features()))
+    cores = f"{num_cores()} core{'s' if num_cores() > 1 else ''} for as many threads"
+    yield Finding("ok", "CPU", f"{cpu_name()}, {cores}; {features or 'no bf16 units'}")
+
+
+def memory() -> Iterable[Finding]:
+    """Host memory."""
+    import torch
+
+    from fastres.runtime import usable_memory
+
+    usable = usable_memory(torch.device("cpu"))
+    if usable is None:
+        yield Finding("note", "memory", "not known")
+    else:
+        yield Finding("ok" if usable > 4e9 else "note", "memory", f"{usable / 1e9:.1f} GB for this process")
+
+
+def compiler() -> Iterable[Finding]:
+    """What torch.compile builds with: a C++ compiler and Python's headers."""
+    import torch
+
+    from fastres.runtime import cpp_compiler
+
+    gpu, found = torch.cuda.is_available(), cpp_compiler()
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if found is None:
+        why = "none; torch.compile needs one"
+        remedy = "apt-get install g++ (or --no-compile)" if sys.platform == "linux" else "install one, or --no-compile"
+        yield Finding("error" if gpu else "note", "compiler", why, remedy, stops=gpu)
+    elif not header.exists():
+        remedy = f"apt-get install python3.{sys.version_info.minor}-dev (or --no-compile)"
+        value = f"{found}, but Python.h is missing, which torch.compile needs"
+        yield Finding("error" if gpu else "note", "compiler", value, remedy)
+    else:
+        yield Finding("ok", "compiler", found)
+
+
+def triton() -> Iterable[Finding]:
+    """What torch.compile's kernels for a GPU are written in."""
+    import torch
+
+    found, gpu = _version("triton"), torch.cuda.is_available()
+    if found or not gpu:
+        value = f"{found}; nvcc is not needed" if found else "not installed; only a GPU needs it"
+        yield Finding("ok", "Triton", value)
+    else:
+        remedy = f"{_pip()} install triton (or --no-compile)"
+        yield Finding("error", "Triton", "not installed; torch.compile needs it on a GPU", remedy, stops=True)
+
+
+def dali() -> Iterable[Finding]:
+    """Which DALI there is; both builds together break each other."""
+    import torch
+
+    from fastres.data.dali import dali_available
+
+    gpu = torch.cuda.is_available()
+    found = {name: version for name in DALI if (version := _version(name))}
+    said = " and ".join(f"{name} {version}" for name, version in found.items())
+    if len(found) > 1:
+        remedy = f"{_pip()} uninstall {' '.join(found)}; then {_pip()} install {DALI[0]}"
+        yield Finding("error", "DALI", f"{said} share one folder: never both", remedy, stops=gpu)
+    elif found and not dali_available():
+        remedy = f"{_pip()} install --force-reinstall {next(iter(found))}"
+        yield Finding("error", "DALI", f"{said} is listed, but its files are gone", remedy)
+    elif found:
+        yield Finding("ok", "DALI", said)
+    elif sys.version_info >= DALI_PYTHON or sys.platform != "linux":
+        where = f"Python {platform.python_version()}" if sys.platform == "linux" else platform.system()
+        yield Finding("note" if gpu else "ok", "DALI", f"has no build for {where}; the resident loader does without")
+    else:
+        value = "not installed; the resident loader does without"
+        yield Finding("note" if gpu else "ok", "DALI", value, f"{_pip()} install {DALI[0]}" if gpu else "")
+
+
+def data(data_dir: Path | None) -> Iterable[Finding]:
+    """CIFAR-10, wherever `fastres train` would find it without a network."""
+    from fastres.data.cifar import REMOTE, default_cache_dir, load_cifar10
+
+    source = data_dir or (Path(os.environ["FASTRES_DATA"]) if os.environ.get("FASTRES_DATA") else None)
+    cached = default_cache_dir() / REMOTE.name
+    if source is None and not cached.exists():
+        value = f"not here; fastres train downloads it ({REMOTE.num_bytes / 1e6:.0f} MB) into {cached.parent}"
+        yield Finding("note", "CIFAR-10", value, "without a network: fastres train --dataset synthetic")
+        return
+    try:
+        images = load_cifar10(source or cached, say=lambda _: None)
+    except FastresError as error:
+        remedy = f"rm {cached}" if source is None else "give its folder: fastres doctor --data-dir FOLDER"
+        yield Finding("error", "CIFAR-10", str(error), remedy, stops=source is not None)
+        return
+    if images.official:
+        yield Finding("ok", "CIFAR-10", f"{images.source}, the official files")
+    else:
+        value = f"{images.source}, not the official files ({images.digest[:23]}...); results will say so"
+        yield Finding("note", "CIFAR-10", value)
+
+
+def disk() -> Iterable[Finding]:
+    """Room for run folders and for the data cache."""
+    from fastres.data.cifar import default_cache_dir
+
+    for what, folder in (("disk, runs", Path.cwd() / "runs"), ("disk, data cache", default_cache_dir())):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        value, runs = f"{free / 1e9:.1f} GB free in {folder}", what == "disk, runs"
+        elsewhere = "fastres train --out elsewhere" if runs else "set FASTRES_CACHE to another folder"
+        if not os.access(there, os.W_OK):
+            yield Finding("error" if runs else "note", what, f"{folder} cannot be written", elsewhere, stops=runs)
+        elif free < RUN_BYTES:
+            yield Finding("error" if runs else "note", what, value, elsewhere, stops=runs)
+        else:
+            yield Finding("ok" if free > ROOM_BYTES else "note", what, value)
+
+
+def compile_cache() -> Iterable[Finding]:
+    """Where compiled code is kept between runs."""
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _default_compile_cache())
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        yield Finding("error", "compile cache", f"{folder} cannot be written", "export TORCHINDUCTOR_CACHE_DIR=FOLDER")
+    else:
+        lasts = ", until that folder is emptied" if folder.is_relative_to(tempfile.gettempdir()) else ""
+        yield Finding("ok", "compile cache", f"{folder}{lasts}")
+
+
+def _default_compile_cache() -> str:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return default_cache_dir()
+
+
+def _pip() -> str:
+    """How packages are put into this environment: by the clone's own uv, as the README has it, or by pip."""
+    uv = Path(sys.prefix).parent / ".uv" / "bin" / "uv"
+    return ".uv/bin/uv pip" if uv.exists() else "python -m pip"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
