@@ -109,13 +109,9 @@ def gpus() -> Iterable[Finding]:
         )
         if built_for and capability < min(built_for):
             oldest = ".".join(map(str, min(built_for)))
-            yield Finding(
-                "error",
-                what,
-                f"{value}; this torch has kernels from {oldest} on",
-                "fastres train --device cpu",
-                stops=True,
-            )
+            value += f"; this torch has kernels from {oldest} on"
+            stops = k == 0  # the one that --device auto takes
+            yield Finding("error" if stops else "note", what, value, "fastres train --device cpu", stops=stops)
         elif capability < TRITON_CAPABILITY:
             yield Finding("note", what, f"{value}: too old for torch.compile", "fastres train --no-compile")
         elif capability < BF16_CAPABILITY:
@@ -209,7 +205,7 @@ def dali() -> Iterable[Finding]:
     found = {name: version for name in DALI if (version := _version(name))}
     said = " and ".join(f"{name} {version}" for name, version in found.items())
     if len(found) > 1:
-        remedy = f"{_pip()} uninstall {' '.join(found)}; then {_pip()} install {DALI[0]}"
+        remedy = f"{_pip()} uninstall {' '.join(found)} && {_pip()} install {DALI[0]}"
         yield Finding("error", "DALI", f"{said} share one folder: never both", remedy, stops=gpu)
     elif found and not dali_available():
         remedy = f"{_pip()} install --force-reinstall {next(iter(found))}"

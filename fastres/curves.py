@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastres.checkpoint import disk_error
 from fastres.errors import InputError
@@ -93,7 +93,7 @@ def figure_of(
     unit, scale = time_unit(farthest) if x == "time" else ("steps" if x == "step" else "epochs", 1.0)
     key, runs = _key_of_legend(curves, what), _runs_of_legend(curves, title)
     rows = sum(math.ceil(len(entries) / _columns(entries)) for entries in (key, runs) if entries)
-    room = LEGEND_ROW * rows + 0.2  # inches
+    room = LEGEND_ROW * rows + 0.05  # inches
     figure = Figure(figsize=(7.4, AXES_HEIGHT + room), layout="constrained")
     axes, below = figure.subplots(2, height_ratios=(AXES_HEIGHT - 0.7, room))
     for number, curve in enumerate(curves):
@@ -166,7 +166,7 @@ def _columns(entries: Sequence[Entry]) -> int:
     return 1
 
 
-def _legend(axes: "Axes", entries: Sequence[Entry], place: str) -> "Legend":
+def _legend(axes: "Axes", entries: Sequence[Entry], place: Literal["upper center", "lower center"]) -> "Legend":
     legend = axes.legend(
         [handle for handle, _ in entries],
         ["-"] * len(entries),  # a label that begins with "_" would be left out

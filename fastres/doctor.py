@@ -84,5 +84,5 @@ def _plan() -> str:
     if runtime.cuda_graph:
         parts.append("a step as one CUDA graph")
     if runtime.device.type == "cpu":
-        parts.append(f"{runtime.threads} threads")
+        parts.append(f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}")
     return ", ".join(parts)

@@ -17,7 +17,22 @@ from fastres.profiling import STEPS, idle_share, profile_cell
 from tests.runs import tiny
 
 Report = dict[str, Any]
-TINY = ["--device", "cpu", "--depth", "8", "--batch-size", "8", "--rounds", "2", "--seconds", "0.1", "--threads", "1"]
+TINY = [
+    "--device",
+    "cpu",
+    "--depth",
+    "8",
+    "--batch-size",
+    "8",
+    "--rounds",
+    "2",
+    "--seconds",
+    "0.1",
+    "--threads",
+    "1",
+    "--precision",
+    "fp32",
+]
 
 
 @pytest.fixture(scope="module")

@@ -93,9 +93,10 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("section", "key"), [(section, key) for section, keys in SWITCHES.items() for key in keys])
 def test_every_switch_of_the_first_half_is_in_the_digest_and_named_where_it_differs(section: str, key: str) -> None:
-    every = {"model": Model(), "recipe": Recipe()}[section]
-    assert dataclasses.asdict(every).keys() == SWITCHES[section].keys()
-    base, other = make_config(), make_config(**{section: {key: SWITCHES[section][key]}})
+    fields = dataclasses.fields({"model": Model, "recipe": Recipe}[section])
+    assert {field.name for field in fields} == SWITCHES[section].keys()
+    changes: dict[str, Any] = {section: {key: SWITCHES[section][key]}}
+    base, other = make_config(), make_config(**changes)
     assert other.digest != base.digest
     (line,) = differences(base.what(), other.what())
     assert line.startswith(f"{section}.{key}: ")

@@ -107,7 +107,7 @@ def test_real_allocators() -> None:
 
 def test_a_step_lets_go_before_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the failed step had got so far is free again when the estimate is made, though the error remembers it."""
-    alive = []
+    alive: list[int] = []
 
     class Big:
         def __del__(self) -> None:

@@ -15,7 +15,7 @@ from fastres.runtime import Runtime
 from fastres.step import Replica, TrainStep
 from tests.runs import assert_same_run, tiny
 from tests.test_loop import interrupt_at
-from tests.test_step import CPU, Noise, compiles, make_net
+from tests.test_step import CPU, Noise, compiles, make_net, one_thread  # noqa: F401 (a fixture for the whole file)
 
 STEPS = 50
 Scope = Literal["none", "blocks", "whole"]

@@ -50,7 +50,7 @@ class BatchNorm(nn.BatchNorm2d):
         assert self.running_var is not None
         # One by one by torch's own kernel is quicker than one formula for all groups: eager it makes fewer passes over
         # memory, compiled it becomes fewer kernels, since Inductor joins those that the groups have in common.
-        groups = x.unflatten(0, (-1, self.group)).unbind()
+        groups = x.view(-1, self.group, *x.shape[1:]).unbind()
         normed, means, variances = zip(*map(self._normed, groups), strict=True)
         self.running_mean.lerp_(sum(means[1:], means[0]) / len(means), self.momentum)
         self.running_var.lerp_(sum(variances[1:], variances[0]) / len(means), self.momentum)

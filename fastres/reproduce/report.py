@@ -105,6 +105,8 @@ def _answers(run: Run, execution: dict[str, Any], say: Callable[[str], None]) ->
 def render(common: str, subjects: Sequence[Subject]) -> str:
     """The document. `common` is what the runs have in common, in words."""
     points = POINTS if len(subjects) < MANY_RUNS else FEWER_POINTS
+    of_run = {id(subject.run): subject for subject in subjects}
+    subjects = [of_run[id(run)] for group in grouped(subject.run for subject in subjects) for run in group]
     if len(subjects) == 1:
         title = sections.headline(subjects[0].run.config)
         top = _header(title, str(subjects[0].run.folder.path)) + banners(sections.warnings(subjects[0]))

@@ -1,0 +1,334 @@
+"""`fastres doctor`: every ill is named with its cure, and no check takes the others down."""
+
+import ctypes
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastres import checks, doctor, driver, runtime
+from fastres.checks import Finding
+from fastres.cli import run
+from fastres.cli.doctor import plain, table
+from fastres.data import cifar
+from fastres.errors import InputError, MachineError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The plan sets torch's threads, as training does."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(runtime, "num_cores", lambda: 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(driver, "newest_cuda", lambda: None)
+    monkeypatch.setattr(driver, "has_gpu", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A machine with made-up GPUs, by their compute capabilities."""
+
+    def install(*capabilities: tuple[int, int], cuda: tuple[int, int] = (13, 0)) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        seen = [SimpleNamespace(name="NVIDIA X", major=major, minor=minor) for major, minor in capabilities]
+        monkeypatch.setattr(torch.cuda, "get_device_properties", seen.__getitem__)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100e9, 150e9))
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "sm_80", "sm_90a", "sm_120", "compute_120"])
+        monkeypatch.setattr(torch.version, "cuda", "13.2")
+        monkeypatch.setattr(driver, "newest_cuda", lambda: cuda)
+        monkeypatch.setattr(driver, "version", lambda: "580.65.06")
+
+    return install
+
+
+def one(findings: Any) -> Finding:
+    (finding,) = findings
+    return finding
+
+
+# --- the whole
+
+
+def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    found = doctor.examine()
+    assert found.possible
+    assert found.verdict.startswith("fastres train will use: cpu, ")
+    assert found.verdict.endswith("resident loader, eager, 1 thread")
+    whats = [finding.what for finding in found.findings]
+    assert whats == [
+        "system", "torch", "GPU", "driver", "CPU", "memory", "compiler", "Triton", "DALI", "CIFAR-10", "disk, runs",
+        "disk, data cache", "compile cache",
+    ]  # fmt: skip
+    assert not [finding for finding in found.findings if finding.value.startswith("cannot be checked")]
+    assert run(["doctor", "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["possible"] is True
+    assert [finding["what"] for finding in tree["findings"]] == whats
+
+
+def test_the_plan_is_what_training_resolves_to(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = runtime.Runtime(torch.device("cuda", 0), "bf16", compile_scope="whole", cuda_graph=True)
+    monkeypatch.setattr(runtime, "prepare", lambda *_, **__: resolved)
+    monkeypatch.setattr("fastres.data.dali.dali_available", lambda: True)
+    assert doctor._plan() == "cuda:0, bf16, dali loader, compiled (whole), a step as one CUDA graph"
+
+
+def test_no_check_takes_the_others_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        yield Finding("ok", "half", "seen")
+        raise ValueError("two\nlines")
+
+    for name in ("system", "disk", "cpu"):
+        monkeypatch.setattr(checks, name, broken)
+    found = doctor.examine()
+    lost = [f for f in found.findings if f.value == "cannot be checked: ValueError: two"]
+    assert [f.what for f in lost] == ["system", "CPU", "disk"]
+    assert found.possible
+
+
+@pytest.mark.parametrize("error", [MachineError("--compile on cuda needs a C++ compiler"), RuntimeError("CUDA error")])
+def test_where_training_cannot_be_prepared_it_says_so(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def prepare(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(runtime, "prepare", prepare)
+    found = doctor.examine()
+    assert not found.possible
+    assert str(error) in found.verdict
+
+
+def test_exit_code_and_words_where_training_is_not_possible(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = Finding("error", "disk, runs", "no room", "make some", stops=True)
+    monkeypatch.setattr(checks, "disk", lambda: [bad])
+    assert run(["doctor"]) == 3
+    out = capsys.readouterr().out
+    assert "see disk, runs above" in out.splitlines()[-1]
+    assert "error  disk, runs" in out
+    assert "-> make some" in out
+
+
+def test_it_fits_80_columns_and_nothing_is_cut(gpu: Any) -> None:
+    from rich.console import Console
+
+    gpu((6, 1), (9, 0))
+    found = doctor.examine()
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(found))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\u2026" not in text
+    words = "".join(text.split())
+    for finding in found.findings:
+        assert "".join(finding.value.split()) in words
+        assert "".join(finding.remedy.split()) in words
+    assert all(finding.value in plain(found) for finding in found.findings)
+
+
+def test_torch_need_not_be_importable() -> None:
+    """In a process of its own where importing torch fails."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from fastres.cli import run; code = run(['doctor']); print('code', code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "code 3"
+    assert "error  torch" in done.stdout
+    assert "install --force-reinstall torch" in done.stdout
+
+
+# --- check by check
+
+
+def test_torch_that_is_too_old_or_not_built_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    found = one(checks.torch_build())
+    assert (found.mark, found.stops) == ("error", True)
+    assert "'torch>=2.11'" in found.remedy
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert one(checks.torch_build()).mark == "ok"
+    monkeypatch.setattr(driver, "newest_cuda", lambda: (13, 0))
+    assert one(checks.torch_build()).mark == "note"
+
+
+@pytest.mark.parametrize(
+    ("capability", "mark", "says"),
+    [
+        ((9, 0), "ok", "bf16"),
+        ((12, 0), "ok", "bf16"),
+        ((7, 5), "note", "no bf16"),
+        ((6, 1), "error", "kernels from 7.0 on"),
+    ],
+)
+def test_generations_of_gpus(gpu: Any, capability: tuple[int, int], mark: str, says: str) -> None:
+    gpu(capability)
+    found = one(checks.gpus())
+    assert (found.mark, found.stops) == (mark, mark == "error")
+    assert says in found.value
+    assert "100.0 of 150.0 GB free" in found.value
+
+
+def test_a_second_gpu_that_is_too_old_stops_nothing(gpu: Any) -> None:
+    gpu((9, 0), (6, 1))
+    assert [(f.mark, f.stops) for f in checks.gpus()] == [("ok", False), ("note", False)]
+
+
+def test_a_gpu_too_old_for_triton(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu((6, 1))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_60"])
+    assert one(checks.gpus()).remedy == "fastres train --no-compile"
+
+
+def test_a_hidden_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "training will be on the CPU" in one(checks.gpus()).value
+    monkeypatch.setattr(driver, "newest_cuda", lambda: (13, 0))
+    assert one(checks.gpus()).remedy == "unset CUDA_VISIBLE_DEVICES"
+
+
+@pytest.mark.parametrize(
+    ("driver_cuda", "torch_cuda", "mark"),
+    [((12, 8), "13.2", "note"), ((13, 0), "13.2", "ok"), ((13, 2), "12.6", "ok"), ((12, 8), None, "ok")],
+)
+def test_drivers(gpu: Any, monkeypatch: pytest.MonkeyPatch, driver_cuda: Any, torch_cuda: Any, mark: str) -> None:
+    gpu((9, 0), cuda=driver_cuda)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    found = one(checks.nvidia_driver())
+    assert found.mark == mark
+    assert ("too old" in found.value) == ("pip install torch --index-url" in found.remedy) == (mark == "note")
+    assert "580.65.06" in found.value
+
+
+def test_a_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert one(checks.nvidia_driver()).mark == "ok"
+    monkeypatch.setattr(driver, "has_gpu", lambda: True)
+    assert one(checks.nvidia_driver()).remedy == "install NVIDIA's driver"
+
+
+def test_what_the_driver_library_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+
+    class Library:
+        def __init__(self, _: str) -> None:
+            pass
+
+        def cuDriverGetVersion(self, number: Any) -> int:  # noqa: N802 (its name)
+            number._obj.value = 12_080
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    assert driver.newest_cuda() == (12, 8)
+
+
+def test_compilers(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runtime, "cpp_compiler", lambda: None)
+    assert (one(checks.compiler()).mark, one(checks.compiler()).stops) == ("note", False)
+    gpu((9, 0))
+    assert (one(checks.compiler()).mark, one(checks.compiler()).stops) == ("error", True)
+    monkeypatch.setattr(runtime, "cpp_compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    assert "Python.h is missing" in one(checks.compiler()).value
+    (tmp_path / "Python.h").touch()
+    assert one(checks.compiler()) == Finding("ok", "compiler", "/usr/bin/g++")
+
+
+def test_triton_is_needed_on_a_gpu_alone(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_version", lambda _: None)
+    assert one(checks.triton()).mark == "ok"
+    gpu((9, 0))
+    assert (one(checks.triton()).mark, one(checks.triton()).stops) == ("error", True)
+
+
+def test_dali(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: dict[str, str] = {}
+    monkeypatch.setattr(checks, "_version", installed.get)
+    monkeypatch.setattr("fastres.data.dali.dali_available", lambda: bool(installed))
+    assert one(checks.dali()).mark == "ok"
+    gpu((9, 0))
+    assert (one(checks.dali()).mark, one(checks.dali()).stops) == ("note", False)
+    installed["nvidia-dali-cuda130"] = "2.4.0"
+    assert one(checks.dali()) == Finding("ok", "DALI", "nvidia-dali-cuda130 2.4.0")
+    installed["nvidia-dali-cuda120"] = "2.4.0"
+    both = one(checks.dali())
+    assert (both.mark, both.stops) == ("error", True)
+    assert "uninstall nvidia-dali-cuda120 nvidia-dali-cuda130 && " in both.remedy
+    del installed["nvidia-dali-cuda120"]
+    monkeypatch.setattr("fastres.data.dali.dali_available", lambda: False)
+    assert "its files are gone" in one(checks.dali()).value
+
+
+def test_a_python_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_version", lambda _: None)
+    monkeypatch.setattr(sys, "version_info", (3, 15, 0))
+    assert "has no build for Python" in one(checks.dali()).value
+
+
+def test_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Never fetched; what is pointed to and is none stops, what is not official is said."""
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
+    absent = one(checks.data(None))
+    assert (absent.mark, absent.stops) == ("note", False)
+    assert "--dataset synthetic" in absent.remedy
+    wrong = one(checks.data(tmp_path / "nowhere"))
+    assert (wrong.mark, wrong.stops) == ("error", True)
+    assert "does not exist" in wrong.value
+    monkeypatch.setenv("FASTRES_DATA", str(tmp_path / "variable"))
+    assert "variable" in one(checks.data(None)).value
+    for official in (True, False):
+        images = SimpleNamespace(official=official, source="here", digest="sha256:0123456789abcdef0123")
+        monkeypatch.setattr(cifar, "load_cifar10", lambda *_, images=images, **__: images)
+        found = one(checks.data(tmp_path))
+        assert (found.mark, "not the official files" in found.value) == (("ok", False) if official else ("note", True))
+    monkeypatch.delenv("FASTRES_DATA")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / cifar.REMOTE.name).write_bytes(b"broken")
+
+    def damaged(*_: object, **__: object) -> None:
+        raise InputError("not a whole tar.gz")
+
+    monkeypatch.setattr(cifar, "load_cifar10", damaged)
+    broken = one(checks.data(None))
+    assert (broken.mark, broken.stops) == ("error", False)  # the next run fetches it anew
+    assert broken.remedy == f"rm {tmp_path}/cache/{cifar.REMOTE.name}"
+
+
+def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for free, mark, stops in ((5e9, "ok", False), (1e9, "note", False), (1e8, "error", True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        runs, cache = checks.disk()
+        assert (runs.mark, runs.stops) == (mark, stops)
+        assert not cache.stops
+    monkeypatch.setattr("os.access", lambda *_: False)
+    runs, cache = checks.disk()
+    assert (runs.value, runs.stops, cache.stops) == (f"{tmp_path}/runs cannot be written", True, False)
+
+
+def test_compile_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/var/inductor")
+    assert one(checks.compile_cache()).value in ("/var/inductor", "/var/inductor cannot be written")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert "torchinductor_" in one(checks.compile_cache()).value
+    assert "until that folder is emptied" in one(checks.compile_cache()).value
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert one(checks.compile_cache()).remedy.startswith("export TORCHINDUCTOR_CACHE_DIR=")
