@@ -104,6 +104,18 @@ def test_graph_equals_no_graph_in_every_bit(loader: str, precision: str) -> None
         assert all(torch.equal(a, b) for a, b in zip(states[0], other, strict=True))
 
 
+def test_graph_equals_no_graph_with_the_papers_other_readings() -> None:
+    states: list[list[Tensor]] = []
+    for graph in (False, True):
+        changes = {"model": {"norm_batch": 64}, "recipe": {"lr_in_velocity": True, "milestones": [40, 80]}}
+        step, _ = built(config(**changes, execution={"cuda_graph": graph, **DETERMINISTIC}))
+        for k in range(100):
+            step(k)
+        states.append([t.cpu() for t in step.replicas[0].state()])
+        close(step)
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
 def test_warm_up_and_capture_leave_no_trace() -> None:
     step, _ = built(config(execution=DETERMINISTIC))
     fresh, _ = built(config(execution={**DETERMINISTIC, "compile": False, "cuda_graph": False}))
