@@ -269,7 +269,7 @@ def train(setting: Setting, depth: int) -> Result:
     config = setting.config(depth, data=data, output=output)
     deadline = perf_counter() + setting.seconds - SAVE_SECONDS
     if (folder / CONFIG).exists():
-        result = fastres.train(config, resume=folder, verbosity="lines")
+        result = fastres.train(config, resume=folder, verbosity="lines", deadline=deadline)
     else:
         result = fastres.train(config, overwrite=True, verbosity="lines", deadline=deadline)
     return {**result.to_dict(), "run": str(folder.relative_to(setting.out)), "digest": config.digest}
