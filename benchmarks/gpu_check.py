@@ -32,7 +32,7 @@ from benchmarks.gpu_tasks import TaskFailed, all_tasks, machine
 NO_GPU, CUT = 3, 75  # exit codes: of the whole; of a task's process that saved before its end
 RESERVE_SECONDS = 10.0  # at the end, for the tar
 GRACE_SECONDS = 25.0  # from SIGTERM to SIGKILL: to finish a step and save
-PATIENCE = 3.0  # times what is allowed for a task; then it hangs
+PATIENCE = 2.0  # times what is allowed for a task; then it hangs. A call's first task has as much time
 
 Ending = Literal["done", "failed", "cut"]
 Attempt = Callable[[Task, float], Ending]

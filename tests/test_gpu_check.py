@@ -302,7 +302,8 @@ def test_sections_in_the_order_of_use_and_a_task_for_every_gpu_test() -> None:
     assert [task.name for task in tasks if task.section == "parity"] == [f"parity/{test}" for test in gpu_tests()]
     assert "test_steps_wait_for_nothing" in gpu_tests()
     longest = max(task.seconds for task in tasks)
-    assert longest + gpu_check.RESERVE_SECONDS < 8 * 60  # each fits into one call, the start of it included
+    # the first task of a call can be told from one that hangs, the start of the call included
+    assert gpu_check.PATIENCE * longest + gpu_check.RESERVE_SECONDS + 30 < 9 * 60
 
 
 def test_list_is_there_at_once(tmp_path: Path) -> None:

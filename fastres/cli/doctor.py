@@ -32,7 +32,7 @@ def doctor(
         Console(highlight=False).print(table(found))
     else:
         print(plain(found))
-    return 0
+    return 0 if found.possible else NOT_POSSIBLE
 
 
 def table(found: "Examination") -> "RenderableType":
