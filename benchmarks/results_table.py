@@ -34,7 +34,7 @@ def _machine(result: Result, date: str) -> str:
     driver = f", driver {env['driver']}" if env.get("driver") else ""
     commit = f", commit {env['commit'][:9]}" if env.get("commit") else ""
     where = env["gpu"] or f"{env['cpu']}, {env['threads']} cores"
-    chosen = dict.fromkeys(cell["config"]["execution"]["precision"] for cell in result.get("cells", ()))
+    chosen = dict.fromkeys(cell["config"]["execution"]["precision"] for cell in result.get("cells", ()))  # as asked
     precision = " and ".join(chosen) if len(chosen) > 1 else env["precision"]
     return f"{date}, {where}{driver}, torch {env['torch']}, {precision}{commit}"
 

@@ -121,7 +121,7 @@ def train_together(
             stack.enter_context(run.locked())
         interrupt = stack.enter_context(interrupts())
         interrupt.deadline = deadline
-        stack.enter_context(explained_memory_errors(config))
+        stack.enter_context(explained_memory_errors(config, num_replicas=len(folders)))
         console.attach(*runs)
         stack.callback(console.attach)  # what is said afterwards is about something else
         saved = load_states(runs, images, console.say) if any(begun) else [None] * len(runs)

@@ -101,14 +101,19 @@ def test_tables_follow_the_files(tmp_path: Path) -> None:
     race = {"environment": env, "rounds": 8, "images_per_second": {"plain": 400.0, "fastres": 1000.0}}
     race |= {"ratios": {"plain": ratio}}
     (tmp_path / "2026-01-01_x_race.json").write_text(json.dumps(race))
-    cell = {"label": "ResNet20 dali", "images_per_second": 1234.5, "over_floor": 1.5}
+    cell: dict[str, Any] = {"label": "ResNet20 dali", "images_per_second": 1234.5, "over_floor": 1.5}
+    cell["config"] = {"execution": {"precision": "auto"}}
     cell |= {"step_seconds": {"median": 0.1, "p5": 0.09, "p95": 0.12, "n": 10}}
     newer = copy.deepcopy(env) | {"gpu": "NVIDIA H200", "driver": "570"}
     (tmp_path / "2026-01-02_y_bench.json").write_text(json.dumps({"environment": newer, "cells": [cell]}))
+    other = cell | {"config": {"execution": {"precision": "bf16"}}}
+    (tmp_path / "2026-01-03_y_bench.json").write_text(json.dumps({"environment": env, "cells": [cell, other]}))
     text = results_table.render(tmp_path.glob("*.json"))
     assert "| plain | 400 | 2.50x (2.40 to 2.75) |\n| fastres | 1,000 |  |" in text
     assert "| ResNet20 dali | 1,234 | 100 | 90 to 120 | 1.50 |" in text
-    assert text.index("NVIDIA H200, driver 570") < text.index("Some CPU, 2 cores")  # newest first
+    assert text.index("NVIDIA H200, driver 570") < text.index("2026-01-01, Some CPU, 2 cores")  # newest first
+    assert "2026-01-02, NVIDIA H200, driver 570, torch 2, fp32, commit" in text
+    assert "2026-01-03, Some CPU, 2 cores, torch 2, auto and bf16, commit" in text
 
 
 # --- peers
