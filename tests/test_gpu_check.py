@@ -388,6 +388,7 @@ REPORTED = {
 }
 
 
+@pytest.mark.timeout(600)  # real measurements, a machine's ceilings among them: long where the cores are shared
 @pytest.mark.parametrize("name", REPORTED)
 def test_tasks_that_report(name: str, tiny: Setting) -> None:
     found = json.loads(json.dumps(task_named(name, tiny).run(tiny)))

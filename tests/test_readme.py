@@ -66,7 +66,7 @@ def test_every_exception_is_still_in_the_readme() -> None:
     assert [line for line in EXCEPTIONS if line not in commands()] == []
 
 
-@pytest.mark.timeout(400)  # the smoke preset trains for about a minute on two idle cores
+@pytest.mark.timeout(1200)  # the smoke preset trains for about a minute on two idle cores
 def test_commands_run(tmp_path: Path) -> None:
     """All of them, in order, in one folder; of the quick start the part after the set-up, which CI runs for real."""
     test_line = commands()[1]

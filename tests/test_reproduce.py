@@ -62,7 +62,7 @@ def test_more_seeds_reuse_what_is_there(whole: Path, capsys: pytest.CaptureFixtu
     assert [(row["network"], row["n"]) for row in rows] == [("ResNet-8", 2), ("plain-8", 1)]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_killed_at_random_moments_it_ends_with_the_same_table(whole: Path, tmp_path: Path) -> None:
     chance = random.Random(3)
     folder = tmp_path / "killed"
