@@ -14,7 +14,7 @@ from tests.notebook import execute, read, source
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
-SMALL = {"PRESET": "smoke", "STEPS": "2", "LR": "0.02", "DEPTHS": "8,14", "THREADS": "1"}
+SMALL = {"PRESET": "smoke", "STEPS": "3", "LR": "0.02", "DEPTHS": "8,14", "THREADS": "1"}
 OUTPUTS = {
     "stream": {"output_type", "name", "text"},
     "execute_result": {"output_type", "execution_count", "metadata", "data"},
@@ -105,16 +105,18 @@ def test_it_runs(path: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     printed = "".join("".join(o.get("text", "")) for cell in read(copy)["cells"] for o in cell.get("outputs", []))
-    assert "preset smoke, 2 steps, lr 0.02, depths [8, 14]" in printed
+    assert "preset smoke, 3 steps, lr 0.02, depths [8, 14]" in printed
     assert complaints(read(copy)) == []
 
 
 def test_the_runner_shows_what_jupyter_would() -> None:
     cells = [
+        {"cell_type": "markdown", "source": "not ( code"},
         {"cell_type": "code", "source": ["x = 1\n", "print(x)\n", "x + 1"]},
         {"cell_type": "code", "source": "y = x"},
     ]
-    first, second = execute({"cells": cells})["cells"]
+    text, first, second = execute({"cells": cells})["cells"]
+    assert text == cells[0]
     assert first["outputs"] == [
         {"output_type": "stream", "name": "stdout", "text": ["1\n"]},
         {"output_type": "execute_result", "execution_count": 1, "metadata": {}, "data": {"text/plain": ["2"]}},
