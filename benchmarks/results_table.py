@@ -19,13 +19,20 @@ Result = dict[str, Any]
 
 
 def render(paths: Iterable[Path]) -> str:
-    """Every result as Markdown, newest first: throughput reports, and races against other scripts."""
+    """Every result as Markdown, newest first: throughput reports, and races against other scripts.
+
+    Raises:
+        SystemExit: A file is neither.
+    """
     parts = []
     for path in sorted(paths, reverse=True):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        drawn = _report(result) if "cells" in result else _race(result)
         link = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
-        parts.append(f"{_machine(result, path.name[:10])} ([{path.name}]({link}))\n\n{drawn}")
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            drawn = _report(result) if "cells" in result else _race(result)
+            parts.append(f"{_machine(result, path.name[:10])} ([{path.name}]({link}))\n\n{drawn}")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise SystemExit(f"results-table: {link} is no result that can be drawn: {error!r}") from error
     return "\n" + "\n".join(parts) + "\n" if parts else "\nNothing is measured yet.\n\n"
 
 

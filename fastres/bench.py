@@ -59,7 +59,8 @@ class Timing:
     compile_seconds: float  # compilation and capture; cells whose networks are equal share it, the first one pays
     peak_memory: int | None  # bytes of GPU memory that this cell added; None on a CPU
     floor: float  # seconds: the roofline's
-    parts: dict[str, float]  # seconds by part, of the profiled pass; the median over rounds
+    parts: dict[str, float]  # seconds by part, and "gaps", of the profiled pass; medians over the rounds
+    profiled_over_step: float  # the profiled pass's step over the unmodified one of the same round; the median
     joules: float | None  # an image; None where NVML does not count
 
     @property
@@ -71,15 +72,6 @@ class Timing:
     def images_per_second(self) -> float:
         """At the median chunk."""
         return self.images / self.step_seconds
-
-    @property
-    def gaps(self) -> float:
-        """Seconds of the unmodified step that no part of the profiled pass accounts for.
-
-        The host's share and idle time. The passes are apart, so noise can make it negative; far from zero on a CPU, the
-        two do not measure the same thing.
-        """
-        return self.step_seconds - sum(self.parts.values())
 
     def spread(self) -> tuple[float, float]:
         """The 5th and 95th percentile of the chunks, in seconds a step."""
@@ -158,6 +150,7 @@ class Bench:
     def run(self, num_steps: int) -> float:
         """Take steps, unmodified; the mean seconds of one. Nothing is waited for between the first and the last."""
         device = self.runtime.device
+        self._take_over()
         synchronize(device)
         stop, clock = self.done + num_steps, Marks(device)
         clock.mark("start")
@@ -167,25 +160,41 @@ class Bench:
         return clock.seconds()["stop"] / num_steps
 
     def parts(self, num_steps: int) -> dict[str, float]:
-        """Seconds of each part of a step, with marks between them: a pass of its own, which slows the step a little.
+        """Seconds of each part of a step and of the gaps between them, in a pass of its own, with marks.
 
         With a captured step the marks are nodes of a second graph: the parts are the graph's, not eager launches'. Of
         several replicas they are the first one's, with the others beside it.
         """
-        replica, graphs = self.replica, dict(self.step.graphs)
-        marks = Marks(self.runtime.device)
+        self._take_over()
+        replica, graphs, device = self.replica, dict(self.step.graphs), self.runtime.device
+        marks, series = Marks(device), Marks(device)
         seconds = dict.fromkeys(PARTS, 0.0)
+
+        def take(*, read: bool) -> None:
+            for _ in range(num_steps):
+                self.done += self.step(self.done)
+                if read:
+                    for part, value in marks.seconds().items():
+                        seconds[part] += value / num_steps
+
         with marked(replica, marks):
             if graphs:
                 self.step.graphs.clear()
                 self.step.warm_up(self._capture)
                 self.step.seek(self.done)
-            for _ in range(num_steps):
-                self.done += self.step(self.done)
-                for part, value in marks.seconds().items():
-                    seconds[part] += value / num_steps
+            apart = device.type == "cuda"  # there reading the marks waits for the device
+            series.mark("start")
+            take(read=not apart)
+            series.mark("stop")
+            whole = series.seconds()["stop"] / num_steps
+            if apart:
+                take(read=True)
         self.step.graphs.update(graphs)
-        return seconds
+        return {**seconds, "gaps": whole - sum(seconds.values())}
+
+    def _take_over(self) -> None:
+        """Set threads and torch's switches as this cell has them; another cell may have had the last turn."""
+        prepare(self.cell.config.execution, depth=self.cell.config.model.depth)
 
     def close(self) -> None:
         """Release threads and buffers."""
@@ -240,7 +249,8 @@ def measure(
                 bench.compile_seconds,
                 bench.peak_memory,
                 ceilings[bench.runtime.precision].floor(bench.work),
-                {part: median(turn[part] for turn in parts[k]) for part in PARTS},
+                {part: median(turn[part] for turn in parts[k]) for part in (*PARTS, "gaps")},
+                median(sum(turn.values()) / step for turn, step in zip(parts[k], seconds[k], strict=True)),
                 energy[k] / (rounds * lengths[k] * bench.images) if energy[k] else None,
             )
             for k, bench in enumerate(benches)
@@ -282,7 +292,8 @@ def _as_json(timing: Timing, cell: Cell) -> dict[str, Any]:
         "peak_memory": timing.peak_memory,
         "floor_seconds": timing.floor,
         "over_floor": timing.step_seconds / timing.floor,
-        "profiled_pass": {**timing.parts, "gaps": timing.gaps},
+        "profiled_pass": timing.parts,
+        "profiled_over_step": timing.profiled_over_step,
         "joules_per_image": timing.joules,
         "joules_per_paper_run": None if timing.joules is None else timing.joules * 64_000 * 128,
     }

@@ -1,25 +1,30 @@
 """What a benchmark says: table, chart, comparison. Works on the report that `bench.measure` makes and on its JSON."""
 
+import contextlib
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from fastres.bench import SCHEMA
 from fastres.checkpoint import disk_error
+from fastres.config import differences
 from fastres.errors import InputError
 from fastres.parts import PARTS
 
 Report = dict[str, Any]
 MACHINE = ("gpu", "driver", "cpu", "cores", "threads", "platform")  # keys of the environment that must be equal
+CELL = {"label", "config", "step_seconds", "chunks"}  # keys of a cell that a comparison reads
 RESAMPLINGS = 2_000
+LEAST_ROUNDS = 8  # of a comparison: all of fewer can lie on one side by chance more often than 1 time in 100
 
 
 # --- one report
@@ -35,7 +40,8 @@ def tables(report: Report) -> Group:
     ]
     for head, _, _ in optional:
         fast.add_column(head, justify="right", no_wrap=True)
-    shares = _table((*PARTS, "gaps"))
+    names = (*PARTS, "gaps")
+    shares = _table((*names, "x step"))
     for cell in report["cells"]:
         step = cell["step_seconds"]
         fast.add_row(
@@ -47,9 +53,10 @@ def tables(report: Report) -> Group:
             f"{cell['compile_seconds']:.1f}",
             *("-" if cell[key] is None else f"{cell[key] / scale:.3g}" for _, key, scale in optional),
         )
-        parts = (100 * cell["profiled_pass"][part] / step["median"] for part in (*PARTS, "gaps"))
-        shares.add_row(cell["label"], *(f"{part:.1f}" for part in parts))
-    where = Text("Where the step goes, % (a separate, profiled pass; gaps: what it does not account for)", style="bold")
+        whole = sum(cell["profiled_pass"].values())
+        parts = (f"{100 * cell['profiled_pass'][name] / whole:.1f}" for name in names)
+        shares.add_row(cell["label"], *parts, f"{cell['profiled_over_step']:.2f}")
+    where = Text("Where the step goes, % of a separate, profiled pass (x step: over the unmodified)", style="bold")
     return Group("", Text(_machine(report), style="bold"), fast, "", where, shares, "")
 
 
@@ -77,9 +84,25 @@ def footnote(report: Report) -> str:
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Write a report. Raises MachineError where it cannot be written."""
+    """Write a report, whole or not at all. Raises MachineError where it cannot be written."""
+    text, temporary = json.dumps(report, indent=1) + "\n", path.with_name(f".{path.name}.tmp")
     try:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise disk_error(error, path.parent, len(text)) from error
+
+
+def check_place(path: Path) -> None:
+    """Raise where no file can be written at `path`: better before the measurement than after it."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file in it")
+    probe = path.with_name(f".{path.name}.tmp")
+    try:
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise disk_error(error, path.parent, 0) from error
 
@@ -88,17 +111,27 @@ def read_json(path: Path) -> Report:
     """A report from a file.
 
     Raises:
-        InputError: It cannot be read, is none, or has another schema.
+        InputError: It cannot be read, is none, is damaged, or has another schema.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}; write one with: fastres bench --json {path}") from error
     if not isinstance(report, dict) or not {"schema", "environment", "cells"} <= report.keys():
         raise InputError(f"{path} is not a benchmark report; write one with: fastres bench --json FILE")
     if report["schema"] != SCHEMA:
         raise InputError(f"{path} has schema {report['schema']!r}, this fastres reads {SCHEMA}; measure it again")
+    cells = report["cells"]
+    if not isinstance(report["environment"], dict) or not isinstance(cells, list) or not all(map(_is_cell, cells)):
+        raise InputError(f"{path} is damaged: a cell lacks one of {', '.join(sorted(CELL))}; measure it again")
     return report
+
+
+def _is_cell(cell: Any) -> bool:
+    """Whether it has what a comparison reads, and a time for each round."""
+    if not isinstance(cell, dict) or not cell.keys() >= CELL or not isinstance(cell["chunks"], list):
+        return False
+    return bool(cell["chunks"]) and all(isinstance(value, float) and value > 0 for value in cell["chunks"])
 
 
 def draw(report: Report, path: Path) -> None:
@@ -173,18 +206,21 @@ def compare(a: Sequence[float], b: Sequence[float], *, paired: bool, dead_band: 
         paired: The n-th chunks of both were measured in turns, so that a round is drawn as a whole.
         dead_band: Differences within it are none.
     """
-    chance = random.Random(0)  # noqa: S311 (no secret)
+    chance = np.random.default_rng(0)
+
+    def medians(values: Sequence[float]) -> npt.NDArray[np.float64]:
+        drawn = chance.integers(len(values), size=(RESAMPLINGS, len(values)))
+        found: npt.NDArray[np.float64] = np.median(np.asarray(values)[drawn], axis=1)
+        return found
+
     if paired:
         ratios = [y / x for x, y in zip(a, b, strict=True)]
-        middle = median(ratios)
-        found = sorted(median(chance.choices(ratios, k=len(ratios))) for _ in range(RESAMPLINGS))
+        middle, found = median(ratios), medians(ratios)
     else:
-        middle = median(b) / median(a)
-        found = sorted(
-            median(chance.choices(b, k=len(b))) / median(chance.choices(a, k=len(a))) for _ in range(RESAMPLINGS)
-        )
+        middle, found = median(b) / median(a), medians(b) / medians(a)
+    found.sort()
     tail = RESAMPLINGS // 200  # half a per cent
-    low, high = found[tail], found[-tail - 1]
+    low, high = float(found[tail]), float(found[-tail - 1])
     verdict = "slower" if low > 1 + dead_band else "faster" if high < 1 - dead_band else "no difference"
     return Comparison(middle, low, high, verdict)
 
@@ -195,7 +231,7 @@ def compare_reports(a: Report, b: Report) -> dict[str, Comparison]:
     They were measured at different times, so the noise between the two runs is not in the interval.
 
     Raises:
-        InputError: The machines differ, or there is no common cell.
+        InputError: The machines differ, there is no common cell, or one is other work in B, or too short.
     """
     ours, theirs = a["environment"], b["environment"]
     other = [f"{key}: {ours.get(key)} and {theirs.get(key)}" for key in MACHINE if ours.get(key) != theirs.get(key)]
@@ -207,4 +243,25 @@ def compare_reports(a: Report, b: Report) -> dict[str, Comparison]:
         raise InputError(
             f"the reports have no cell in common: {', '.join(chunks)} and {', '.join(c['label'] for c in b['cells'])}"
         )
+    for x, y in common:
+        if other := differences(_work(x), _work(y)):
+            raise InputError(
+                f"{x['label']} is other work in the second report ({'; '.join(other)}); measure both with equal flags"
+            )
+        check_rounds(min(len(x["chunks"]), len(y["chunks"])))
     return {x["label"]: compare(x["chunks"], y["chunks"], paired=False) for x, y in common}
+
+
+def _work(cell: dict[str, Any]) -> dict[str, Any]:
+    """What a step of a cell computes, as far as it takes time."""
+    config = cell["config"]
+    replicas = cell.get("num_replicas", 1)
+    return {"model": config["model"], "batch_size": config["recipe"]["batch_size"], "replicas": replicas}
+
+
+def check_rounds(rounds: int) -> None:
+    """Raise InputError where a comparison has too few rounds for its 99 % interval to be one."""
+    if rounds < LEAST_ROUNDS:
+        raise InputError(
+            f"{rounds} rounds are too few for a 99 % interval; measure with --rounds {LEAST_ROUNDS} or more"
+        )

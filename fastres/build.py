@@ -149,7 +149,9 @@ def build_loaders(configs: Sequence[RunConfig], images: ImageSet, mean: Mean, ru
     }
     kind = loader_kind(execution, runtime)
     if kind == "dali":
-        dali = DaliLoader(images, first, others=others, num_threads=runtime.threads, **options)
+        dali = DaliLoader(
+            images, first, others=others, num_threads=runtime.threads, ahead=execution.graph_steps, **options
+        )
         return [*dali.seats()]
     if kind == "torchvision":
         from fastres.data.torchvision import TorchvisionLoader

@@ -1,5 +1,6 @@
 """What a person sees of a run: notices, one live display on a terminal or plain lines elsewhere, and the summary."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import SegmentLines
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +20,7 @@ from fastres.runtime import interactive
 Verbosity = Literal["auto", "live", "lines", "quiet"]
 REFRESHES_PER_SECOND = 4
 NO_TERMINAL_WIDTH = 120  # columns of a table that goes to a file or a pipe
+LEAST_TABLE_WIDTH = 80  # columns that a table's numbers need
 
 
 @dataclass
@@ -55,6 +58,15 @@ class Progress:
         return "  ".join([head, *self.fields(), f"{duration(self.elapsed)}{left}"])
 
 
+class _Stream(RichConsole):
+    """Falls silent where nobody reads any more (`fastres train | head`): no reason to lose a run, whose log goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich's own ends the program here."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Console:
     """Prints to a stream, and to the run folder's console.log once `attach`ed to it.
 
@@ -66,7 +78,7 @@ class Console:
 
     def __init__(self, verbosity: Verbosity = "auto", *, stderr: bool = False) -> None:
         self.verbosity = verbosity if verbosity != "auto" else "live" if interactive() else "lines"
-        self._rich = RichConsole(file=sys.stderr if stderr else None, highlight=False, soft_wrap=True)
+        self._rich: RichConsole = _Stream(file=sys.stderr if stderr else None, highlight=False, soft_wrap=True)
         self._runs: tuple[RunDir, ...] = ()
         self._early: list[str] = []  # said before there was a run folder
         self._live: Live | None = None
@@ -93,11 +105,12 @@ class Console:
             self._rich.print(Text(text))
 
     def print(self, renderable: RenderableType) -> None:
-        """A table or the like; as wide as it needs to be where this is no terminal."""
+        """A table or the like. A narrow terminal folds its lines itself: rich would cut the numbers instead."""
         self.close()
-        width = None if self._rich.is_terminal else NO_TERMINAL_WIDTH
+        width = max(self._rich.width, LEAST_TABLE_WIDTH) if self._rich.is_terminal else NO_TERMINAL_WIDTH
         if self.verbosity != "quiet":
-            self._rich.print(renderable, width=width, soft_wrap=False)
+            lines = self._rich.render_lines(renderable, self._rich.options.update_width(width), pad=False)
+            self._rich.print(SegmentLines(lines, new_lines=True), soft_wrap=False, crop=False, end="")
 
     def count(self, done: int, total: int) -> None:
         """How much of something is done: a bar on a terminal, nothing elsewhere."""

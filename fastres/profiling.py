@@ -1,10 +1,12 @@
 """Where a step's time goes, kernel by kernel, by torch.profiler."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
@@ -103,19 +105,40 @@ def profile_cell(cell: Cell, trace: Path, *, say: Callable[[str], None]) -> tupl
         A title, and the ten kernels (on a CPU: operators) that cost most: milliseconds a step, share, calls a step.
     """
     taken = take_profile(cell, trace, say=say)
-    gpu = taken.idle is not None
+    kind = "operator" if taken.idle is None else "kernel"
     idle = f", {100 * taken.idle:.1f} % idle" if taken.idle is not None else ""
     title = Text(
         f"{taken.label}: {1e3 * taken.step_seconds:.3g} ms a step, {1e3 * taken.profiled_seconds:.3g} under the "
-        f"profiler, {1e3 * taken.busy_seconds:.3g} of them in {'kernels' if gpu else 'operators'} "
-        f"({taken.calls:,.0f} calls){idle}",
+        f"profiler, {1e3 * taken.busy_seconds:.3g} of them in {kind}s ({taken.calls:,.0f} calls){idle}",
         style="bold",
     )
-    result = Table(box=None, pad_edge=False)
+    return title, kernel_table(taken.kernels, kind)
+
+
+def kernel_table(kernels: Sequence[Kernel], kind: str) -> Table:
+    """The ten that cost most; `kernels` are all of a step, the most costly first."""
+    whole = sum(kernel.seconds for kernel in kernels)
+    table = Table(box=None, pad_edge=False)
     for head in ("ms/step", "share", "calls/step"):
-        result.add_column(head, justify="right")
-    result.add_column("kernel" if gpu else "operator", overflow="ellipsis", no_wrap=True)
-    for kernel in taken.kernels[:ROWS]:
-        share = kernel.seconds / taken.busy_seconds
-        result.add_row(f"{1e3 * kernel.seconds:.3g}", f"{100 * share:.1f} %", f"{kernel.calls:,.0f}", kernel.name)
-    return title, result
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column(kind)  # the one that gives way where there is no room
+    for kernel in kernels[:ROWS]:
+        share = f"{100 * kernel.seconds / whole:.1f} %"
+        table.add_row(f"{1e3 * kernel.seconds:.3g}", share, f"{kernel.calls:,.0f}", Name(kernel.name))
+    return table
+
+
+@dataclass(frozen=True)
+class Name:
+    """A kernel's name, cut in the middle to the width there is: kernels that begin alike end in different numbers."""
+
+    whole: str
+
+    def __rich_measure__(self, _console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, len(self.whole)).with_maximum(options.max_width)
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
+        left = max(options.max_width - 1, 0)  # characters beside the ellipsis
+        tail = left // 3
+        cut = f"{self.whole[: left - tail]}\u2026{self.whole[len(self.whole) - tail :]}"
+        yield Text(self.whole if len(self.whole) <= options.max_width else cut, no_wrap=True, overflow="crop")

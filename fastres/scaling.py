@@ -24,6 +24,7 @@ def measure_scaling(
     *,
     step_seconds: float,
     rounds: int = 3,
+    frozen: bool = False,
     say: Callable[[str], None],
 ) -> Report:
     """Time every depth at every batch size that fits.
@@ -34,16 +35,22 @@ def measure_scaling(
         step_seconds: A depth's larger batches are left out once a step would take longer than this, as foreseen from
             the batch before. Out of memory ends a depth likewise.
         rounds: Chunks of each.
+        frozen: The same batch every step instead of a loader.
         say: Takes one-line notices.
 
     Returns:
         A report as `bench.measure` makes it, cells in the order measured.
+
+    Raises:
+        OutOfMemory: Nothing fits at all.
     """
     whole: Report = {}
     for depth in depths:
-        for report in _one_depth(base, depth, batch_sizes, step_seconds, rounds, say):
+        for report in _one_depth(base, depth, batch_sizes, step_seconds, rounds, frozen, say):
             whole = whole or {**report, "cells": []}
             whole["cells"] += report["cells"]
+    if not whole:
+        raise OutOfMemory(f"not even batches of {batch_sizes[0]} fit; try a smaller --batch-size or --depth")
     return whole
 
 
@@ -53,6 +60,7 @@ def _one_depth(
     batch_sizes: Sequence[int],
     step_seconds: float,
     rounds: int,
+    frozen: bool,
     say: Callable[[str], None],
 ) -> Iterator[Report]:
     expected = 0.0
@@ -65,10 +73,9 @@ def _one_depth(
         if before and expected * batch_size / before > step_seconds:
             say(f"{config.name}: batches from {batch_size} on left out, a step would take over {step_seconds:g} s")
             return
+        cell = Cell(f"{config.name} batch {batch_size}", config, frozen=frozen)
         try:
-            timings, report = measure(
-                [Cell(f"{config.name} batch {batch_size}", config)], rounds=rounds, chunk_seconds=0.3, say=_quiet
-            )
+            timings, report = measure([cell], rounds=rounds, chunk_seconds=0.3, say=_quiet)
         except OutOfMemory as error:
             say(f"{config.name}: batches from {batch_size} on left out, {error}")
             return

@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastres import bench
 from fastres.bench import Bench, Cell, matrix, measure
 from fastres.benchreport import compare
+from fastres.cli.bench import COMPARED_ROUNDS
 from fastres.data.synthetic import make_synthetic
+from fastres.data.table import TableLoader
 from fastres.models.cifar import CifarNet
 from fastres.parts import PARTS
 from fastres.roofline import Ceilings, Work, measure_ceilings, work_of
-from fastres.step import Replica
+from fastres.step import Replica, TrainStep
 from tests.runs import tiny
 
 CPU = torch.device("cpu")
@@ -90,18 +93,38 @@ def test_what_is_timed_is_the_training_step(tmp_path: Path, monkeypatch: pytest.
     assert one.run(7) > 0
     parts = one.parts(5)
     assert taken == list(range(bench.FIRST_STEPS + 12))
-    assert set(parts) == set(PARTS)
+    assert set(parts) == {*PARTS, "gaps"}
     assert min(parts.values()) > 0
     assert one.run(3) > 0  # the stopwatches are gone
     assert "forward" not in vars(one.replica)
     one.close()
 
 
-def test_parts_make_up_the_step(tmp_path: Path) -> None:
-    one = Bench(cell(tmp_path), make_synthetic(), num_steps=200)
-    one.run(5)
-    whole = min(one.run(10) for _ in range(3))
-    assert 0.5 * whole < sum(one.parts(10).values()) < 2 * whole
+def test_parts_and_gaps_make_up_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the parts move, so that every second has its place."""
+    now = 0.0
+    takes: dict[str, float] = {"forward": 3, "backward": 6, "update": 1, "log": 0.5, "load": 2, "prepare": 0.25}
+
+    def moving(owner: type, name: str, seconds: float) -> None:
+        method = getattr(owner, name)
+
+        def moved(*args: Any) -> Any:
+            nonlocal now
+            result = method(*args)
+            now += seconds
+            return result
+
+        monkeypatch.setattr(owner, name, moved)
+
+    for name, seconds in takes.items():
+        moving(TableLoader if name in ("load", "prepare") else Replica, name, seconds)
+    moving(TrainStep, "__call__", 0.125)  # the host, between two steps
+    monkeypatch.setattr("fastres.parts.perf_counter", lambda: now)
+    one = Bench(cell(tmp_path), make_synthetic(), num_steps=100)
+    assert one.run(4) == 12.875
+    parts = one.parts(4)
+    assert parts == {"load": 2.25, "forward": 3, "backward": 6, "update": 1, "log": 0.5, "gaps": 0.125}
+    assert one.run(4) == sum(parts.values())
     one.close()
 
 
@@ -125,6 +148,30 @@ def test_cells_take_turns_and_the_report_is_json(tmp_path: Path, monkeypatch: py
         assert found["images_per_second"] == timing.images_per_second > 0
         assert found["over_floor"] > 1  # nothing is faster than the machine
         assert found["step_seconds"]["p5"] <= found["step_seconds"]["median"] <= found["step_seconds"]["p95"]
+
+
+def test_each_cell_runs_with_its_own_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are a switch of the whole process, which the last cell that was built would set for all."""
+    seen: dict[str, set[int]] = {"1": set(), "2": set()}
+    update = Replica.update
+
+    def noted(self: Replica) -> None:
+        seen[str(running[-1])].add(torch.get_num_threads())
+        update(self)
+
+    running: list[str] = []
+    for name in ("run", "parts"):
+        method = getattr(Bench, name)
+
+        def watched(self: Bench, num_steps: int, method: Any = method) -> Any:
+            running.append(self.cell.label)
+            return method(self, num_steps)
+
+        monkeypatch.setattr(Bench, name, watched)
+    monkeypatch.setattr(Replica, "update", noted)
+    cells = [Cell(label, tiny(tmp_path, execution={"threads": int(label)})) for label in seen]
+    measure(cells, rounds=2, chunk_seconds=0.01, say=lambda _: None)
+    assert seen == {"1": {1}, "2": {2}}
 
 
 def test_several_replicas_are_networks_of_their_own(tmp_path: Path) -> None:
@@ -155,17 +202,27 @@ def test_matrix_is_all_combinations(tmp_path: Path) -> None:
 # --- comparison: 200 resamplings of recorded timings
 
 
-def resampled(chance: random.Random, factor: float) -> tuple[list[float], list[float]]:
-    """Thirty rounds of two equal cells as recorded on a CPU (2 % noise that both share, 1 % of their own)."""
-    shared = [chance.gauss(1, 0.02) for _ in range(30)]
-    a = [0.16 * s * chance.gauss(1, 0.01) for s in shared]
-    return a, [0.16 * factor * s * chance.gauss(1, 0.01) for s in shared]
+RECORDED = json.loads(Path(__file__).with_name("recorded_timings.json").read_text())
+STEPS = {"idle": 3, "busy": 4}  # in a chunk, as `--compare` takes by default of such cells
 
 
+def resampled(chance: random.Random, machine: str, factor: float) -> tuple[list[float], list[float]]:
+    """As many rounds as `--compare` takes, of chunks of recorded steps; which of the two equal cells is A is chance."""
+    steps, sides = STEPS[machine], (RECORDED[machine]["a"], RECORDED[machine]["b"])
+    found: tuple[list[float], list[float]] = [], []
+    for _ in range(COMPARED_ROUNDS):
+        start = chance.randrange(len(sides[0]) - steps + 1)
+        one, other = (sum(side[start : start + steps]) / steps for side in chance.sample(sides, 2))
+        found[0].append(one)
+        found[1].append(factor * other)
+    return found
+
+
+@pytest.mark.parametrize("machine", ["idle", "busy"])
 @pytest.mark.parametrize(("factor", "verdict"), [(1.0, "no difference"), (1.05, "slower"), (1 / 1.05, "faster")])
-def test_verdicts(factor: float, verdict: str) -> None:
+def test_verdicts(machine: str, factor: float, verdict: str) -> None:
     chance = random.Random(1)
-    found = [compare(*resampled(chance, factor), paired=True).verdict for _ in range(200)]
+    found = [compare(*resampled(chance, machine, factor), paired=True).verdict for _ in range(200)]
     assert found.count(verdict) >= 0.97 * 200
 
 

@@ -116,6 +116,13 @@ def test_tables_follow_the_files(tmp_path: Path) -> None:
     assert "2026-01-03, Some CPU, 2 cores, torch 2, auto and bf16, commit" in text
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"cells": [{}], "environment": {}}', '{"cells": 1}'])
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "2026-01-01_x_bench.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"results-table: 2026-01-01_x_bench\.json is no result"):
+        results_table.render(tmp_path.glob("*.json"))
+
+
 # --- peers
 
 AKAMASTER = """

@@ -1,7 +1,9 @@
 """benchreport.py, profiling.py, scaling.py and `fastres bench`: what is printed, written, compared and refused."""
 
 import copy
+import errno
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,12 @@ from fastres.bench import SCHEMA, Cell
 from fastres.benchreport import compare, compare_reports, draw, read_json, tables, write_json
 from fastres.cli import run
 from fastres.errors import InputError, MachineError, OutOfMemory
-from fastres.profiling import STEPS, idle_share, profile_cell
+from fastres.parts import PARTS
+from fastres.profiling import STEPS, Kernel, Name, idle_share, kernel_table, profile_cell
 from tests.runs import tiny
 
 Report = dict[str, Any]
-TINY = [
-    "--device",
-    "cpu",
-    "--depth",
-    "8",
-    "--batch-size",
-    "8",
-    "--rounds",
-    "2",
-    "--seconds",
-    "0.1",
-    "--threads",
-    "1",
-    "--precision",
-    "fp32",
-]
+TINY = shlex.split("--device cpu --depth 8 --batch-size 8 --rounds 8 --seconds 0.1 --threads 1 --precision fp32")
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +60,12 @@ def test_the_report_has_what_readers_count_on(report: Report) -> None:
     for cell in report["cells"]:
         assert set(cell) == {
             "label", "config", "digest", "frozen", "images_per_second", "step_seconds", "chunks", "compile_seconds",
-            "peak_memory", "floor_seconds", "over_floor", "profiled_pass", "joules_per_image", "joules_per_paper_run",
-            "num_replicas",
+            "peak_memory", "floor_seconds", "over_floor", "profiled_pass", "profiled_over_step", "joules_per_image",
+            "joules_per_paper_run", "num_replicas",
         }  # fmt: skip
         whole = cell["step_seconds"]["median"]
-        assert sum(cell["profiled_pass"].values()) == pytest.approx(whole)
+        assert set(cell["profiled_pass"]) == {*PARTS, "gaps"}
+        assert cell["profiled_over_step"] > 0
         assert cell["images_per_second"] == pytest.approx(8 / whole)
         assert cell["over_floor"] == pytest.approx(whole / cell["floor_seconds"])
         assert cell["config"]["recipe"]["batch_size"] == 8
@@ -105,6 +94,33 @@ def test_files_that_cannot_be_written(report: Report, tmp_path: Path) -> None:
         draw(report, tmp_path / "file" / "chart.png")
     with pytest.raises(MachineError):
         write_json(report, tmp_path / "file" / "report.json")
+
+
+def test_a_place_where_nothing_can_be_written_is_said_before_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: pytest.fail("measured"))
+    for flag, name, code in (("--json", "gone/x.json", 3), ("--plot", "gone/x.png", 3), ("--json", ".", 2)):
+        assert run(["bench", *TINY, flag, str(tmp_path / name)]) == code
+        assert str(tmp_path) in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_that_does_not_fit_leaves_the_one_before(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(report, tmp_path / "a.json")
+
+    def full(self: Path, text: str, **_: Any) -> None:
+        with self.open("w") as file:
+            file.write(text[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(MachineError, match=r"no room on the disk for \d[\d,]+ bytes"):
+        write_json({**report, "cells": []}, path)
+    assert read_json(path) == report
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_json_on_stdout_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +168,7 @@ def test_reports_without_a_common_cell(report: Report) -> None:
 def test_compare_files_and_fail(report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steady = copy.deepcopy(report)
     for cell in steady["cells"]:
-        cell["chunks"] = [0.01, 0.01]
+        cell["chunks"] = [0.01] * 8
     a, b = saved(steady, tmp_path / "a.json"), saved(slower(steady, 1.1), tmp_path / "b.json")
     assert run(["bench", "--compare", str(a), str(b)]) == 0
     assert "ResNet8 resident: slower (+10.0 % time a step" in capsys.readouterr().out
@@ -167,12 +183,48 @@ def test_configs_are_compared_in_turns(tmp_path: Path, capsys: pytest.CaptureFix
         path = tmp_path / f"{name}.toml"
         path.write_text(tiny(tmp_path, recipe={"batch_size": batch_size}).to_toml())
     names = [str(tmp_path / f"{name}.toml") for name in ("small", "large")]
-    code = run(["bench", "--compare", *names, "--rounds", "3", "--seconds", "0.3", "--fail-if-slower", "20"])
-    assert code == 6
+    line = ["bench", "--compare", *names, "--rounds", "8", "--seconds", "0.3", "--fail-if-slower", "20"]
+    assert run(line) == 6
     assert "large: slower" in capsys.readouterr().out
+    assert run([*line[:-2], "--json", "-"]) == 0
+    (json_line,) = capsys.readouterr().out.splitlines()  # all else is on stderr
+    assert json.loads(json_line)["comparison"]["large"]["verdict"] == "slower"
+    assert run([*line[:4], "--rounds", "7"]) == 2
+    assert "7 rounds are too few" in capsys.readouterr().err
+
+
+def test_other_work_and_too_few_rounds_are_refused(report: Report) -> None:
+    """A label names only what varied in its own report: here both are "ResNet8 resident"."""
+    other = copy.deepcopy(report)
+    other["cells"][0]["config"]["recipe"]["batch_size"] = 16
+    with pytest.raises(InputError, match=r"ResNet8 resident is other work in the second report \(batch_size: 8 -> 16"):
+        compare_reports(report, other)
+    other = copy.deepcopy(report)
+    del other["cells"][1]["chunks"][7:]
+    with pytest.raises(InputError, match="7 rounds are too few"):
+        compare_reports(report, other)
 
 
 # --- profile and scaling
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_profile_cuts_names_and_never_numbers(width: int) -> None:
+    stem = "graph_0_cpp_fused__native_batch_norm_legit_functional_add_convolution_relu_threshold_backward_" * 3
+    spent = [Kernel(f"{stem}{k}", 1_234, k / 1e3) for k in (3, 2, 1)] + [Kernel("aten::mm", 1, 5e-8)]
+    console = Console(width=width, record=True, force_terminal=False)
+    with console.capture() as capture:
+        console.print(kernel_table(spent, "operator"))
+    head, *rows = capture.get().splitlines()
+    assert head.split() == ["ms/step", "share", "calls/step", "operator"]
+    assert [row.split()[:4] for row in rows] == [
+        ["3", "50.0", "%", "1,234"],
+        ["2", "33.3", "%", "1,234"],
+        ["1", "16.7", "%", "1,234"],
+        ["5e-05", "0.0", "%", "1"],
+    ]
+    assert [row.rstrip()[-1] for row in rows] == ["3", "2", "1", "m"]  # by which kernels that begin alike are known
+    assert all(len(row) <= width for row in rows)
 
 
 def test_profile(tmp_path: Path) -> None:
@@ -180,7 +232,7 @@ def test_profile(tmp_path: Path) -> None:
     title, table = profile_cell(Cell("tiny", tiny(tmp_path), frozen=True), trace, say=lambda _: None)
     assert "ms a step" in title
     assert table.row_count == 10
-    names = list(table.columns[-1].cells)
+    names = [name.whole for name in table.columns[-1].cells if isinstance(name, Name)]
     calls = dict(zip(names, table.columns[2].cells, strict=True))
     assert calls["aten::mkldnn_convolution"] == "7"  # depth 8: that many 3x3 layers
     events = json.loads(trace.read_text())["traceEvents"]
@@ -193,6 +245,21 @@ def test_profile(tmp_path: Path) -> None:
 def test_idle_is_what_no_kernel_of_any_stream_covers() -> None:
     assert idle_share([(0, 4), (6, 8), (1, 2), (7, 10)]) == pytest.approx(0.2)
     assert idle_share([(0, 1), (1, 3)]) == 0
+
+
+def test_scaling_takes_the_flags_that_say_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def noted(cells: list[Cell], **_: Any) -> Any:
+        (cell,) = cells
+        how = cell.config.execution
+        seen.append((cell.config.recipe.batch_size, how.precision, how.loader, cell.frozen))
+        raise OutOfMemory("enough")
+
+    monkeypatch.setattr(scaling, "measure", noted)
+    line = "--scaling --depth 8 --batch-size 8,16 --precision bf16 --loader none --device cpu"
+    assert run(["bench", *line.split()]) == 4  # nothing fits
+    assert seen == [(8, "bf16", "resident", True)]
 
 
 def test_scaling_stops_where_memory_or_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +298,13 @@ BAD = {
     "--plot chart.pdf": ".png or .svg",
     "--fail-if-slower 5%": "needs --compare",
     "--profile --scaling": "contradict",
+    "--profile --json x.json": "--json does nothing beside --profile",
+    "--profile --depth 8,20": "--profile times one cell; give one --depth",
+    "--scaling --precision fp32,bf16": "--scaling times one cell; give one --precision",
+    "--scaling --rounds 3": "--rounds does nothing beside --scaling",
+    "--trace x.json": "--trace does nothing beside a table; --profile writes a trace",
+    "--compare a.toml b.toml --depth 56": "--depth does nothing beside --compare; the two configs say",
+    "--compare a.json b.json --json c.json": "two reports are only compared",
     "--compare a.json b.toml": "two configs (.toml) or two reports (.json)",
     "--compare a.json b.json": "a.json cannot be read",
     "--compare a.toml b.toml": "a.toml cannot be read",
@@ -255,9 +329,17 @@ def test_no_gpu_asked_for_by_name(capsys: pytest.CaptureFixture[str], monkeypatc
     assert "finds no CUDA GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 99, "environment": {}, "cells": []}', "\x00"])
+REPORT = '{"schema": 1, "environment": {}, "cells": %s}'
+CHUNKS = '[{"label": "a", "config": {}, "step_seconds": {}, "chunks": %s}]'
+NO_REPORTS = ["", "[]", "{}", '{"schema": 99, "environment": {}, "cells": []}', "\x00", "[" * 100_000]
+NO_REPORTS += [REPORT % cells for cells in ("1", "[1]", "[{}]", *(CHUNKS % c for c in ("1", "[]", "[null]", "[-1.0]")))]
+
+
+@pytest.mark.parametrize("content", NO_REPORTS)
 def test_files_that_are_no_reports(content: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
-    with pytest.raises(InputError, match=r"a\.json (cannot be read|is not a benchmark report|has schema 99)"):
+    with pytest.raises(
+        InputError, match=r"a\.json (cannot be read|is not a benchmark report|has schema 99|is damaged)"
+    ):
         read_json(path)

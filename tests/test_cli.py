@@ -108,6 +108,30 @@ def test_bad_usage_exits_2_with_the_way_out(capsys: pytest.CaptureFixture[str], 
     assert captured.out == ""
 
 
+def test_no_command_and_half_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    assert capsys.readouterr().err == "fastres: no command given (fastres --help lists what there is)\n"
+    assert run(["bench", "--compare", "a.toml"]) == 2
+    assert "'--compare' requires 2 arguments" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_there_is_a_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """During a download, say."""
+
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastres.loop.load_images", pressed)
+    assert run(["train", *TINY]) == 130
+    assert capsys.readouterr().err.endswith("fastres: stopped\n")
+
+
+def test_a_reader_that_leaves_gets_no_traceback() -> None:
+    script = f"{shlex.quote(sys.executable)} -m fastres train --dry-run | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.returncode in (0, 1), done.stderr) == (True, "")
+
+
 def test_toml_with_an_unknown_key(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("[recipe]\nlearning_rat = 0.3\n")

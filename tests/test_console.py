@@ -1,6 +1,9 @@
 """console.py and curves.py: what a person sees, on a terminal, in a log, and as a picture."""
 
 import io
+import shlex
+import subprocess
+import sys
 import threading
 import time
 import xml.etree.ElementTree as ET
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
+from rich.table import Table
 
 from fastres import console as module
 from fastres.console import Console, Progress, Verbosity, duration, percent
@@ -70,6 +74,25 @@ def test_quiet_prints_nothing_and_logs_all(tmp_path: Path) -> None:
     assert len((tmp_path / "run" / "console.log").read_text().splitlines()) == 2
 
 
+def test_a_closed_pipe_ends_the_printing_and_not_the_run(tmp_path: Path) -> None:
+    """`fastres train | head`: rich's own console would end the program."""
+    code = f"""
+import time
+from pathlib import Path
+from fastres.console import Console
+from fastres.rundir import RunDir
+console = Console("lines")
+console.attach(RunDir.create(Path({str(tmp_path / "run")!r})))
+for number in range(50):
+    console.say(f"line {{number}}")
+    time.sleep(0.01)
+"""
+    script = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "line 0\n", "")
+    assert len((tmp_path / "run" / "console.log").read_text().splitlines()) == 50
+
+
 def test_live_display_shows_the_step_and_goes_away() -> None:
     console, stream = on("live", terminal=True)
     console.show(Progress(*vars(HALF_WAY).values()))
@@ -117,6 +140,18 @@ def test_live_display_fits_narrow_terminals(width: int) -> None:
     console._progress = HALF_WAY
     lines = console._rich.render_lines(console._render(), console._rich.options.update(width=width))
     assert max(sum(len(segment.text) for segment in line) for line in lines) <= width
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 120])
+def test_tables_keep_their_numbers_on_narrow_terminals(width: int) -> None:
+    console, stream = on("live", terminal=True, width=width)
+    table = Table(box=None)
+    for head in ("cell", *"abcdef"):
+        table.add_column(head, no_wrap=True)
+    table.add_row("a cell of a benchmark", *["12345.678"] * 4, "", "last")
+    console.print(table)
+    assert stream.getvalue().count("12345.678") == 4
+    assert "last" in stream.getvalue()
 
 
 def test_download_is_told_in_tenths() -> None:

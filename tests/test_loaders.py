@@ -1,5 +1,6 @@
 """The loaders execute one plan: resident and DALI are equal to a slow, obvious reference and to each other."""
 
+import dataclasses
 import gc
 import importlib.util
 import multiprocessing
@@ -15,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastres.build import build_loaders
+from fastres.config import make_config
 from fastres.data import dali, deviceplan, table, torchvision
 from fastres.data.dali import DaliLoader, dali_available
 from fastres.data.deviceplan import DevicePlan
@@ -25,6 +28,7 @@ from fastres.data.resident import ResidentLoader, evaluation_batches
 from fastres.data.table import TableLoader
 from fastres.data.torchvision import TorchvisionLoader
 from fastres.errors import MachineError
+from fastres.runtime import Runtime
 
 CPU, NUM, BATCH = torch.device("cpu"), 50, 16
 STEPS = 3 * NUM // BATCH + 2  # over three epochs; 16 does not divide 50, so batches straddle their edges
@@ -412,6 +416,25 @@ def test_steps_may_be_prepared_before_the_first_is_loaded(
             assert torch.equal(batch, references[step]), step
             assert torch.equal(labels, labels_of(images, step))
     loader.close()
+
+
+@needs_dali
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_graph_of_more_steps_than_a_run_would_have(images: ImageSet, first: int) -> None:
+    """All its steps are prepared before the first is launched; runs shorter than that would overtake the reader."""
+    ours, theirs = make(DaliLoader, images, ahead=9, steps_per_run=2, num_threads=1), make(TableLoader, images)
+    for start in range(first, first + 45, 9):
+        for step in range(start, start + 9):
+            ours.prepare(step)
+        for step in range(start, start + 9):
+            counter = torch.tensor([step])
+            assert torch.equal(ours.load(counter)[0], theirs.load(counter)[0]), step
+    ours.close()
+    config = make_config(execution={"loader": "dali", "graph_steps": 7, "device": "cpu", "threads": 1})
+    config = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, batch_size=2_048))
+    (built,) = build_loaders([config], images, images.mean_image(), Runtime(CPU, "fp32", threads=1))
+    assert built._loader.steps_per_run == 7  # type: ignore[attr-defined]
+    built.close()
 
 
 def test_the_device_plan_moves_along(monkeypatch: pytest.MonkeyPatch) -> None:

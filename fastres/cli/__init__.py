@@ -1,6 +1,7 @@
 """The command line: one module a command, one call, an exit code. torch is imported only inside commands."""
 
 import difflib
+import os
 import sys
 from typing import Annotated
 
@@ -39,7 +40,13 @@ COMMANDS = ("train", "eval", "bench", "responses", "reproduce", "plot", "report"
 
 def main() -> None:
     """Run the command line and exit with its code (`fastres.errors` lists them)."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # as `fastres eval ... | head` ends; Python would try to flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
@@ -56,16 +63,18 @@ def run(argv: list[str]) -> int:
         print(f"fastres: {_usage(error, argv)}", file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:  # so typer returns where Ctrl-C came before there was a state to save
         print("fastres: stopped", file=sys.stderr)
-        return 130
     return code if isinstance(code, int) else 0
 
 
 def _usage(error: typer.TyperException, argv: list[str]) -> str:
     """A usage error in one line, with the nearest flag where one was misspelt."""
-    message = error.format_message()
-    if option := getattr(error, "option_name", None):
-        nearest = difflib.get_close_matches(option, getattr(error, "possibilities", None) or [], n=1)
+    message = error.format_message() or "no command given"  # whose help has just been printed
+    possibilities = getattr(error, "possibilities", ())  # of an option that is none; other errors lack it
+    if possibilities != () and (option := getattr(error, "option_name", None)):
+        nearest = difflib.get_close_matches(option, possibilities or [], n=1)
         message = f"no such option: {option}" + (f"; did you mean {nearest[0]}?" if nearest else "")
     command = next((word for word in argv if word in COMMANDS), None)
     helps = f"fastres {command} --help" if command else "fastres --help"

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,11 +19,25 @@ if TYPE_CHECKING:
 LOADERS = ("dali", "resident", "torchvision", "none")
 SWITCH: dict[str, list[bool | None]] = {"auto": [None], "on": [True], "off": [False], "both": [True, False]}
 SECONDS = 60.0  # of measuring, by default
+# A comparison has more and shorter chunks in the same time: its median passes over those that something disturbed, and
+# what tests/test_bench.py shows of its verdicts holds for so many.
+ROUNDS, COMPARED_ROUNDS = 10, 60
 
 WHAT, HOW, OTHERS = "What is timed", "How", "Instead of a table"
 
+# What has no effect beside another flag, and is refused there: a number that it did not change would mislead.
+CELLS = ("depth", "arch", "batch_size", "loader", "precision", "compile_", "graph", "deterministic")
+DATA_AND_MACHINE = ("dataset", "data_dir", "device", "threads")
+IDLE = {
+    "compare": (*CELLS, *DATA_AND_MACHINE, "trace"),  # both sides say themselves what they are
+    "profile": ("rounds", "seconds", "json_", "plot", "fail_if_slower"),
+    "scaling": ("rounds", "seconds", "trace", "fail_if_slower"),
+    "": ("trace",),
+}
+
 
 def bench(
+    ctx: typer.Context,
     depth: Annotated[str | None, typer.Option(help="Depths: 20,56,110.", rich_help_panel=WHAT)] = None,
     arch: Annotated[str, typer.Option(help="resnet or plain.", rich_help_panel=WHAT)] = "resnet",
     batch_size: Annotated[str, typer.Option(help="Batch sizes: 128,512.", rich_help_panel=WHAT)] = "128",
@@ -46,7 +61,13 @@ def bench(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0.", rich_help_panel=HOW)] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: one a core.", rich_help_panel=HOW)] = 0,
-    rounds: Annotated[int, typer.Option(help="Chunks of each cell, interleaved.", rich_help_panel=HOW)] = 10,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Chunks of each cell, interleaved; default {ROUNDS}, with --compare {COMPARED_ROUNDS}.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     seconds: Annotated[
         float, typer.Option(help="About how long to measure, all cells; compilation comes on top.", rich_help_panel=HOW)
     ] = SECONDS,
@@ -73,6 +94,7 @@ def bench(
     ] = False,
 ) -> None:
     """Time the step and the loaders that `train` uses. Without options: a useful table in under three minutes."""
+    rounds = (COMPARED_ROUNDS if compare else ROUNDS) if rounds is None else rounds
     if rounds < 1:
         raise InputError(f"--rounds is {rounds}; it must be at least 1")
     if not 0 < seconds < 1e6:
@@ -84,6 +106,8 @@ def bench(
     if fail_if_slower is not None and compare is None:
         raise InputError("--fail-if-slower needs --compare A B")
     limit = None if fail_if_slower is None else parse_percent("--fail-if-slower", fail_if_slower)
+    mode = "compare" if compare else "profile" if profile else "scaling" if scaling else ""
+    _refuse_idle(ctx, mode)
     base = make_config(
         model={"arch": arch},
         data={"dataset": "cifar10" if data_dir else dataset},
@@ -104,14 +128,46 @@ def bench(
     }
     if unknown := [name for name in switches["loader"] or () if name not in LOADERS]:
         raise InputError(f"--loader is {unknown[0]!r}; it must be one of {', '.join(LOADERS)}")
+    for path in (json_, plot):
+        if path is not None and path != "-":
+            from fastres.benchreport import check_place
+
+            check_place(Path(path))
     if compare is not None:
         _compare(compare, limit, rounds, seconds, json_, plot)
     elif profile:
-        _profile(_cells(base, switches)[0], trace)
+        _profile(_one_cell(base, switches, "--profile"), trace)
     elif scaling:
-        _scaling(base, switches["depth"], json_, plot)
+        depths = switches.pop("depth")
+        batch_sizes = switches.pop("batch_size") if _given(ctx, "batch_size") else None
+        _scaling(_one_cell(base, switches, "--scaling"), depths, batch_sizes, json_, plot)
     else:
         _measure(_cells(base, switches), rounds, seconds, json_, plot)
+
+
+def _given(ctx: typer.Context, name: str) -> bool:
+    """Whether a flag stands on the command line."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse_idle(ctx: typer.Context, mode: str) -> None:
+    """Raise InputError on a flag that would do nothing."""
+    flags = {param.name: param.opts[0] for param in ctx.command.params}
+    if idle := [flags[name] for name in IDLE[mode] if _given(ctx, name)]:
+        instead = {"compare": "the two configs say what is timed", "": "--profile writes a trace"}
+        beside = f"--{mode}" if mode else "a table"
+        raise InputError(f"{idle[0]} does nothing beside {beside}; {instead.get(mode, 'leave it out')}")
+
+
+def _one_cell(base: RunConfig, switches: dict[str, Any], mode: str) -> "Cell":
+    """The cell of a mode that times one; an open loader is `train`'s own choice."""
+    from fastres.bench import matrix
+
+    given_switches = {name: values for name, values in switches.items() if values is not None}
+    if several := [name for name, values in given_switches.items() if len(values) > 1]:
+        raise InputError(f"{mode} times one cell; give one --{several[0].replace('_', '-')}")
+    return next(matrix(base, given_switches))
 
 
 def _cells(base: RunConfig, switches: dict[str, Any]) -> "list[Cell]":
@@ -127,10 +183,18 @@ def _cells(base: RunConfig, switches: dict[str, Any]) -> "list[Cell]":
     return list(matrix(base, switches))
 
 
-def _measure(cells: "Sequence[Cell]", rounds: int, seconds: float, json_: str | None, plot: Path | None) -> "Report":
-    """Time the cells, print the table, write what was asked for."""
+def _measure(
+    cells: "Sequence[Cell]",
+    rounds: int,
+    seconds: float,
+    json_: str | None,
+    plot: Path | None,
+    *,
+    paired: bool = False,
+) -> "dict[str, Comparison]":
+    """Time the cells, print the table, write what was asked for; `paired`: compare the second with the first."""
     from fastres.bench import measure
-    from fastres.benchreport import draw, footnote, tables
+    from fastres.benchreport import compare, draw, footnote, tables
     from fastres.console import Console
 
     console = Console("auto", stderr=json_ == "-")
@@ -138,10 +202,17 @@ def _measure(cells: "Sequence[Cell]", rounds: int, seconds: float, json_: str | 
     _, report = measure(cells, rounds=rounds, chunk_seconds=chunk_seconds, say=console.say, tick=console.count)
     console.print(tables(report))
     console.say(footnote(report))
+    found = {}
+    if paired:
+        first, second = report["cells"]
+        found[second["label"]] = compare(first["chunks"], second["chunks"], paired=True)
+        report["comparison"] = {label: asdict(comparison) for label, comparison in found.items()}
+    for label, comparison in found.items():
+        console.say(comparison.line(label))
     if plot is not None:
         draw(report, plot)
     _write(report, json_)
-    return report
+    return found
 
 
 def _compare(
@@ -152,20 +223,24 @@ def _compare(
     if {a.suffix, b.suffix} == {".json"}:
         from fastres.benchreport import compare_reports, read_json
 
+        if json_ or plot:
+            raise InputError("--json and --plot write what was measured; two reports are only compared")
         found = compare_reports(read_json(a), read_json(b))
+        for label, comparison in found.items():
+            print(comparison.line(label))
     elif {a.suffix, b.suffix} == {".toml"}:
-        from fastres.bench import Cell
-        from fastres.benchreport import compare
-
         configs = [read_config(path) for path in paths]
+        from fastres.bench import Cell
+        from fastres.benchreport import check_rounds
+
+        check_rounds(rounds)
         names = [path.stem if a.stem != b.stem else str(path) for path in paths]
-        report = _measure([Cell(*pair) for pair in zip(names, configs, strict=True)], rounds, seconds, json_, plot)
-        first, second = report["cells"]
-        found = {names[1]: compare(first["chunks"], second["chunks"], paired=True)}
+        if a == b:  # how far equal things differ here
+            names[1] += " again"
+        cells = [Cell(*pair) for pair in zip(names, configs, strict=True)]
+        found = _measure(cells, rounds, seconds, json_, plot, paired=True)
     else:
         raise InputError(f"--compare {a} {b}: give two configs (.toml) or two reports (.json)")
-    for label, comparison in found.items():
-        print(comparison.line(label))
     if limit is not None:
         _judge(found, limit)
 
@@ -189,14 +264,23 @@ def _profile(cell: "Cell", trace: Path) -> None:
     console.say(f"trace: {trace} (open it at https://ui.perfetto.dev)")
 
 
-def _scaling(base: RunConfig, depths: Sequence[int] | None, json_: str | None, plot: Path | None) -> None:
+def _scaling(
+    cell: "Cell", depths: Sequence[int] | None, batch_sizes: Sequence[int] | None, json_: str | None, plot: Path | None
+) -> None:
     """Cost against work."""
     from fastres.benchreport import tables
     from fastres.console import Console
     from fastres.scaling import BATCH_SIZES, DEPTHS, MAX_STEP_SECONDS, draw_scaling, measure_scaling
 
     console = Console("auto", stderr=json_ == "-")
-    report = measure_scaling(base, depths or DEPTHS, BATCH_SIZES, step_seconds=MAX_STEP_SECONDS, say=console.say)
+    report = measure_scaling(
+        cell.config,
+        depths or DEPTHS,
+        batch_sizes or BATCH_SIZES,
+        step_seconds=MAX_STEP_SECONDS,
+        frozen=cell.frozen,
+        say=console.say,
+    )
     console.print(tables(report))
     if plot is not None:
         draw_scaling(report, plot)

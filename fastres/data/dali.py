@@ -50,7 +50,9 @@ class DaliLoader:
         device, dtype: Of the batches. DALI works in fp32; the cast is made once, when a batch is taken.
         channels_last: Memory format of the batches; False makes another copy.
         num_threads: DALI's CPU threads.
-        steps_per_run: Steps in one pipeline run; default: about 4,096 images, of all plans.
+        ahead: Steps that may be prepared before the first of them is launched: those of a graph.
+        steps_per_run: Steps in one pipeline run; default: about 4,096 images, of all plans. At least `ahead`, or the
+            ring would be filled anew before it is read.
 
     Raises:
         MachineError: DALI is not installed.
@@ -70,6 +72,7 @@ class DaliLoader:
         dtype: torch.dtype,
         channels_last: bool = True,
         num_threads: int = 2,
+        ahead: int = 1,
         steps_per_run: int | None = None,
     ) -> None:
         if not dali_available():
@@ -78,7 +81,7 @@ class DaliLoader:
                 "pip install nvidia-dali-cuda120, or use --loader resident"
             )
         self.plans, self.batch_size, self.channels_last = (plan, *others), batch_size, channels_last
-        self.steps_per_run = steps_per_run or max(1, FRAMES_PER_RUN // (batch_size * len(self.plans)))
+        self.steps_per_run = max(ahead, steps_per_run or FRAMES_PER_RUN // (batch_size * len(self.plans)))
         mean = images.mean_image() if mean is None else mean
         self._labels = torch.from_numpy(images.train_labels.astype(np.int64)).to(device)
         self._codes = [DevicePlan(each, batch_size, device) for each in self.plans]
