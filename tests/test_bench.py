@@ -229,6 +229,7 @@ def test_verdicts(machine: str, factor: float, verdict: str) -> None:
 def test_a_comparison_says_how_sure_it_is() -> None:
     same = compare([1.0] * 10, [1.1] * 10, paired=True)
     assert (same.ratio, same.low, same.high, same.verdict) == (1.1, 1.1, 1.1, "slower")
+    assert compare([1.0] * 10, [1.009] * 10, paired=True).verdict == "no difference"  # sure, and too little to matter
     noisy = compare([1.0, 1.0, 1.0, 1.0], [0.5, 2.0, 1.0, 1.2], paired=True)
     assert noisy.low < 1 < noisy.high
     assert noisy.verdict == "no difference"
