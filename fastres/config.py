@@ -287,8 +287,8 @@ def _validate(config: RunConfig) -> None:
     need(in_order and all(m > 0 for m in recipe.milestones), "milestones", list(recipe.milestones), "they must rise")
     rule = "it must be at least 1; --warmup none turns it off"
     need(recipe.warmup_steps >= 1, "warmup_steps", recipe.warmup_steps, rule)
-    if recipe.warmup == "ramp":
-        rule = f"the ramp must end within the {recipe.steps} steps; --warmup none turns it off"
+    if recipe.warmup in ("ramp", "constant"):
+        rule = f"it must end within the {recipe.steps} steps: give fewer --warmup-steps, or --warmup none turns it off"
         need(recipe.warmup_steps <= recipe.steps, "warmup_steps", recipe.warmup_steps, rule)
     if config.data.val_split:
         need(config.data.dataset == "cifar10", "val_split", "true", "only CIFAR-10 has the paper's 45k/5k split")

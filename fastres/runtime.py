@@ -100,10 +100,11 @@ def _set_up_cuda(device: torch.device, precision: str, *, deterministic: bool) -
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)  # off again, too: a benchmark has cells of both kinds
+    if deterministic or "torch._inductor.config" in sys.modules:
         import torch._inductor.config as inductor  # seconds, so only where it is wanted
 
-        inductor.deterministic = True  # no choice by timing
+        inductor.deterministic = deterministic  # no choice by timing
 
 
 def allow_recompilations() -> None:

@@ -182,8 +182,8 @@ class TrainStep:
         """
         room = 1 if stop is None else stop - step
         count = max((n for n in self.graphs if n <= room), default=1)
-        for replica in self.replicas:
-            for ahead in range(count):
+        for ahead in range(count):  # step by step: loaders of several replicas may share a pipeline, which goes one way
+            for replica in self.replicas:
                 replica.loader.prepare(step + ahead)
         if count in self.graphs:
             self.graphs[count].replay()

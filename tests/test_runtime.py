@@ -78,6 +78,17 @@ def test_auto_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tu
     assert torch.backends.cudnn.allow_tf32
 
 
+def test_deterministic_mode_is_switched_off_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, (9, 0))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    import torch._inductor.config as inductor
+
+    for wanted in (True, False):
+        prepare(Execution(threads=1, deterministic=wanted))
+        assert torch.are_deterministic_algorithms_enabled() == inductor.deterministic == wanted
+        assert torch.backends.cudnn.benchmark is not wanted
+
+
 def test_what_a_gpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, (7, 5))
     with pytest.raises(MachineError, match=r"Some GPU has no bf16.*fp16 or fp32"):

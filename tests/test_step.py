@@ -213,6 +213,17 @@ def test_captured_steps_are_the_same_steps_one_or_several_at_a_time() -> None:
     assert captured.replicas[0].loader.prepared == [0, *range(10)]  # type: ignore[attr-defined]
 
 
+def test_several_steps_of_several_replicas_are_prepared_step_by_step() -> None:
+    """A pipeline that they share goes one way: a step back would start it anew."""
+    step = TrainStep([make_replica(steps=8), make_replica(steps=8)])
+    step.warm_up(StandIn, graph_steps=3)
+    asked: list[int] = []
+    for replica in step.replicas:
+        replica.loader.prepare = asked.append  # type: ignore[method-assign, assignment]
+    assert step(0, 8) == 3
+    assert asked == [0, 0, 1, 1, 2, 2]
+
+
 def test_replicas_side_by_side_are_what_each_is_alone() -> None:
     together = TrainStep([make_replica(seed=seed) for seed in range(3)])
     for step in range(STEPS):
