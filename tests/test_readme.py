@@ -26,6 +26,9 @@ EXCEPTIONS = {
     "fastres train --depth 56 --device cuda:0 --precision bf16 --loader dali": DRY,
     "fastres train --data-dir path/to/cifar-10-batches-bin": DRY,
     "fastres train --val-split --steps 32000 --milestones 16000,24000": DRY,
+    "fastres reproduce table6": DRY,
+    "fastres reproduce fig6": DRY,
+    "fastres reproduce fig7": DRY,
     ".uv/bin/uv pip uninstall nvidia-dali-cuda120": NOT_RUN,
     ".uv/bin/uv pip install nvidia-dali-cuda130": NOT_RUN,
 }

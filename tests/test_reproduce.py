@@ -56,6 +56,16 @@ def test_again_nothing_is_trained(whole: Path, capsys: pytest.CaptureFixture[str
     assert "3 runs: 3 finished" in capsys.readouterr().out
 
 
+def test_dry_run_lists_what_is_needed_and_does_nothing(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(whole.rglob("*"))
+    assert run([*LINE, "--runs", str(whole), "--seeds", "3", "--dry-run"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(name, state) for name, state, _ in lines] == [
+        ("ResNet8", "finished"), ("ResNet8", "finished"), ("ResNet8", "missing"), ("PlainNet8", "finished"),
+    ]  # fmt: skip
+    assert sorted(whole.rglob("*")) == before
+
+
 def test_more_seeds_reuse_what_is_there(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*LINE, "--runs", str(whole), "--out", str(whole / "three"), "--seeds", "3", "--no-train"]) == 0
     rows = json.loads((whole / "three/table6.json").read_text())["rows"]

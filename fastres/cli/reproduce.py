@@ -52,6 +52,12 @@ def reproduce(
         bool,
         typer.Option("--train/--no-train", help="Train what is missing, or take what there is.", rich_help_panel=RUNS),
     ] = True,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="List the runs that are needed and what there is of them, and stop.", rich_help_panel=RUNS
+        ),
+    ] = False,
     budget: Annotated[
         float | None, typer.Option(help="Minutes; then save, write what there is, and stop.", rich_help_panel=RUNS)
     ] = None,
@@ -100,8 +106,14 @@ def reproduce(
 
     from fastres.console import Console
     from fastres.reproduce.plan import needs, runs_of, train_missing
+    from fastres.sweep import status
 
     stages = needs(wanted, runs, preset, changes)
+    if dry_run:
+        for stage in stages:
+            for path in stage.folders:
+                print(f"{stage.name:<12} {status(path):<9} {path}")
+        return
     console, whole = Console("quiet" if quiet else "auto"), True
     if train:
         whole = train_missing(stages, console=console, deadline=deadline, side_by_side=side_by_side)
