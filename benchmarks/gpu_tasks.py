@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.gpu_files import ROOT, Result, Setting, Task
 
 if TYPE_CHECKING:
-    from fastres.bench import Cell
+    from fastres.cells import Cell
 
 GPU_TESTS = ROOT / "tests" / "test_gpu.py"
 DEPTHS = (20, 32, 44, 56, 110)
@@ -158,7 +158,7 @@ def parity(setting: Setting, test: str) -> Result:
 
 def bench(setting: Setting, depth: int) -> Result:
     """A depth at the defaults, with both loaders and with a frozen batch."""
-    from fastres.bench import matrix
+    from fastres.cells import matrix
     from fastres.data.dali import dali_available
 
     config = setting.config(depth)
@@ -182,8 +182,8 @@ def race(setting: Setting, against: str) -> Result:
 
 def switched(setting: Setting, switch: str) -> Result:
     """One switch of `execution` against the defaults, in turns, with the interval of `fastres bench --compare`."""
-    from fastres.bench import Cell
     from fastres.benchreport import compare
+    from fastres.cells import Cell
 
     cells = [Cell("default", setting.config(20)), Cell(switch, setting.config(20, execution=SWITCHES[switch]))]
     report = _measured(setting, cells, rounds=15, chunk_seconds=0.2)
@@ -194,7 +194,7 @@ def switched(setting: Setting, switch: str) -> Result:
 
 def profile(setting: Setting, depth: int) -> Result:
     """A step kernel by kernel; the trace lies beside the result."""
-    from fastres.bench import Cell
+    from fastres.cells import Cell
     from fastres.profiling import STEPS, take_profile
 
     config = setting.config(depth)
@@ -215,7 +215,7 @@ def scaling(setting: Setting, depth: int, batch_sizes: tuple[int, ...]) -> Resul
 
 def seeds(setting: Setting, depth: int) -> Result:
     """Networks with seeds of their own side by side in one graph; images a second in sum."""
-    from fastres.bench import Cell
+    from fastres.cells import Cell
 
     config = setting.config(depth)
     cells = [Cell(f"{config.name} x{n}", config, num_replicas=n) for n in REPLICAS[: 2 if setting.tiny else None]]
@@ -228,8 +228,9 @@ def memory(setting: Setting, depth: int) -> Result:
 
     import torch
 
-    from fastres.bench import Bench, Cell
+    from fastres.bench import Bench
     from fastres.build import load_images
+    from fastres.cells import Cell
     from fastres.errors import OutOfMemory
     from fastres.guards import memory_of_a_step
 

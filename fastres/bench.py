@@ -7,6 +7,7 @@ down slows them all.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fastres import nvml
 from fastres.build import build_loaders, build_net, build_optimizer, load_images
-from fastres.config import RunConfig
+from fastres.cells import Cell
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
 from fastres.guards import explained_memory_errors
@@ -29,24 +30,9 @@ from fastres.step import Loader, Replica, TrainStep
 
 SCHEMA = 1  # of the JSON; a reader refuses what it does not know
 FIRST_STEPS = 5  # after compilation, before the first timed chunk: allocator, cuDNN, caches
+PROFILED = 0.25  # steps of the profiled pass for each unmodified one
+LEAST_ROUNDS = 3
 MAX_STEPS = 1_000_000  # places in a cell's logs; no measurement takes as many
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One configuration to be timed.
-
-    Attributes:
-        label: Names it in tables.
-        config: What `train` would run; its number of steps does not matter.
-        frozen: The same batch every step instead of a loader: what is left is the step itself.
-        num_replicas: Networks with seeds of their own, side by side in one step.
-    """
-
-    label: str
-    config: RunConfig
-    frozen: bool = False
-    num_replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,7 +70,7 @@ class Timing:
 class FrozenLoader:
     """Gives another loader's first batch every time."""
 
-    name = "none"
+    name, prefetched, period = "none", 0, 1
 
     def __init__(self, loader: Loader, device: torch.device) -> None:
         loader.prepare(0)
@@ -148,16 +134,29 @@ class Bench:
         return CapturedGraph if self.runtime.cuda_graph else None
 
     def run(self, num_steps: int) -> float:
-        """Take steps, unmodified; the mean seconds of one. Nothing is waited for between the first and the last."""
+        """Take steps, unmodified; the mean seconds of one. Nothing is waited for between the first and the last.
+
+        Batches that the loader's workers made in another cell's turn are used up before the clock starts.
+        """
         device = self.runtime.device
         self._take_over()
+        self._advance(self.replica.loader.prefetched)
         synchronize(device)
-        stop, clock = self.done + num_steps, Marks(device)
+        clock = Marks(device)
         clock.mark("start")
-        while self.done < stop:
-            self.done += self.step(self.done, stop)
+        self._advance(num_steps)
         clock.mark("stop")
         return clock.seconds()["stop"] / num_steps
+
+    def whole_periods(self, num_steps: float) -> int:
+        """About so many steps, in whole periods of the loader: each chunk then has its share of the loader's work."""
+        period = self.replica.loader.period
+        return period * max(1, round(num_steps / period))
+
+    def _advance(self, num_steps: int) -> None:
+        stop = self.done + num_steps
+        while self.done < stop:
+            self.done += self.step(self.done, stop)
 
     def parts(self, num_steps: int) -> dict[str, float]:
         """Seconds of each part of a step and of the gaps between them, in a pass of its own, with marks.
@@ -207,6 +206,7 @@ def measure(
     *,
     rounds: int = 10,
     chunk_seconds: float = 0.5,
+    max_seconds: float = math.inf,
     say: Callable[[str], None],
     tick: Callable[[int, int], None] = lambda _done, _rounds: None,
 ) -> tuple[list[Timing], dict[str, Any]]:
@@ -216,6 +216,8 @@ def measure(
         cells: With labels that differ.
         rounds: Chunks of each cell.
         chunk_seconds: About how long a chunk takes; its number of steps is chosen from the first ones.
+        max_seconds: Fewer rounds, but `LEAST_ROUNDS`, where that many would take longer: a chunk is a step at least,
+            and with DALI no less than the steps whose batches are made together.
         say: Takes one-line notices.
         tick: Takes the rounds done and the rounds in all.
 
@@ -224,7 +226,10 @@ def measure(
     """
     with contextlib.ExitStack() as stack:
         benches = list(_alive(cells, stack, say))
-        lengths = [max(1, round(chunk_seconds / bench.run(FIRST_STEPS))) for bench in benches]
+        first = [bench.run(FIRST_STEPS) for bench in benches]
+        lengths = [bench.whole_periods(chunk_seconds / step) for bench, step in zip(benches, first, strict=True)]
+        round_seconds = (1 + PROFILED) * sum(length * step for length, step in zip(lengths, first, strict=True))
+        rounds = min(rounds, max(LEAST_ROUNDS, math.floor(min(rounds, max_seconds / round_seconds))))
         seconds: list[list[float]] = [[] for _ in benches]
         parts: list[list[dict[str, float]]] = [[] for _ in benches]
         energy = [0.0 for _ in benches]
@@ -236,7 +241,7 @@ def measure(
                 seconds[k].append(benches[k].run(lengths[k]))
                 energy[k] += nvml.joules(benches[k].runtime.device) - before
             for k in order:
-                parts[k].append(benches[k].parts(max(1, lengths[k] // 4)))
+                parts[k].append(benches[k].parts(max(1, round(PROFILED * lengths[k]))))
         ceilings = dict[str, Ceilings]()
         for bench in benches:
             if (precision := bench.runtime.precision) not in ceilings:
@@ -297,46 +302,3 @@ def _as_json(timing: Timing, cell: Cell) -> dict[str, Any]:
         "joules_per_image": timing.joules,
         "joules_per_paper_run": None if timing.joules is None else timing.joules * 64_000 * 128,
     }
-
-
-def matrix(base: RunConfig, switches: dict[str, Sequence[Any]]) -> Iterator[Cell]:
-    """All combinations of switches as cells.
-
-    Args:
-        base: What all have in common.
-        switches: Values by "depth", "batch_size", "loader" ("none": a frozen batch), "precision", "compile", "graph".
-            A switch with one value is left out of the labels, but for depth and loader.
-    """
-    places = {
-        "depth": ("model", "depth"),
-        "batch_size": ("recipe", "batch_size"),
-        "loader": ("execution", "loader"),
-        "precision": ("execution", "precision"),
-        "compile": ("execution", "compile"),
-        "graph": ("execution", "cuda_graph"),
-    }
-    combinations: list[dict[str, Any]] = [{}]
-    for name, values in switches.items():
-        combinations = [{**chosen, name: value} for chosen in combinations for value in values]
-    for chosen in combinations:
-        tree = base.to_dict()
-        words = []
-        for name, value in chosen.items():
-            section, key = places[name]
-            tree[section][key] = "resident" if (name, value) == ("loader", "none") else value
-            if name in ("depth", "loader") or len(switches[name]) > 1:
-                words.append(_word(name, value))
-        config = RunConfig.from_dict(tree)
-        label = " ".join([config.name, *(word for word in words if word)])
-        yield Cell(label, config, frozen=chosen.get("loader") == "none")
-
-
-def _word(name: str, value: Any) -> str:
-    """A switch's value as a table names it."""
-    if name == "depth":
-        return ""  # the network's name says it
-    if name == "loader":
-        return "frozen batch" if value == "none" else str(value)
-    if isinstance(value, bool):
-        return name if value else f"no {name}"
-    return f"batch {value}" if name == "batch_size" else str(value)

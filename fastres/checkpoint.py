@@ -134,7 +134,7 @@ def load_all(folder: Path, *, most: int = 2) -> tuple[list[Checkpoint], list[str
             except InputError as error:
                 problems.append(str(error))
     if problems and not whole:
-        raise InputError("no whole checkpoint is left: " + "; ".join(problems))
+        raise InputError(f"no whole checkpoint is left: {'; '.join(problems)}; start anew, with another --out")
     return whole, problems
 
 
@@ -157,7 +157,10 @@ def set_newer_aside(folder: Path, used: Path | None) -> None:
         if path == used:
             return
         if path.exists():
-            path.replace(path.with_suffix(".unused.safetensors"))
+            try:
+                path.replace(path.with_suffix(".unused.safetensors"))
+            except OSError as error:
+                raise disk_error(error, folder, 0) from error
 
 
 def all_finite(tensors: Mapping[str, Tensor]) -> bool:

@@ -122,6 +122,7 @@ def load_trained(
     if not target.exists():
         raise InputError(f"{target} does not exist; give a run folder or a weights file")
     saved = _saved(target, say)
+    foreign = None if saved else read_weights(target)  # before a download for nothing
     config = RunConfig.from_dict(saved.meta["config"]) if saved else None
     tree = (config or RunConfig()).to_dict()
     chosen = RunConfig.from_dict(
@@ -138,7 +139,7 @@ def load_trained(
         model, weights, step = config.model, saved.weights, saved.meta["step"]
         mean_image = saved.tensors["data/mean"].numpy()
     else:
-        foreign = read_weights(target)
+        assert foreign is not None
         model = Model(arch="plain" if arch == "plain" else "resnet", depth=foreign.depth, shortcut=foreign.shortcut)
         weights, step = foreign.state, None
         mean_image = images.mean_image() if mean is None else np.full((32, 32, 3), mean, np.float32) * 255

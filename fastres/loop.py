@@ -188,7 +188,7 @@ def _run(
         console.show(progress)
         logged_at, epoch_shown = clocks.read("train"), int(progress.epochs)
         began = saved_at = perf_counter()
-        timer, step_seconds = StepTimer(runtime.device), list[float]()
+        timer, step_seconds, since_log = StepTimer(runtime.device), list[float](), list[float]()
         alive = members
 
         with clocks("train"):
@@ -223,11 +223,16 @@ def _run(
                 seconds = clocks.read("train")
                 for member in alive:
                     with contextlib.suppress(Diverged):  # is in `member.diverged`
-                        member.read(
-                            done, schedule, runtime.precision
-                        )  # host sync: losses and errors since the last log
+                        member.read(done, schedule, runtime.precision)  # host sync: losses and errors since the last
+                since_log += timer.collect()
+                measured = {
+                    "step_milliseconds": milliseconds(since_log),
+                    "peak_memory": peak_memory(runtime.device),
+                }
+                for member in [member for member in alive if not member.diverged]:
+                    with contextlib.suppress(Diverged):
                         if logs:
-                            member.log(seconds, logged_at)
+                            member.log(seconds, logged_at, measured)
                         if tests_now:
                             member.evaluate(clocks)
                         if saves:
@@ -238,9 +243,10 @@ def _run(
                 alive = [member for member in alive if not member.diverged]
                 if not alive:
                     break
-                step_seconds += timer.collect()
                 if logs:
                     logged_at = seconds
+                    step_seconds += since_log
+                    since_log = []
                 if saves:
                     saved_at = perf_counter()
                 if logs or tests_now:

@@ -93,8 +93,13 @@ class Member:
                     )
                 )
 
-    def log(self, seconds: float, since: float) -> None:
-        """Write the metrics since the last log, at which the training clock stood at `since`; now it is `seconds`."""
+    def log(self, seconds: float, since: float, measured: Mapping[str, Any]) -> None:
+        """Write the metrics since the last log.
+
+        Args:
+            seconds, since: The training clock now, and at the last log.
+            measured: `step_milliseconds` since then and `peak_memory` so far, as in `RunResult`.
+        """
         config, done, window = self.config, self.state.step, self._window
         num_images = len(window.errors) * config.recipe.batch_size
         self.train = {
@@ -104,7 +109,7 @@ class Member:
             "loss": math.fsum(window.losses) / len(window.losses),
             "error": sum(window.errors) / num_images,
             "lr": self.lr,
-            "clock": {"train": seconds, "images_per_second": num_images / (seconds - since)},
+            "clock": {"train": seconds, "images_per_second": num_images / (seconds - since), **measured},
         }
         self.run.append_metrics(self.train)
         self.state.logged = done

@@ -12,8 +12,9 @@ from rich.text import Text
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
-from fastres.bench import Bench, Cell
+from fastres.bench import Bench
 from fastres.build import load_images
+from fastres.cells import Cell
 from fastres.checkpoint import disk_error
 
 STEPS = 20

@@ -64,4 +64,5 @@ def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]
         f"  run folder        {result.run}",
         f"  curves            {result.run / 'curves.png'}",
         f"  again             fastres eval {result.run}",
+        f"  more plots        fastres plot {result.run}",
     ]

@@ -76,15 +76,25 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for one training process. Raises InputError where another holds it."""
+        """Hold the folder for one training process.
+
+        Raises:
+            InputError: Another process holds it.
+            MachineError: It cannot be written.
+        """
         lock = filelock.FileLock(self.path / ".lock", timeout=0)
         try:
-            with lock:
-                yield
+            lock.acquire()
         except filelock.Timeout as error:
             raise InputError(
                 f"{self.path} is being trained by another process; wait for it, or stop it first"
             ) from error
+        except OSError as error:
+            raise disk_error(error, self.path, 0) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def config(self) -> RunConfig:
         """The config that the run was started with. Raises InputError where it cannot be read."""
@@ -105,8 +115,11 @@ class RunDir:
         write_json(self.path / name, value)
 
     def remove(self, name: str) -> None:
-        """Remove one of the folder's files, where it is there."""
-        (self.path / name).unlink(missing_ok=True)
+        """Remove one of the folder's files, where it is there. Raises MachineError."""
+        try:
+            (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(error, self.path, 0) from error
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add a record to the metrics. NaN and Inf are written as text, since JSON has neither."""
@@ -135,9 +148,12 @@ class RunDir:
     def sync_metrics(self) -> None:
         """Force the metrics to the disk, before a checkpoint that counts on them."""
         path = self.path / METRICS
-        if path.exists():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
+        try:
+            if path.exists():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise disk_error(error, self.path, path.stat().st_size) from error
 
     def say(self, text: str) -> None:
         """Add a line to console.log."""

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastres.bench import Cell, measure
+from fastres.bench import measure
 from fastres.benchreport import Report
+from fastres.cells import Cell
 from fastres.checkpoint import disk_error
 from fastres.config import RunConfig
 from fastres.errors import OutOfMemory

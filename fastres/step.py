@@ -25,9 +25,17 @@ SPARE = WARM_UP_CALLS * MAX_GRAPH_STEPS  # places behind the last step in tables
 
 
 class Loader(Protocol):
-    """What yields batches: resident, dali and torchvision loaders."""
+    """What yields batches: resident, dali and torchvision loaders.
+
+    Attributes:
+        name: As in the config.
+        prefetched: Batches that its worker processes make ready while nobody takes any.
+        period: Steps after which its work repeats itself: batches that are made together.
+    """
 
     name: str
+    prefetched: int
+    period: int
 
     def prepare(self, step: int) -> None:
         """Host's work before 0-based step `step` is launched: enqueues what it needs, waits for nothing."""

@@ -32,7 +32,7 @@ LAYERS = (
     ("build", "weights"),
     ("runstate", "result", "guards", "checks"),
     ("nvml", "parts", "doctor"),
-    ("member", "pace"),
+    ("member", "pace", "cells"),
     ("loop", "bench", "evaluate"),
     ("benchreport", "profiling", "responses"),
     ("scaling",),

@@ -12,8 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres import bench
-from fastres.bench import Bench, Cell, matrix, measure
+from fastres.bench import Bench, measure
 from fastres.benchreport import compare
+from fastres.cells import Cell, matrix
 from fastres.cli.bench import COMPARED_ROUNDS
 from fastres.data.synthetic import make_synthetic
 from fastres.data.table import TableLoader
@@ -172,6 +173,47 @@ def test_each_cell_runs_with_its_own_threads(tmp_path: Path, monkeypatch: pytest
     cells = [Cell(label, tiny(tmp_path, execution={"threads": int(label)})) for label in seen]
     measure(cells, rounds=2, chunk_seconds=0.01, say=lambda _: None)
     assert seen == {"1": {1}, "2": {2}}
+
+
+def test_batches_made_in_anothers_turn_are_used_up_before_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that the steps alone move, of which the first after a pause is quick."""
+    one = Bench(cell(tmp_path), make_synthetic(), num_steps=100)
+    now, rested = 0.0, True
+    step = TrainStep.__call__
+
+    def moved(self: TrainStep, *args: Any) -> int:
+        nonlocal now, rested
+        now, rested = now + (0 if rested else 1), False
+        return step(self, *args)
+
+    monkeypatch.setattr(TrainStep, "__call__", moved)
+    monkeypatch.setattr("fastres.parts.perf_counter", lambda: now)
+    assert one.run(4) == 0.75
+    rested = True
+    monkeypatch.setattr(one.replica.loader, "prefetched", 1, raising=False)
+    assert one.run(4) == 1
+    one.close()
+
+
+def test_chunks_are_whole_periods_of_the_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DALI makes 4,096 images at a time: a chunk of fewer steps would have all of that work in it, or none."""
+    one = Bench(cell(tmp_path), make_synthetic(), num_steps=100)
+    assert [one.whole_periods(steps) for steps in (0.1, 1, 2.4)] == [1, 1, 2]
+    monkeypatch.setattr(one.replica.loader, "period", 32, raising=False)
+    assert [one.whole_periods(steps) for steps in (0.1, 40, 50)] == [32, 32, 64]
+    one.close()
+
+
+def test_fewer_rounds_where_they_would_take_too_long(tmp_path: Path) -> None:
+    def rounds(max_seconds: float) -> int:
+        (timing,), _ = measure(
+            [cell(tmp_path)], rounds=5, chunk_seconds=0.01, max_seconds=max_seconds, say=lambda _: None
+        )
+        return len(timing.seconds)
+
+    assert (rounds(60), rounds(0)) == (5, bench.LEAST_ROUNDS)
 
 
 def test_several_replicas_are_networks_of_their_own(tmp_path: Path) -> None:

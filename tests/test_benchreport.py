@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from fastres import bench, scaling
-from fastres.bench import SCHEMA, Cell
+from fastres.bench import SCHEMA
 from fastres.benchreport import compare, compare_reports, draw, read_json, tables, write_json
+from fastres.cells import Cell
 from fastres.cli import run
 from fastres.errors import InputError, MachineError, OutOfMemory
 from fastres.parts import PARTS
@@ -283,6 +284,14 @@ def test_scaling_stops_where_memory_or_patience_ends(tmp_path: Path, monkeypatch
     assert "would take over" in said[-1]
 
 
+def test_what_deterministic_mode_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.json"
+    assert run(["bench", *TINY, "--loader", "none", "--deterministic", "both", "--json", str(path)]) == 0
+    cells = read_json(path)["cells"]
+    assert [cell["config"]["execution"]["deterministic"] for cell in cells] == [False, True]
+    assert "ResNet8 frozen batch deterministic: " in capsys.readouterr().out
+
+
 # --- bad input
 
 BAD = {
@@ -293,6 +302,8 @@ BAD = {
     "--batch-size 0": "batch_size is 0",
     "--precision fp8": "fp8",
     "--compile maybe": "auto, on, off, both",
+    "--deterministic auto": "off, on, both",
+    "--deterministic both --rounds 3": "too few",
     "--rounds 0": "--rounds is 0",
     "--seconds nan": "--seconds is nan",
     "--plot chart.pdf": ".png or .svg",

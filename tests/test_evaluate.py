@@ -121,6 +121,13 @@ def test_execution_is_validated(run: Path) -> None:
     assert Execution().device == "auto"
 
 
+def test_weights_are_read_before_data_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastres.evaluate.load_images", lambda *_, **__: pytest.fail("looked for data"))
+    (tmp_path / "weights.pth").write_bytes(b"rubbish")
+    with pytest.raises(InputError, match=r"weights\.pth"):
+        evaluate_target(tmp_path / "weights.pth", CPU, say=lambda _: None)
+
+
 def test_no_training_set_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CIFAR-10's test batch alone, beside a run that was trained on all of it."""
     monkeypatch.setattr("fastres.data.cifar.IMAGES_PER_BATCH", 16)

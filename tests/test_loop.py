@@ -62,6 +62,9 @@ def test_the_run_folder(whole: Path) -> None:
     assert result["best_test_error"] == min(r["error"] for r in tests)
     assert [r["lr"] for r in records if r["kind"] == "train"] == pytest.approx([0.05, 0.05, 0.005, 0.0005, 0.0005])
     assert set(result["seconds"]) >= {"data", "train", "evaluate", "checkpoint", "other"}
+    for record in (r for r in RunDir(whole).metrics() if r["kind"] == "train"):
+        assert 0 < record["clock"]["step_milliseconds"]["p50"] <= record["clock"]["step_milliseconds"]["p99"]
+        assert record["clock"]["peak_memory"] > 0
 
 
 def test_metrics_say_what_the_steps_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,14 @@
 """rundir.py: a run folder refuses what would lose something, and survives what a crash leaves."""
 
+import errno
 import json
 import os
 from pathlib import Path
 
+import filelock
 import pytest
 
+from fastres import checkpoint
 from fastres.config import make_config
 from fastres.errors import InputError, MachineError
 from fastres.rundir import METRICS, RunDir, default_path
@@ -52,6 +55,26 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MachineError, match="no room on the disk"):
         run.write_json("config.json", {"a": 2})
     assert run.read_json("config.json") == {"a": 1}
+
+
+def test_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir.create(tmp_path / "run")
+    run.append_metrics({"kind": "train", "step": 1})
+    (run.path / "checkpoint.safetensors").touch()
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for owner, name in ((filelock.FileLock, "acquire"), (os, "fsync"), (Path, "unlink"), (Path, "replace")):
+        monkeypatch.setattr(owner, name, refused)
+    for touch in (
+        lambda: run.locked().__enter__(),
+        run.sync_metrics,
+        lambda: run.remove("diverged.json"),
+        lambda: checkpoint.set_newer_aside(run.path, None),
+    ):
+        with pytest.raises(MachineError, match=r"cannot write in .*: Read-only file system"):
+            touch()
 
 
 def test_metrics_survive_a_torn_last_line_and_are_cut_back(tmp_path: Path) -> None:

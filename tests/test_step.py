@@ -28,7 +28,7 @@ def compiles(test: Callable[..., None]) -> Callable[..., None]:
 class Noise:
     """A loader of random batches, a function of seed and step."""
 
-    name = "noise"
+    name, prefetched, period = "noise", 0, 1
 
     def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         self.dtype, self.seed = dtype, seed

@@ -2,8 +2,10 @@
 
 import difflib
 import os
+import signal
 import sys
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -16,7 +18,7 @@ from fastres.cli.report import report
 from fastres.cli.reproduce import reproduce
 from fastres.cli.responses import responses
 from fastres.cli.train import train
-from fastres.errors import FastresError
+from fastres.errors import FastresError, Interrupted
 
 app = typer.Typer(
     name="fastres",
@@ -40,6 +42,7 @@ COMMANDS = ("train", "eval", "bench", "responses", "reproduce", "plot", "report"
 
 def main() -> None:
     """Run the command line and exit with its code (`fastres.errors` lists them)."""
+    signal.signal(signal.SIGTERM, _stop)  # until a training loop puts its own in place
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
@@ -47,6 +50,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)
+
+
+def _stop(signum: int, _frame: FrameType | None) -> NoReturn:
+    raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum)
 
 
 def run(argv: list[str]) -> int:

@@ -1,6 +1,7 @@
 """`fastres bench`: a throughput report, a comparison, a profile, or cost against work."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +14,8 @@ from fastres.config import RunConfig, make_config
 from fastres.errors import InputError, OutsideTolerance
 
 if TYPE_CHECKING:
-    from fastres.bench import Cell
     from fastres.benchreport import Comparison, Report
+    from fastres.cells import Cell
 
 LOADERS = ("dali", "resident", "torchvision", "none")
 SWITCH: dict[str, list[bool | None]] = {"auto": [None], "on": [True], "off": [False], "both": [True, False]}
@@ -52,7 +53,7 @@ def bench(
     graph: Annotated[
         str, typer.Option(help="CUDA graph: auto (on a GPU), on, off or both.", rich_help_panel=WHAT)
     ] = "auto",
-    deterministic: Annotated[bool, typer.Option("--deterministic", rich_help_panel=WHAT)] = False,
+    deterministic: Annotated[str, typer.Option(help="off, on, or both: what it costs.", rich_help_panel=WHAT)] = "off",
     dataset: Annotated[
         str, typer.Option(help="synthetic (speed does not depend on it) or cifar10.", rich_help_panel=WHAT)
     ] = "synthetic",
@@ -114,7 +115,6 @@ def bench(
         execution=given(
             device=device,
             threads=threads,
-            deterministic=deterministic or None,
             data_dir=None if data_dir is None else str(data_dir),
         ),
     )
@@ -125,6 +125,7 @@ def bench(
         "compile": _switch("--compile", compile_),
         "graph": _switch("--graph", graph),
         "loader": parse_list("--loader", loader, str) if loader else None,
+        "deterministic": _switch("--deterministic", deterministic, ("off", "on", "both"))[::-1],  # off first
     }
     if unknown := [name for name in switches["loader"] or () if name not in LOADERS]:
         raise InputError(f"--loader is {unknown[0]!r}; it must be one of {', '.join(LOADERS)}")
@@ -142,7 +143,10 @@ def bench(
         batch_sizes = switches.pop("batch_size") if _given(ctx, "batch_size") else None
         _scaling(_one_cell(base, switches, "--scaling"), depths, batch_sizes, json_, plot)
     else:
-        _measure(_cells(base, switches), rounds, seconds, json_, plot)
+        pairs = deterministic == "both"  # the last switch, so that cells without and with it lie side by side
+        exact = pairs or _given(ctx, "rounds")
+        max_seconds = math.inf if exact else 1.5 * seconds
+        _measure(_cells(base, switches), rounds, seconds, json_, plot, pairs=pairs, max_seconds=max_seconds)
 
 
 def _given(ctx: typer.Context, name: str) -> bool:
@@ -162,7 +166,7 @@ def _refuse_idle(ctx: typer.Context, mode: str) -> None:
 
 def _one_cell(base: RunConfig, switches: dict[str, Any], mode: str) -> "Cell":
     """The cell of a mode that times one; an open loader is `train`'s own choice."""
-    from fastres.bench import matrix
+    from fastres.cells import matrix
 
     given_switches = {name: values for name, values in switches.items() if values is not None}
     if several := [name for name, values in given_switches.items() if len(values) > 1]:
@@ -172,7 +176,7 @@ def _one_cell(base: RunConfig, switches: dict[str, Any], mode: str) -> "Cell":
 
 def _cells(base: RunConfig, switches: dict[str, Any]) -> "list[Cell]":
     """The matrix, with what was left open filled in for this machine."""
-    from fastres.bench import matrix
+    from fastres.cells import matrix
     from fastres.data.dali import dali_available
     from fastres.runtime import prepare
 
@@ -190,22 +194,32 @@ def _measure(
     json_: str | None,
     plot: Path | None,
     *,
-    paired: bool = False,
+    pairs: bool = False,
+    max_seconds: float = math.inf,
 ) -> "dict[str, Comparison]":
-    """Time the cells, print the table, write what was asked for; `paired`: compare the second with the first."""
+    """Time the cells, print the table, write what was asked for; `pairs`: compare every second cell with the first."""
     from fastres.bench import measure
-    from fastres.benchreport import compare, draw, footnote, tables
+    from fastres.benchreport import check_rounds, compare, draw, footnote, tables
     from fastres.console import Console
 
+    if pairs:
+        check_rounds(rounds)
     console = Console("auto", stderr=json_ == "-")
     chunk_seconds = seconds / rounds / len(cells) / 1.25  # the profiled pass takes a quarter of the steps again
-    _, report = measure(cells, rounds=rounds, chunk_seconds=chunk_seconds, say=console.say, tick=console.count)
+    _, report = measure(
+        cells,
+        rounds=rounds,
+        chunk_seconds=chunk_seconds,
+        max_seconds=max_seconds,
+        say=console.say,
+        tick=console.count,
+    )
     console.print(tables(report))
     console.say(footnote(report))
     found = {}
-    if paired:
-        first, second = report["cells"]
-        found[second["label"]] = compare(first["chunks"], second["chunks"], paired=True)
+    if pairs:
+        for first, second in zip(report["cells"][::2], report["cells"][1::2], strict=True):
+            found[second["label"]] = compare(first["chunks"], second["chunks"], paired=True)
         report["comparison"] = {label: asdict(comparison) for label, comparison in found.items()}
     for label, comparison in found.items():
         console.say(comparison.line(label))
@@ -230,15 +244,13 @@ def _compare(
             print(comparison.line(label))
     elif {a.suffix, b.suffix} == {".toml"}:
         configs = [read_config(path) for path in paths]
-        from fastres.bench import Cell
-        from fastres.benchreport import check_rounds
+        from fastres.cells import Cell
 
-        check_rounds(rounds)
         names = [path.stem if a.stem != b.stem else str(path) for path in paths]
         if a == b:  # how far equal things differ here
             names[1] += " again"
         cells = [Cell(*pair) for pair in zip(names, configs, strict=True)]
-        found = _measure(cells, rounds, seconds, json_, plot, paired=True)
+        found = _measure(cells, rounds, seconds, json_, plot, pairs=True)
     else:
         raise InputError(f"--compare {a} {b}: give two configs (.toml) or two reports (.json)")
     if limit is not None:
@@ -296,7 +308,7 @@ def _write(report: "Report", json_: str | None) -> None:
         write_json(report, Path(json_))
 
 
-def _switch(flag: str, text: str) -> list[bool | None]:
-    if text not in SWITCH:
-        raise InputError(f"{flag} is {text!r}; it must be one of {', '.join(SWITCH)}")
+def _switch(flag: str, text: str, choices: Sequence[str] = tuple(SWITCH)) -> list[bool | None]:
+    if text not in choices:
+        raise InputError(f"{flag} is {text!r}; it must be one of {', '.join(choices)}")
     return SWITCH[text]

@@ -58,7 +58,7 @@ class DaliLoader:
         MachineError: DALI is not installed.
     """
 
-    name = "dali"
+    name, prefetched = "dali", 0
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class DaliLoader:
                 "pip install nvidia-dali-cuda120, or use --loader resident"
             )
         self.plans, self.batch_size, self.channels_last = (plan, *others), batch_size, channels_last
-        self.steps_per_run = max(ahead, steps_per_run or FRAMES_PER_RUN // (batch_size * len(self.plans)))
+        self.period = self.steps_per_run = max(ahead, steps_per_run or FRAMES_PER_RUN // (batch_size * len(self.plans)))
         mean = images.mean_image() if mean is None else mean
         self._labels = torch.from_numpy(images.train_labels.astype(np.int64)).to(device)
         self._codes = [DevicePlan(each, batch_size, device) for each in self.plans]
@@ -218,10 +218,10 @@ class DaliLoader:
 class Seat:
     """The batches of one of the plans of a `DaliLoader`."""
 
-    name = DaliLoader.name
+    name, prefetched = DaliLoader.name, DaliLoader.prefetched
 
     def __init__(self, loader: DaliLoader, place: int) -> None:
-        self._loader, self._place = loader, place
+        self._loader, self._place, self.period = loader, place, loader.period
 
     def prepare(self, step: int) -> None:
         """Have the step's batches of all plans ready; the second seat to ask finds them there."""

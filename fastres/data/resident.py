@@ -30,7 +30,7 @@ class ResidentLoader:
         compiled: Compile it to one kernel; else each operation is one.
     """
 
-    name = "resident"
+    name, prefetched, period = "resident", 0, 1
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ class TableLoader:
         channels_last: Memory format of the batches; False makes another copy.
     """
 
-    name = "resident"
+    name, prefetched, period = "resident", 0, 1
 
     def __init__(
         self,

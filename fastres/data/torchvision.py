@@ -15,6 +15,7 @@ from fastres.data.pixels import SCALE, Floats
 from fastres.data.plan import PAD, EpochPlan
 
 NUM_WORKERS = 2
+PREFETCH_FACTOR = 2  # batches a worker makes ahead; torch's default
 RING = 64  # as many steps as a captured graph may hold
 
 
@@ -35,7 +36,7 @@ class TorchvisionLoader:
         num_workers: Processes, at least 1: each seeds its global generator, which in this process is the user's.
     """
 
-    name = "torchvision"
+    name, period = "torchvision", 1
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class TorchvisionLoader:
         if num_workers < 1:
             raise ValueError(f"num_workers is {num_workers}; it must be at least 1")
         self.plan, self.batch_size, self.device, self.channels_last = plan, batch_size, device, channels_last
-        self.num_workers = num_workers
+        self.num_workers, self.prefetched = num_workers, num_workers * PREFETCH_FACTOR
         self._dataset = _Images(images, images.mean_image() if mean is None else mean, plan)
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
         self._next = -1  # the step that `_batches` gives next
@@ -93,6 +94,7 @@ class TorchvisionLoader:
                 self._dataset,
                 batch_sampler=order,
                 num_workers=self.num_workers,
+                prefetch_factor=PREFETCH_FACTOR,
                 pin_memory=pinned,
                 generator=torch.Generator(),  # else it draws from the global one
             )
