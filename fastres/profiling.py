@@ -69,7 +69,8 @@ def take_profile(cell: Cell, trace: Path, *, say: Callable[[str], None]) -> Prof
     bench = Bench(cell, load_images(cell.config.data, cell.config.execution, say=say))
     gpu = bench.runtime.device.type == "cuda"
     unmodified = median(bench.run(STEPS) for _ in range(3))
-    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
+    activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
+    with profile(activities=[activity], acc_events=True) as profiler:  # else torch 2.11 warns, of cycles that it has not
         profiled = bench.run(STEPS)
     bench.close()
     profiler.export_chrome_trace(str(trace))

@@ -169,7 +169,7 @@ def test_the_profiler_sees_no_synchronisation_either(loader: str) -> None:
     for k in range(64):
         step(k)
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
         for k in range(64, 128):
             step(k)
     waits = {e.key: e.count for e in seen.key_averages() if "Synchronize" in e.key}
