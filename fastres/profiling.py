@@ -70,7 +70,7 @@ def take_profile(cell: Cell, trace: Path, *, say: Callable[[str], None]) -> Prof
     gpu = bench.runtime.device.type == "cuda"
     unmodified = median(bench.run(STEPS) for _ in range(3))
     activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
-    with profile(activities=[activity], acc_events=True) as profiler:  # else torch 2.11 warns, of cycles that it has not
+    with profile(activities=[activity], acc_events=True) as profiler:  # else torch 2.11 warns
         profiled = bench.run(STEPS)
     bench.close()
     profiler.export_chrome_trace(str(trace))
