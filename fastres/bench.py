@@ -30,6 +30,7 @@ from fastres.step import Loader, Replica, TrainStep
 
 SCHEMA = 1  # of the JSON; a reader refuses what it does not know
 FIRST_STEPS = 5  # after compilation, before the first timed chunk: allocator, cuDNN, caches
+COLD_STEPS = 1  # of a turn: the first is 5 to 10 % slower on a CPU, after another network's
 PROFILED = 0.25  # steps of the profiled pass for each unmodified one
 LEAST_ROUNDS = 3
 MAX_STEPS = 1_000_000  # places in a cell's logs; no measurement takes as many
@@ -136,11 +137,12 @@ class Bench:
     def run(self, num_steps: int) -> float:
         """Take steps, unmodified; the mean seconds of one. Nothing is waited for between the first and the last.
 
-        Batches that the loader's workers made in another cell's turn are used up before the clock starts.
+        Before the clock starts a step or more warms what another cell's turn left cold, and uses up the batches that
+        the loader's workers made meanwhile.
         """
         device = self.runtime.device
         self._take_over()
-        self._advance(self.replica.loader.prefetched)
+        self._advance(max(COLD_STEPS, self.replica.loader.prefetched))
         synchronize(device)
         clock = Marks(device)
         clock.mark("start")
@@ -165,6 +167,7 @@ class Bench:
         several replicas they are the first one's, with the others beside it.
         """
         self._take_over()
+        self._advance(COLD_STEPS)
         replica, graphs, device = self.replica, dict(self.step.graphs), self.runtime.device
         marks, series = Marks(device), Marks(device)
         seconds = dict.fromkeys(PARTS, 0.0)

@@ -1,11 +1,13 @@
 """Kill training at random moments, go on, and compare with a run that was never killed.
 
     python -m tests.crash --kills 25 --steps 200
+    python -m tests.crash --reproduce --kills 10
 
 SIGKILL leaves no time to save: what counts is what was on the disk at that moment, half-written files included.
 """
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -15,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastres.checkpoint import NEWEST, load
 from tests.runs import assert_same_run
@@ -63,6 +66,53 @@ def crash(kills: int, flags: list[str], folder: Path, *, seed: int, say: Callabl
         say(f"{run.name}: bit-identical after {killed} kills in all")
 
 
+REPRODUCE = ["reproduce", "all", "--preset", "smoke", "--nets", "ResNet8,PlainNet8", "--steps", "12", "--threads", "1"]
+REPRODUCE += ["--precision", "fp32"]
+
+
+def crash_reproduce(kills: int, whole: Path, folder: Path, *, seed: int, say: Callable[[str], None] = print) -> None:
+    """Kill `fastres reproduce` at `kills` random moments, and compare the tables that it ends with.
+
+    Args:
+        kills: SIGKILLs in all; a folder's `reproduce` is killed up to five times, then left to end and compared.
+        whole: A folder in which it was not killed.
+        folder: Where the others go.
+        seed: Of the moments.
+        say: Takes a line for each kill and each comparison.
+
+    Raises:
+        AssertionError: A table differs, or the last run failed.
+    """
+    chance = random.Random(seed)
+    killed, count = 0, 0
+    while killed < kills:
+        runs, count = folder / f"runs{count}", count + 1
+        command = [sys.executable, "-m", "fastres", *REPRODUCE, "--runs", str(runs), "--quiet"]
+        for _ in range(min(5, kills - killed)):
+            process = subprocess.Popen(command, start_new_session=True)
+            try:
+                process.wait(timeout=chance.uniform(3, 15))
+                break  # it was faster than its killer
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            killed += 1
+            done = len(list(runs.glob("*/*/result.json")))
+            say(f"kill {killed}: {done} of 3 runs finished, {'a' if (runs / 'table6.json').exists() else 'no'} table")
+        assert subprocess.run(command).returncode == 0
+        assert timeless_table(runs / "table6.json") == timeless_table(whole / "table6.json")
+        say(f"{runs.name}: the same table after {killed} kills in all")
+
+
+def timeless_table(path: Path) -> dict[str, Any]:
+    """A table 6 without what was measured by the clock, and without the place it lies in."""
+    stored: dict[str, Any] = json.loads(path.read_text())
+    for row in stored["rows"]:
+        row["runs"] = [str(Path(run).relative_to(path.parent)) for run in row["runs"]]
+        del row["seconds"], row["images_per_second"]
+    return stored
+
+
 def _start(flags: list[str], run: Path) -> subprocess.Popen[bytes]:
     """A training process in a group of its own; it goes on with `run` where there is one."""
     where = ["--resume", str(run)] if (run / "config.json").exists() else ["--out", str(run), "--overwrite", *flags]
@@ -79,6 +129,9 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description="Kill training at random moments and compare.")
     parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument(
+        "--reproduce", action="store_true", help="kill `fastres reproduce`; the flags below are train's"
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -93,6 +146,12 @@ def main() -> None:
         *(["--data-dir", args.data_dir] if args.data_dir else ["--dataset", "synthetic"]),
     ]
     with tempfile.TemporaryDirectory() as folder:
+        if args.reproduce:
+            whole = Path(folder, "whole")
+            line = [sys.executable, "-m", "fastres", *REPRODUCE, "--runs", str(whole), "--quiet"]
+            subprocess.run(line, check=True)
+            crash_reproduce(args.kills, whole, Path(folder), seed=args.seed)
+            return
         crash(args.kills, flags, Path(folder), seed=args.seed)
     print(f"all {args.kills} killed runs ended bit-identical")
 

@@ -93,7 +93,7 @@ def test_what_is_timed_is_the_training_step(tmp_path: Path, monkeypatch: pytest.
     one = Bench(cell(tmp_path), make_synthetic(), num_steps=100)
     assert one.run(7) > 0
     parts = one.parts(5)
-    assert taken == list(range(bench.FIRST_STEPS + 12))
+    assert taken == list(range(bench.FIRST_STEPS + 12 + 3 * bench.COLD_STEPS))
     assert set(parts) == {*PARTS, "gaps"}
     assert min(parts.values()) > 0
     assert one.run(3) > 0  # the stopwatches are gone
@@ -178,21 +178,21 @@ def test_each_cell_runs_with_its_own_threads(tmp_path: Path, monkeypatch: pytest
 def test_batches_made_in_anothers_turn_are_used_up_before_the_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a clock that the steps alone move, of which the first after a pause is quick."""
+    """On a clock that the steps alone move, of which those after a pause are quick, as many as there are batches."""
     one = Bench(cell(tmp_path), make_synthetic(), num_steps=100)
-    now, rested = 0.0, True
+    now, rested = 0.0, 3
     step = TrainStep.__call__
 
     def moved(self: TrainStep, *args: Any) -> int:
         nonlocal now, rested
-        now, rested = now + (0 if rested else 1), False
+        now, rested = now + (rested <= 0), rested - 1
         return step(self, *args)
 
     monkeypatch.setattr(TrainStep, "__call__", moved)
     monkeypatch.setattr("fastres.parts.perf_counter", lambda: now)
-    assert one.run(4) == 0.75
-    rested = True
-    monkeypatch.setattr(one.replica.loader, "prefetched", 1, raising=False)
+    assert one.run(4) == 0.5
+    rested = 3
+    monkeypatch.setattr(one.replica.loader, "prefetched", 3, raising=False)
     assert one.run(4) == 1
     one.close()
 
@@ -221,7 +221,7 @@ def test_several_replicas_are_networks_of_their_own(tmp_path: Path) -> None:
     first, second = (replica.net.state_dict()["conv1.weight"] for replica in one.replicas)
     assert not torch.equal(first, second)
     one.run(3)
-    assert [int(replica.counter) for replica in one.replicas] == [bench.FIRST_STEPS + 3] * 2
+    assert [int(replica.counter) for replica in one.replicas] == [bench.FIRST_STEPS + 3 + 2 * bench.COLD_STEPS] * 2
     assert one.images == 2 * 16
     one.close()
 

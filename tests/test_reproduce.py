@@ -2,10 +2,6 @@
 
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +10,17 @@ import pytest
 from fastres.cli import run
 from fastres.reproduce import fig7
 from fastres.rundir import find_runs
+from tests.crash import REPRODUCE, crash_reproduce, timeless_table
 
-LINE = ["reproduce", "all", "--preset", "smoke", "--nets", "ResNet8,PlainNet8", "--steps", "12", "--threads", "1"]
-LINE += ["--precision", "fp32"]
 FILES = {f"fig{k}.{suffix}" for k in (6, 7) for suffix in ("png", "svg", "csv")}
 FILES |= {f"table6.{suffix}" for suffix in ("md", "csv", "json")}
-
-
-def timeless(table: Path) -> dict[str, Any]:
-    """A table without what was measured by the clock, and without the place it lies in."""
-    stored: dict[str, Any] = json.loads(table.read_text())
-    for row in stored["rows"]:
-        row["runs"] = [str(Path(path).relative_to(table.parent)) for path in row["runs"]]
-        del row["seconds"], row["images_per_second"]
-    return stored
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything, made without a break."""
     folder = tmp_path_factory.mktemp("reproduce")
-    assert run([*LINE, "--runs", str(folder)]) == 0
+    assert run([*REPRODUCE, "--runs", str(folder)]) == 0
     return folder
 
 
@@ -51,14 +37,14 @@ def test_one_line_makes_everything_and_says_what_it_is(whole: Path) -> None:
 
 def test_again_nothing_is_trained(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.glob("*/*/metrics.jsonl")}
-    assert run([*LINE, "--runs", str(whole)]) == 0
+    assert run([*REPRODUCE, "--runs", str(whole)]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "3 runs: 3 finished" in capsys.readouterr().out
 
 
 def test_dry_run_lists_what_is_needed_and_does_nothing(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(whole.rglob("*"))
-    assert run([*LINE, "--runs", str(whole), "--seeds", "3", "--dry-run"]) == 0
+    assert run([*REPRODUCE, "--runs", str(whole), "--seeds", "3", "--dry-run"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [(name, state) for name, state, _ in lines] == [
         ("ResNet8", "finished"), ("ResNet8", "finished"), ("ResNet8", "missing"), ("PlainNet8", "finished"),
@@ -67,39 +53,25 @@ def test_dry_run_lists_what_is_needed_and_does_nothing(whole: Path, capsys: pyte
 
 
 def test_more_seeds_reuse_what_is_there(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([*LINE, "--runs", str(whole), "--out", str(whole / "three"), "--seeds", "3", "--no-train"]) == 0
+    assert run([*REPRODUCE, "--runs", str(whole), "--out", str(whole / "three"), "--seeds", "3", "--no-train"]) == 0
     rows = json.loads((whole / "three/table6.json").read_text())["rows"]
     assert [(row["network"], row["n"]) for row in rows] == [("ResNet-8", 2), ("plain-8", 1)]
 
 
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments_it_ends_with_the_same_table(whole: Path, tmp_path: Path) -> None:
-    chance = random.Random(3)
-    folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "fastres", *LINE, "--runs", str(folder), "--quiet"]
-    killed = 0
-    for _ in range(2):
-        process = subprocess.Popen(command, start_new_session=True)
-        try:
-            process.wait(timeout=chance.uniform(4, 16))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            killed += 1
-    assert killed > 0
-    assert subprocess.run(command).returncode == 0
-    assert timeless(folder / "table6.json") == timeless(whole / "table6.json")
+    crash_reproduce(2, whole, tmp_path, seed=int.from_bytes(os.urandom(4)))
 
 
 def test_a_budget_stops_in_time_and_goes_on(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = [*LINE, "--runs", str(tmp_path)]
+    line = [*REPRODUCE, "--runs", str(tmp_path)]
     assert run([*line, "--budget", "0.00001"]) == 0
     out = capsys.readouterr().out
     assert "the same line goes on" in out
     (row,) = json.loads((tmp_path / "table6.json").read_text())["rows"]
     assert (row["n"], row["unfinished"], row["verdict"]) == (0, 1, "no finished run")
     assert run(line) == 0
-    assert timeless(tmp_path / "table6.json") == timeless(whole / "table6.json")
+    assert timeless_table(tmp_path / "table6.json") == timeless_table(whole / "table6.json")
 
 
 def test_assert_exits_with_6(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +103,7 @@ def test_bad_input(
 
 
 def test_a_run_of_another_recipe_in_the_way(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = [*LINE, "--runs", str(whole)]
+    line = [*REPRODUCE, "--runs", str(whole)]
     line[line.index("12")] = "13"
     assert run(line) == 2
     assert "recipe.steps: 12 -> 13" in capsys.readouterr().err
@@ -143,5 +115,5 @@ def test_fig7_failing_does_not_lose_the_table(whole: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(fig7, "draw", fails)
     with pytest.raises(RuntimeError, match="no figure"):
-        run([*LINE, "--runs", str(whole), "--out", str(tmp_path)])
+        run([*REPRODUCE, "--runs", str(whole), "--out", str(tmp_path)])
     assert (tmp_path / "table6.md").exists()
