@@ -267,6 +267,8 @@ def test_compiled_is_eager_in_fp64_over_50_steps(scope: Literal["blocks", "whole
             losses.append(loss.item())
         assert losses[1] == pytest.approx(losses[0], rel=1e-8)
     assert names == list(eager.net.state_dict())  # saved names stay clean
+    for name, value in eager.net.state_dict().items():
+        torch.testing.assert_close(compiled.net.state_dict()[name], value, rtol=1e-6, atol=1e-9)
 
 
 @compiles
