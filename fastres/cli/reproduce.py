@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastres.rundir import RunDir
 
 WHAT = ("table6", "fig6", "fig7", "all")
-SMOKE = {"recipe": {"steps": 60}, "output": {"log_every": 5, "eval_every": 20}}  # many networks, so few steps each
+SMOKE = {"recipe": {"steps": 40}, "output": {"log_every": 5, "eval_every": 10}}  # many networks, so few steps each
 SEEDS = {"paper": 5, "fast": 2, "smoke": 2}
 NETWORKS, RUNS, EXECUTION = "Which networks", "Which runs", "How they run"
 
