@@ -43,7 +43,7 @@ def _machine(result: Result, date: str) -> str:
     where = env["gpu"] or f"{env['cpu']}, {env['threads']} cores"
     chosen = dict.fromkeys(cell["config"]["execution"]["precision"] for cell in result.get("cells", ()))  # as asked
     precision = " and ".join(chosen) if len(chosen) > 1 else env["precision"]
-    compiled = ", compiled" if "cells" not in result and env.get("compile", "none") != "none" else ""  # a race's fastres
+    compiled = ", compiled" if "cells" not in result and env.get("compile", "none") != "none" else ""  # of a race
     return f"{date}, {where}{driver}, torch {env['torch']}, {precision}{compiled}{commit}"
 
 

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 NUM_TRAIN = {"cifar10": 50_000, "synthetic": 10_000}  # images before any validation split
+MAX_STEPS = 100_000_000  # rates, losses and errors of each step are kept on the device: 1.6 GB
 MAX_GRAPH_STEPS = 64  # a graph holds every kernel of its steps, a few hundred each
 NUM_VALIDATION = 5_000  # the paper's 45k/5k split (section 4.2)
 
@@ -237,10 +238,10 @@ def make_config(preset: str = "paper", **changes: Any) -> RunConfig:
     return RunConfig.from_dict(with_dependent_defaults(tree))
 
 
-def preset_tree(name: str) -> dict[str, Any]:
+def preset_tree(name: object) -> dict[str, Any]:
     """The nested mappings of a preset. Raises InputError where there is none of that name."""
-    if name not in PRESETS:
-        raise InputError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}{nearest(name, PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:  # from a file it may be anything
+        raise InputError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}{nearest(str(name), PRESETS)}")
     return json.loads(json.dumps(PRESETS[name]))  # type: ignore[no-any-return]
 
 
@@ -270,7 +271,7 @@ def _validate(config: RunConfig) -> None:
 
     check_depth(model.depth)
     need(0 <= config.seed < 2**63, "seed", config.seed, "it must be between 0 and 2**63 - 1")
-    need(recipe.steps >= 1, "steps", recipe.steps, "it must be at least 1")
+    need(1 <= recipe.steps <= MAX_STEPS, "steps", recipe.steps, f"it must be at least 1, and at most {MAX_STEPS:,}")
     rule = f"it must be between 1 and {config.data.num_train:,}, the training images"
     need(1 <= recipe.batch_size <= config.data.num_train, "batch_size", recipe.batch_size, rule)
     rule = f"it must divide batch_size, {recipe.batch_size}, or be 0 for the whole batch"

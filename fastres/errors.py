@@ -4,6 +4,14 @@ A message is one or two lines: what is wrong, the value, what to type next. `cli
 (unless `--debug`) and exits with `exit_code`. Any other exception is a bug and exits with 1.
 """
 
+# How messages of the CPU allocator, CUDA, cuDNN, cuBLAS and DALI say it; torch.OutOfMemoryError says it by its type.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "bad_alloc")
+
+
+def says_out_of_memory(error: BaseException) -> bool:
+    """Whether a library's error says that memory ran out."""
+    return any(sign in str(error) for sign in OUT_OF_MEMORY)
+
 
 class FastresError(Exception):
     """Base of all errors with a user-facing message."""

@@ -16,12 +16,10 @@ from torch import Tensor
 from fastres.build import empty_net
 from fastres.config import RunConfig
 from fastres.data.imageset import IMAGE_SIZE
-from fastres.errors import OutOfMemory
+from fastres.errors import OutOfMemory, says_out_of_memory
 from fastres.models.cifar import num_parameters
 from fastres.runtime import usable_memory
 
-# How messages of the CPU allocator, CUDA, cuDNN, cuBLAS and DALI say it; torch.OutOfMemoryError says it by its type.
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "bad_alloc")
 USABLE_SHARE = 0.8  # of what is free; the rest goes to fragments and workspaces
 # A step's peak over what its forward keeps: 1.2 from batch 256 to 512 and 1.4 from 1,024 to 2,880, on a CPU (ResNet-20,
 # fp32, torch 2.15)
@@ -77,7 +75,7 @@ def explained_memory_errors(config: RunConfig, *, num_replicas: int = 1) -> Iter
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """torch.OutOfMemoryError is a RuntimeError; the CPU allocator, cuDNN and cuBLAS raise bare ones."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or says_out_of_memory(error)
 
 
 def _way_out(config: RunConfig, num_replicas: int, said: str) -> str:

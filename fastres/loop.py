@@ -224,6 +224,8 @@ def _run(
                 for member in alive:
                     with contextlib.suppress(Diverged):  # is in `member.diverged`
                         member.read(done, schedule, runtime.precision)  # host sync: losses and errors since the last
+                if saves:
+                    train_step.check()  # a graph that reads memory which was given back computes rubbish
                 since_log += timer.collect()
                 measured = {
                     "step_milliseconds": milliseconds(since_log),

@@ -17,7 +17,7 @@ from fastres.models.cifar import num_parameters
 from fastres.optim import LrSchedule
 from fastres.result import RunResult
 from fastres.rundir import DIVERGED, RESULT, RunDir
-from fastres.runstate import RunState, data_note
+from fastres.runstate import RunState, data_note, last_good
 from fastres.step import Replica, Window
 
 
@@ -88,7 +88,7 @@ class Member:
                 raise self._note(
                     Diverged(
                         f"the loss became {loss} at step {step:,} (lr {self.lr:.4g}, {precision}); "
-                        f"the last good checkpoint is kept in {self.run.path}. "
+                        f"{last_good(self.run)}. "
                         "Try a lower --lr, a --warmup, or --precision fp32"
                     )
                 )

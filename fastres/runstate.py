@@ -63,8 +63,8 @@ class RunState:
         }
         if not checkpoint.all_finite(tensors):
             raise Diverged(
-                f"a weight or momentum is NaN or Inf at step {self.step:,}; the last good checkpoint is kept in "
-                f"{run.path}. Try a lower --lr, --warmup constant, or --precision fp32"
+                f"a weight or momentum is NaN or Inf at step {self.step:,}; {last_good(run)}. "
+                "Try a lower --lr, --warmup constant, or --precision fp32"
             )
         meta = {
             "step": self.step,
@@ -111,6 +111,13 @@ class RunState:
             meta["best_step"],
             dict(meta["clock"]),
         )
+
+
+def last_good(run: RunDir) -> str:
+    """What is left of a run whose numbers became NaN or Inf, in words."""
+    if checkpoint.steps(run.path):
+        return f"the last good checkpoint is kept in {run.path}"
+    return f"nothing had been saved yet in {run.path}"
 
 
 def load_states(runs: Sequence[RunDir], images: ImageSet, say: Callable[[str], None]) -> list[Checkpoint | None]:

@@ -67,9 +67,12 @@ class _Piece:
         self.weights, views = _one_piece([p.detach() for p in parameters])
         for parameter, view in zip(parameters, views, strict=True):
             parameter.data = view
-        self.velocities, views = _one_piece([optimizer.state[p]["momentum_buffer"] for p in parameters])
-        for parameter, view in zip(parameters, views, strict=True):
-            optimizer.state[parameter]["momentum_buffer"] = view
+        states = [optimizer.state[p] for p in parameters]  # without momentum they hold nothing
+        held = [s.get("momentum_buffer", p.detach()) for s, p in zip(states, parameters, strict=True)]
+        self.velocities, views = _one_piece(held)
+        for state, view in zip(states, views, strict=True):
+            if "momentum_buffer" in state:
+                state["momentum_buffer"] = view
 
 
 def _update(

@@ -89,6 +89,9 @@ BAD = [
     ("--model ResNet20 --depth 20", "contradict"),
     ("--model VGG16", "ResNet20 or PlainNet56"),
     ("--warmup none --warmup-steps 5", "contradict"),
+    ("--warmup error --warmup-steps 5", "leave that out"),
+    ("--preset fast --milestones 100,200", "--milestones does nothing with a linear schedule"),
+    ("--steps 99999999999", "at most 100,000,000"),
     ("--epochs nan", "above 0"),
     ("--epochs 0", "above 0"),
     ("--precision fp8", "fp32"),
@@ -141,6 +144,19 @@ def test_toml_with_an_unknown_key(capsys: pytest.CaptureFixture[str], tmp_path: 
     file.write_text("[recipe\n")
     assert run(["train", "--config", str(file)]) == 2
     assert "not TOML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("recipe = 3", "recipe is 3; it must be a table"), ('preset = ["a"]', "unknown preset ['a']")]
+)
+def test_toml_with_values_of_another_kind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, said: str
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(content)
+    for flag in ("--epochs", "--steps"):
+        assert run(["train", "--config", str(file), flag, "4"]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_train_eval_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_the_profiler_sees_no_synchronisation_either(loader: str) -> None:
         for k in range(64, 128):
             step(k)
     waits = {e.key: e.count for e in seen.key_averages() if "Synchronize" in e.key}
-    waits.pop("cudaDeviceSynchronize", None)  # the profiler's own, at its end
+    assert waits.pop("cudaDeviceSynchronize", 0) <= 1  # the profiler's own, at its end
     assert waits == {}
     close(step)
 

@@ -95,6 +95,7 @@ def labels_of(images: ImageSet, step: int) -> Tensor:
 EXACT = [
     (TableLoader, {}),
     (ResidentLoader, {}),
+    pytest.param(ResidentLoader, {"compiled": True}, marks=pytest.mark.timeout(300)),
     pytest.param(DaliLoader, {"num_threads": 1, "steps_per_run": 1}, marks=needs_dali),
     pytest.param(DaliLoader, {"num_threads": 2, "steps_per_run": 3}, marks=needs_dali),
     pytest.param(DaliLoader, {"num_threads": 4, "steps_per_run": 64}, marks=needs_dali),
@@ -461,6 +462,26 @@ def test_the_ring_holds_for_slow_and_fast_consumers(images: ImageSet, references
         time.sleep(pause)
         assert torch.equal(loader.load(torch.tensor([step]))[0], expected), step
     loader.close()
+
+
+@needs_dali
+@pytest.mark.parametrize(
+    ("broken", "raised", "said"),
+    [
+        (ImportError("libdali.so: undefined symbol"), MachineError, r"does not start: libdali\.so.*--loader resident"),
+        (RuntimeError("cudaErrorMemoryAllocation (2):\nout of memory"), RuntimeError, "out of memory"),
+    ],
+    ids=["half installed", "out of memory"],
+)
+def test_dali_that_does_not_start(
+    images: ImageSet, monkeypatch: pytest.MonkeyPatch, broken: Exception, raised: type[Exception], said: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise broken
+
+    monkeypatch.setattr("fastres.data.dali._pipeline", fails)
+    with pytest.raises(raised, match=said):
+        make(DaliLoader, images)
 
 
 @needs_dali

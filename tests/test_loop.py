@@ -144,6 +144,11 @@ def test_a_run_without_checkpoint_starts_again(whole: Path, tmp_path: Path) -> N
     assert_same_run(whole, out)
 
 
+def test_a_run_that_diverges_before_its_first_checkpoint_does_not_promise_one(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="nothing had been saved yet"):
+        fastres.train(tiny(tmp_path / "run", recipe={"lr": 1e30}, output={"log_every": 2}), verbosity="quiet")
+
+
 def test_a_finished_run_is_not_trained_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainStep, "__call__", lambda *_: pytest.fail("trained"))
     result = fastres.train(resume=whole, verbosity="quiet")

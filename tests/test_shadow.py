@@ -26,6 +26,7 @@ def make(
     shadows: bool,
     decay_on: Literal["all", "weights"] = "all",
     lr_in_velocity: bool = False,
+    momentum: float = 0.9,
     scope: Scope = "none",
     channels_last: bool = True,
 ) -> Replica:
@@ -35,7 +36,13 @@ def make(
     # The unfused SGD: the fused one rounds the last few numbers of each tensor in another way, at places that depend
     # on where a tensor ends.
     optimizer = make_sgd(
-        net, lr=0.1, weight_decay=1e-2, weight_decay_on=decay_on, lr_in_velocity=lr_in_velocity, fused=False
+        net,
+        lr=0.1,
+        momentum=momentum,
+        weight_decay=1e-2,
+        weight_decay_on=decay_on,
+        lr_in_velocity=lr_in_velocity,
+        fused=False,
     )
     runtime = Runtime(CPU, "bf16", scope, shadow_weights=shadows)
     replica = Replica(net, optimizer, Noise(torch.bfloat16), runtime, num_steps=STEPS)
@@ -56,6 +63,7 @@ def everything(replica: Replica) -> dict[str, Tensor]:
         {"channels_last": False},
         {"decay_on": "weights", "channels_last": False},
         {"lr_in_velocity": True},
+        {"momentum": 0.0},
     ],
     ids=str,
 )

@@ -106,6 +106,9 @@ def read_config(path: Path) -> RunConfig:
 def based_on_preset(tree: dict[str, Any], preset: str | None = None) -> dict[str, Any]:
     """A `--config` file's tree laid over the preset that it names, or that is given, else over "paper"."""
     rest = {key: value for key, value in tree.items() if key != "preset"}
+    for section in ("model", "data", "recipe", "execution", "output"):
+        if not isinstance(rest.get(section, {}), dict):
+            raise InputError(f"{section} is {rest[section]!r}; it must be a table of keys: [{section}]")
     return merge(preset_tree(preset or tree.get("preset", "paper")), rest)
 
 

@@ -248,6 +248,10 @@ def train(
     base = _resumed(resume) if resume is not None else based_on_preset(read_toml(config) if config else {}, preset)
     tree = merge(base, in_steps(flags, base, epochs, warmup_epochs))
     resolved = RunConfig.from_dict(tree if resume is not None else with_dependent_defaults(tree))
+    if resolved.recipe.schedule == "linear" and milestones is not None:
+        raise InputError("--milestones does nothing with a linear schedule; add --schedule step")
+    if resolved.recipe.warmup == "error" and (warmup_steps or warmup_epochs) is not None:
+        raise InputError("--warmup error ends by the training error, not after a number of steps; leave that out")
     if dry_run:
         print(resolved.to_toml(), end="")
         return

@@ -23,7 +23,7 @@ from fastres.data.deviceplan import DevicePlan, decode
 from fastres.data.imageset import IMAGE_SIZE, ImageSet
 from fastres.data.pixels import Floats, pixels
 from fastres.data.plan import PAD, EpochPlan, Samples
-from fastres.errors import MachineError
+from fastres.errors import MachineError, says_out_of_memory
 
 RUNS_AHEAD = 2  # runs that are asked for before the first of them is taken
 RING_RUNS = 4  # runs in the ring: in use, next, being copied, and the one before, which may not be launched to its end
@@ -55,7 +55,7 @@ class DaliLoader:
             ring would be filled anew before it is read.
 
     Raises:
-        MachineError: DALI is not installed.
+        MachineError: DALI is not installed, or does not start.
     """
 
     name, prefetched = "dali", 0
@@ -91,7 +91,10 @@ class DaliLoader:
         self._side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._filled: dict[int, torch.cuda.Event | None] = {}  # runs in the ring, and when their copy is done
         self._data = torch.from_numpy(pixels(images.train_images, mean)).to(device)[None]  # DALI reads it in place
-        self._pipeline: Any = _pipeline(device, num_threads)
+        try:
+            self._pipeline: Any = _pipeline(device, num_threads)
+        except (ImportError, OSError, RuntimeError) as error:  # half installed, or not for this driver
+            raise _explained("DALI does not start", error) from error
         self._feed("data", self._data)
         self._next_run = 0  # the run that will be asked for next
         self._asked: list[int] = []  # runs under way, oldest first
@@ -198,10 +201,7 @@ class DaliLoader:
             (frames,) = self._pipeline.outputs(cuda_stream=self._side and self._side.cuda_stream)
         except RuntimeError as error:
             self._asked.clear()  # a pipeline that has failed gives nothing more
-            first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-            raise MachineError(
-                f"DALI failed at its run {run}: {first.strip()}; --loader resident does without"
-            ) from error
+            raise _explained(f"DALI failed at its run {run}", error) from error
         tensor: Tensor = torch.utils.dlpack.from_dlpack(frames[0])
         return tensor
 
@@ -234,6 +234,14 @@ class Seat:
     def close(self) -> None:
         """Stop DALI's threads, for all seats; once is enough."""
         self._loader.close()
+
+
+def _explained(what: str, error: Exception) -> Exception:
+    """The error to raise: `what` and DALI's first line; where memory ran out DALI's own, which others explain."""
+    if says_out_of_memory(error):
+        return error
+    first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+    return MachineError(f"{what}: {first.strip().rstrip(':')}; --loader resident does without")
 
 
 def _pipeline(device: torch.device, num_threads: int) -> Any:
