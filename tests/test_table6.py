@@ -84,9 +84,10 @@ def test_verdicts(errors: tuple[float, ...], paper: float | None, said: str) -> 
 
 
 def test_student_not_gauss() -> None:
-    assert table6.interval([0.1]) is None
-    low, high = table6.interval([0.1, 0.2]) or (0, 0)
-    assert (low, high) == pytest.approx((0.15 - 12.706 * 0.05, 0.15 + 12.706 * 0.05), rel=1e-4)
+    assert table6.interval([0.1, 0.2]) is None
+    low, high = table6.interval([0.1, 0.2, 0.3]) or (0, 0)
+    half = 4.303 * 0.1 / 3**0.5
+    assert (low, high) == pytest.approx((0.2 - half, 0.2 + half), rel=1e-4)
 
 
 def test_side_by_side_shares_the_clock(tmp_path: Path) -> None:

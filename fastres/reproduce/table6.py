@@ -22,10 +22,10 @@ from fastres.reproduce.paper import TABLE_6, TOLERANCE, Published, departures
 from fastres.result import RunResult, result_of
 from fastres.rundir import DIVERGED, RESULT, RunDir, write_json, write_text
 
-FEW = 3  # runs from which on a mean is judged
+FEW = 3  # runs from which on a mean is judged, and has an interval: of two it would reach below zero
 
-# Student's t for a two-sided interval of 95 %, by degrees of freedom from 1 on; beyond these 1.96 is close enough.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
+# Student's t for a two-sided interval of 95 %, by degrees of freedom from 2 on; beyond these 1.96 is close enough.
+T_95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ def _row(network: Network) -> Row:
 
 
 def interval(errors: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % interval of a mean by Student's t, which takes the errors as normally distributed; None below two."""
+    """The 95 % interval of a mean by Student's t, which takes the errors as normally distributed; None below `FEW`."""
     n = len(errors)
-    if n < 2:
+    if n < FEW:
         return None
-    half = (T_95[n - 2] if n - 2 < len(T_95) else 1.96) * stdev(errors) / math.sqrt(n)
+    half = (T_95[n - FEW] if n - FEW < len(T_95) else 1.96) * stdev(errors) / math.sqrt(n)
     return fmean(errors) - half, fmean(errors) + half
 
 
