@@ -39,6 +39,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "graph-steps-16": {"graph_steps": 16},
     "resident": {"loader": "resident"},
     "compile-blocks": {"compile_scope": "blocks"},
+    "no-combo-kernels": {"compile_mode": "plain"},
+    "max-autotune": {"compile_mode": "max-autotune"},
     "deterministic": {"deterministic": True},
     "fp32": {"precision": "fp32"},
     "tf32": {"precision": "tf32"},
@@ -75,7 +77,8 @@ def _tasks() -> Iterator[Task]:
         name = f"bench/race_{baseline.replace(',', '_')}"
         yield Task(name, seconds, partial(race, against=baseline), needs_data=True)
     for switch in SWITCHES:
-        yield Task(f"switches/{switch}", 90, partial(switched, switch=switch), needs_gpu=switch in GPU_SWITCHES)
+        seconds = 300 if switch == "max-autotune" else 90
+        yield Task(f"switches/{switch}", seconds, partial(switched, switch=switch), needs_gpu=switch in GPU_SWITCHES)
     for depth in (20, 110):
         yield Task(f"profile/resnet{depth}", 60 + depth, partial(profile, depth=depth))
     for depth in (20, 110):

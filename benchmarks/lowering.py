@@ -120,7 +120,7 @@ def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool) -> dic
             "load": lower(mode, resident._batch, counter, plan, *data, bf16, options=resident.ONE_KERNEL)["forward"],
             "log": lower(mode, step._record, counter, *log, *tables)["forward"],
         }
-        options = step._options(cuda) or {}
+        options = step.compile_options(cuda, "default") or {}
         if scope == "whole":
 
             def predict(*batch: Tensor) -> Any:

@@ -102,6 +102,9 @@ class Execution:
     compile: bool | None = None  # None: on a GPU yes, on a CPU no
     # whole: the network at once, fewest kernels; blocks: one by one, quickest start; auto: whole, but blocks for 110
     compile_scope: Literal["auto", "whole", "blocks"] = "auto"
+    # plain: Inductor's own defaults; default: on a GPU with kernels joined (combo_kernels) where they depend on nothing
+    # of each other; max-autotune: kernels chosen by timing them, which takes minutes
+    compile_mode: Literal["default", "plain", "max-autotune"] = "default"
     cuda_graph: bool | None = None  # the whole step as one captured graph; None: on a GPU yes
     graph_steps: int = 1  # steps in a graph, where the log leaves room for so many
     deterministic: bool = False  # the same bits each time on a GPU too; on a CPU they are anyway

@@ -71,7 +71,7 @@ def take_profile(cell: Cell, trace: Path, *, say: Callable[[str], None]) -> Prof
     unmodified = median(bench.run(STEPS) for _ in range(3))
     activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
     with profile(activities=[activity], acc_events=True) as profiler:  # else torch 2.11 warns
-        profiled = bench.run(STEPS)
+        profiled = bench.timed(STEPS)
     bench.close()
     profiler.export_chrome_trace(str(trace))
     spent = [

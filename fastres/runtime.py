@@ -35,6 +35,7 @@ class Runtime:
     device: torch.device
     precision: str  # fp32, tf32, bf16 or fp16
     compile_scope: Literal["none", "blocks", "whole"] = "none"
+    compile_mode: Literal["default", "plain", "max-autotune"] = "default"
     cuda_graph: bool = False
     deterministic: bool = False
     shadow_weights: bool = False
@@ -67,6 +68,8 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
     compiled = device.type == "cuda" if execution.compile is None else execution.compile
     if compiled and not _has_cpp_compiler():  # on a GPU for the launchers that Triton builds
         raise MachineError(f"--compile on {device.type} needs a C++ compiler; install g++, or use --no-compile")
+    if execution.deterministic and execution.compile_mode == "max-autotune":
+        raise InputError("--compile-mode max-autotune chooses kernels by timing, which --deterministic rules out")
     if execution.cuda_graph and device.type != "cuda":
         raise MachineError("--cuda-graph needs a GPU; leave it out to train on the CPU")
     precision = _precision(execution.precision, device)
@@ -84,6 +87,7 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
         device=device,
         precision=precision,
         compile_scope=scope if compiled else "none",
+        compile_mode=execution.compile_mode,
         cuda_graph=device.type == "cuda" and execution.cuda_graph is not False,
         deterministic=execution.deterministic,
         shadow_weights=device.type == "cuda" and precision == "bf16" if shadows is None else shadows,

@@ -20,6 +20,7 @@ from fastres.cudagraph import WARM_UP_CALLS, Capture, Replay
 from fastres.runtime import Runtime, allow_recompilations, autocast
 from fastres.shadow import ShadowedSgd
 
+Options = dict[str, bool | str | int | Callable[..., object]]  # of torch.compile
 MAX_GRAPH_STEPS = 64
 SPARE = WARM_UP_CALLS * MAX_GRAPH_STEPS  # places behind the last step in tables and logs, for the steps of a warm-up
 
@@ -100,10 +101,11 @@ class Replica:
         self._predict, self._record = _predict, _record
         if runtime.compile_scope != "none":
             allow_recompilations()
+        options = compile_options(self.device, runtime.compile_mode)
         if runtime.compile_scope == "blocks":
-            compile_blocks(net, self.device)
+            compile_blocks(net, options)
         elif runtime.compile_scope == "whole":
-            self._predict = torch.compile(_predict, fullgraph=True, dynamic=False, options=_options(self.device))
+            self._predict = torch.compile(_predict, fullgraph=True, dynamic=False, options=options)
         if runtime.compile_scope != "none" and self.device.type == "cuda":  # one launch instead of four
             self._record = torch.compile(_record, fullgraph=True, dynamic=False)
 
@@ -243,7 +245,7 @@ def _steps(replica: Replica, count: int) -> None:
         replica.step()
 
 
-def compile_blocks(net: nn.Module, device: torch.device) -> None:
+def compile_blocks(net: nn.Module, options: Options | None) -> None:
     """Compile each residual block in place, so that saved names stay clean.
 
     Equal blocks share their code: five distinct blocks are compiled whatever the depth, so ResNet-110 starts as
@@ -251,12 +253,17 @@ def compile_blocks(net: nn.Module, device: torch.device) -> None:
     """
     for stage in ("layer1", "layer2", "layer3"):
         for block in getattr(net, stage):
-            block.compile(fullgraph=True, dynamic=False, options=_options(device))
+            block.compile(fullgraph=True, dynamic=False, options=options)
 
 
-def _options(device: torch.device) -> dict[str, bool | str | int | Callable[..., object]] | None:
-    """Inductor's options for the network; it makes no graphs of its own, ours is around it."""
-    return {"combo_kernels": True} if device.type == "cuda" else None
+def compile_options(device: torch.device, mode: str) -> Options | None:
+    """Inductor's options for the network, by `Execution.compile_mode`; it makes no graphs: ours is around it."""
+    options: Options = {}
+    if mode != "plain" and device.type == "cuda":
+        options["combo_kernels"] = True
+    if mode == "max-autotune":  # what torch's mode of this name sets
+        options |= {"max_autotune": True, "coordinate_descent_tuning": True}
+    return options or None
 
 
 # Plain functions, so that equal networks share one compilation.

@@ -78,6 +78,11 @@ def test_auto_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tu
     assert torch.backends.cudnn.allow_tf32
 
 
+def test_timed_kernels_are_not_deterministic() -> None:
+    with pytest.raises(InputError, match="--deterministic rules out"):
+        prepare(Execution(device="cpu", threads=1, deterministic=True, compile_mode="max-autotune"))
+
+
 def test_deterministic_mode_is_switched_off_again(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, (9, 0))
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)

@@ -13,7 +13,7 @@ from fastres.cudagraph import WARM_UP_CALLS
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.optim import make_sgd, momentum_buffers
 from fastres.runtime import DTYPES, Runtime
-from fastres.step import Replica, TrainStep
+from fastres.step import Replica, TrainStep, compile_options
 
 BATCH, STEPS = 8, 6
 CPU = torch.device("cpu")
@@ -278,6 +278,15 @@ def test_compiled_bf16_is_as_exact_as_eager_bf16(scope: str) -> None:
     eager, compiled = ((gradient(precision="bf16", scope=s) - exact).norm() for s in ("none", scope))
     assert eager > 0
     assert compiled <= 1.2 * eager
+
+
+@pytest.mark.parametrize("mode", ["default", "plain", "max-autotune"])
+def test_compile_modes_are_options_that_torch_knows(mode: str) -> None:
+    gpu, cpu = (compile_options(torch.device(kind), mode) or {} for kind in ("cuda", "cpu"))
+    assert ("combo_kernels" in gpu, "max_autotune" in gpu) == (mode != "plain", mode == "max-autotune")
+    assert "combo_kernels" not in cpu
+    for options in (gpu, cpu):
+        torch.compile(lambda x: x, options=dict(options))  # names and types are checked here, and nothing is compiled
 
 
 @compiles

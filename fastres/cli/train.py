@@ -122,6 +122,13 @@ def train(
             help="whole network (fewest kernels), blocks (quickest start) or auto.", rich_help_panel=EXECUTION
         ),
     ] = None,
+    compile_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="default, plain (Inductor's own), or max-autotune (kernels chosen by timing).",
+            rich_help_panel=EXECUTION,
+        ),
+    ] = None,
     cuda_graph: Annotated[
         bool | None,
         typer.Option(
@@ -228,6 +235,7 @@ def train(
             loader=loader,
             compile=compile_,
             compile_scope=compile_scope,
+            compile_mode=compile_mode,
             cuda_graph=cuda_graph,
             graph_steps=graph_steps,
             deterministic=deterministic,
