@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from fastres.runtime import prepare
 from fastres.step import Replica, TrainStep
 from tests.runs import assert_same_run
 from tests.test_loop import interrupt_at
+from tests.test_step import assert_compiled_bf16_is_as_exact_as_eager, assert_compiled_is_eager_in_fp64, compiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 LOADERS = ["resident", pytest.param("dali", marks=pytest.mark.skipif(not dali_available(), reason="DALI is missing"))]
@@ -69,6 +70,18 @@ def built(config: RunConfig, *, seeds: tuple[int, ...] = (0,)) -> tuple[TrainSte
 def close(step: TrainStep) -> None:
     for replica in step.replicas:
         replica.loader.close()
+
+
+@compiles
+@pytest.mark.parametrize("scope", ["blocks", "whole"])
+def test_compiled_is_eager_in_fp64_over_50_steps(scope: Literal["blocks", "whole"]) -> None:
+    assert_compiled_is_eager_in_fp64(scope, torch.device("cuda", 0))
+
+
+@compiles
+@pytest.mark.parametrize("scope", ["blocks", "whole"])
+def test_compiled_bf16_is_as_exact_as_eager_bf16(scope: str) -> None:
+    assert_compiled_bf16_is_as_exact_as_eager(scope, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("loader", LOADERS)

@@ -1,5 +1,6 @@
 """The loaders execute one plan: resident and DALI are equal to a slow, obvious reference and to each other."""
 
+import contextlib
 import dataclasses
 import gc
 import importlib.util
@@ -461,6 +462,59 @@ def test_the_ring_holds_for_slow_and_fast_consumers(images: ImageSet, references
         loader.prepare(step)
         time.sleep(pause)
         assert torch.equal(loader.load(torch.tensor([step]))[0], expected), step
+    loader.close()
+
+
+class FakeStream:
+    """A CUDA stream that knows how far it is: steps launched on it, runs copied by it, and what it has waited for."""
+
+    def __init__(self) -> None:
+        self.cuda_stream = 0
+        self.steps: set[int] = set()  # launched here, or launched before an event that was waited for
+        self.runs: set[int] = set()  # copied likewise
+
+    def record_event(self) -> tuple[set[int], set[int]]:
+        return set(self.steps), set(self.runs)
+
+    def wait_event(self, event: tuple[set[int], set[int]]) -> None:
+        self.steps |= event[0]
+        self.runs |= event[1]
+
+    def synchronize(self) -> None: ...
+
+
+@needs_dali
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_the_ring_is_ordered_by_events(images: ImageSet, monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    """As on a GPU, with streams that keep account: no slot is filled before it was read, nor read before filled."""
+    loader = make(DaliLoader, images, steps_per_run=2, ahead=ahead)
+    training, side, outputs = FakeStream(), FakeStream(), loader._pipeline.outputs
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: training)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    loader._side = side
+    taken: list[int] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(pipeline, name)
+
+        def outputs(self, cuda_stream: int) -> Any:
+            assert cuda_stream == side.cuda_stream
+            run = len(taken)
+            before = {2 * (run - dali.RING_RUNS), 2 * (run - dali.RING_RUNS) + 1}  # the steps whose place it takes
+            assert run < dali.RING_RUNS or before <= side.steps
+            taken.append(run)
+            side.runs.add(run)
+            return outputs()
+
+    pipeline, loader._pipeline = loader._pipeline, Watched()
+    for start in range(0, 20, ahead):
+        for step in range(start, start + ahead):
+            loader.prepare(step)
+        for step in range(start, start + ahead):  # one launch
+            assert step // 2 in training.runs
+            training.steps.add(step)
+    assert len(taken) > 2 * dali.RING_RUNS
     loader.close()
 
 

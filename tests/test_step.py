@@ -30,8 +30,8 @@ class Noise:
 
     name, prefetched, period = "noise", 0, 1
 
-    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
-        self.dtype, self.seed = dtype, seed
+    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device = CPU) -> None:
+        self.dtype, self.seed, self.device = dtype, seed, device
         self.prepared: list[int] = []
 
     def prepare(self, step: int) -> None:
@@ -41,7 +41,8 @@ class Noise:
         generator = torch.Generator().manual_seed(1000 * self.seed + int(counter))
         images = torch.randn(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64)
         labels = torch.randint(10, (BATCH,), generator=generator)
-        return images.to(self.dtype).contiguous(memory_format=torch.channels_last), labels
+        images = images.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+        return images, labels.to(self.device)
 
     def close(self) -> None: ...
 
@@ -59,12 +60,13 @@ def make_replica(
     dtype: torch.dtype | None = None,
     steps: int = STEPS,
     seed: int = 0,
+    device: torch.device = CPU,
 ) -> Replica:
     """A replica on noise; `dtype` makes the whole network of that type, without autocast."""
-    runtime = Runtime(CPU, precision, scope)
-    net = make_net(dtype or torch.float32, seed)
+    runtime = Runtime(device, precision, scope)
+    net = make_net(dtype or torch.float32, seed).to(device)
     optimizer = make_sgd(net, lr=0.1, weight_decay=1e-2)
-    replica = Replica(net, optimizer, Noise(dtype or runtime.dtype, seed), runtime, num_steps=steps)
+    replica = Replica(net, optimizer, Noise(dtype or runtime.dtype, seed, device), runtime, num_steps=steps)
     replica.set_lrs(lambda step: 0.1 / (step + 1))
     return replica
 
@@ -72,7 +74,7 @@ def make_replica(
 def gradient(**how: Any) -> Tensor:
     """The gradient of the first batch, all parameters in one; the batch is the same but for rounding."""
     replica = make_replica(**how)
-    images, labels = Noise(torch.bfloat16).load(0)
+    images, labels = Noise(torch.bfloat16, device=how.get("device", CPU)).load(0)
     replica.backward(replica.forward(images.to(replica.loader.load(replica.counter)[0].dtype), labels)[0])
     return torch.cat([p.grad.flatten().double() for p in replica.net.parameters() if p.grad is not None])
 
@@ -249,11 +251,9 @@ def test_seek() -> None:
 # --- compiled
 
 
-@compiles
-@pytest.mark.parametrize("scope", ["blocks", "whole"])
-def test_compiled_is_eager_in_fp64_over_50_steps(scope: Literal["blocks", "whole"]) -> None:
+def assert_compiled_is_eager_in_fp64(scope: Literal["blocks", "whole"], device: torch.device) -> None:
     """fp64, where rounding cannot grow into a difference within 50 steps, so that only a wrong formula would."""
-    make = functools.partial(make_replica, dtype=torch.float64, steps=50)
+    make = functools.partial(make_replica, dtype=torch.float64, steps=50, device=device)
     eager, compiled = make(), make(scope=scope)
     names = list(compiled.net.state_dict())
     for _ in range(50):
@@ -271,13 +271,24 @@ def test_compiled_is_eager_in_fp64_over_50_steps(scope: Literal["blocks", "whole
         torch.testing.assert_close(compiled.net.state_dict()[name], value, rtol=1e-6, atol=1e-9)
 
 
+def assert_compiled_bf16_is_as_exact_as_eager(scope: str, device: torch.device) -> None:
+    exact = gradient(dtype=torch.float64, device=device)
+    found = (gradient(precision="bf16", scope=s, device=device) for s in ("none", scope))
+    eager, compiled = ((one - exact).norm() for one in found)
+    assert eager > 0
+    assert compiled <= 1.2 * eager
+
+
+@compiles
+@pytest.mark.parametrize("scope", ["blocks", "whole"])
+def test_compiled_is_eager_in_fp64_over_50_steps(scope: Literal["blocks", "whole"]) -> None:
+    assert_compiled_is_eager_in_fp64(scope, CPU)
+
+
 @compiles
 @pytest.mark.parametrize("scope", ["blocks", "whole"])
 def test_compiled_bf16_is_as_exact_as_eager_bf16(scope: str) -> None:
-    exact = gradient(dtype=torch.float64)
-    eager, compiled = ((gradient(precision="bf16", scope=s) - exact).norm() for s in ("none", scope))
-    assert eager > 0
-    assert compiled <= 1.2 * eager
+    assert_compiled_bf16_is_as_exact_as_eager(scope, CPU)
 
 
 @pytest.mark.parametrize("mode", ["default", "plain", "max-autotune"])
