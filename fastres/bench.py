@@ -236,7 +236,8 @@ def measure(
         first = [bench.run(FIRST_STEPS) for bench in benches]
         lengths = [bench.whole_periods(chunk_seconds / step) for bench, step in zip(benches, first, strict=True)]
         round_seconds = (1 + PROFILED) * sum(length * step for length, step in zip(lengths, first, strict=True))
-        rounds = min(rounds, max(LEAST_ROUNDS, math.floor(min(rounds, max_seconds / round_seconds))))
+        if rounds * round_seconds > max_seconds:
+            rounds = min(rounds, max(LEAST_ROUNDS, int(max_seconds / round_seconds)))
         seconds: list[list[float]] = [[] for _ in benches]
         parts: list[list[dict[str, float]]] = [[] for _ in benches]
         energy = [0.0 for _ in benches]

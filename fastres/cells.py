@@ -29,7 +29,7 @@ def matrix(base: RunConfig, switches: dict[str, Sequence[Any]]) -> Iterator[Cell
 
     Args:
         base: What all have in common.
-        switches: Values by "depth", "batch_size", "loader" ("none": a frozen batch), "precision", "compile", "graph".
+        switches: Values by "depth", "batch_size", "loader" ("none": a frozen batch), "precision", "compile", "graph",
             "deterministic". A switch with one value is left out of the labels, but for depth and loader.
     """
     places = {

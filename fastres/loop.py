@@ -223,7 +223,7 @@ def _run(
                 seconds = clocks.read("train")
                 for member in alive:
                     with contextlib.suppress(Diverged):  # is in `member.diverged`
-                        member.read(done, schedule, runtime.precision)  # host sync: losses and errors since the last
+                        member.read(done, schedule, runtime.precision)  # host sync
                 if saves:
                     train_step.check()  # a graph that reads memory which was given back computes rubbish
                 since_log += timer.collect()

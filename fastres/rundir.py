@@ -153,7 +153,7 @@ class RunDir:
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
         except OSError as error:
-            raise disk_error(error, self.path, path.stat().st_size) from error
+            raise disk_error(error, self.path, 0) from error
 
     def say(self, text: str) -> None:
         """Add a line to console.log."""

@@ -91,7 +91,7 @@ def crash_reproduce(kills: int, whole: Path, folder: Path, *, seed: int, say: Ca
         for _ in range(min(5, kills - killed)):
             process = subprocess.Popen(command, start_new_session=True)
             try:
-                process.wait(timeout=chance.uniform(3, 15))
+                process.wait(timeout=chance.uniform(1, 15))  # from before torch is imported
                 break  # it was faster than its killer
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -35,9 +35,9 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(batch, channels, h, w)` -> the same shape, dtype and layout."""
-        if self.training and self.group in (0, x.shape[0]) and x.device.type == "cpu" and torch.compiler.is_compiling():
-            return self._for_inductor(x)
         if not self.training or self.group in (0, x.shape[0]):
+            if self.training and x.device.type == "cpu" and torch.compiler.is_compiling():
+                return self._for_inductor(x)
             return super().forward(x)
         assert self.running_mean is not None
         assert self.running_var is not None
