@@ -77,7 +77,7 @@ def _tasks() -> Iterator[Task]:
         name = f"bench/race_{baseline.replace(',', '_')}"
         yield Task(name, seconds, partial(race, against=baseline), needs_data=True)
     for switch in SWITCHES:
-        seconds = 300 if switch == "max-autotune" else 90
+        seconds = 240 if switch == "max-autotune" else 90
         yield Task(f"switches/{switch}", seconds, partial(switched, switch=switch), needs_gpu=switch in GPU_SWITCHES)
     for depth in (20, 110):
         yield Task(f"profile/resnet{depth}", 60 + depth, partial(profile, depth=depth))
