@@ -85,6 +85,7 @@ class Console:
         self._progress: Progress | None = None
         self._download: tuple[int, int] | None = None  # bytes done, bytes in all
         self._counted: tuple[int, int] | None = None
+        self.overall: Callable[[int], str] | None = None  # of several runs: where all stands at a step of this one
 
     def attach(self, *runs: RunDir) -> None:
         """Copy every line to the runs' console.log from now on, what was said before included."""
@@ -126,7 +127,7 @@ class Console:
         if self.verbosity == "live":
             self._start_live()
         elif line and self.verbosity == "lines":
-            self._rich.print(Text(progress.line()))
+            self._rich.print(Text("  ".join([progress.line(), *self._overall(progress.step)])))
 
     def tick(self, step: int) -> None:
         """The host is at `step`. A plain assignment: the live display's own thread draws it."""
@@ -177,7 +178,11 @@ class Console:
         p = self._progress
         left = "" if p.remaining is None else f"  {duration(p.remaining)} left"
         head = f"step {p.step}/{p.steps}  epoch {p.epochs:.2f}  {duration(p.elapsed)}{left}"
-        return Group(_bar(p.step, p.steps, head), Text("  ".join(p.fields()), style="cyan", overflow="fold"))
+        fields = Text("  ".join(p.fields()), style="cyan", overflow="fold")
+        return Group(_bar(p.step, p.steps, head), fields, *map(Text, self._overall(p.step)))
+
+    def _overall(self, step: int) -> list[str]:
+        return [self.overall(step)] if self.overall else []
 
 
 def _bar(done: int, total: int, text: str) -> Table:

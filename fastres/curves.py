@@ -5,6 +5,7 @@ pale where a smoothed line stands in front of it. Training error is the running 
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -31,18 +32,20 @@ FEW_POINTS = 12  # below it, each is marked
 UNITS = (("hours", 3_600.0), ("minutes", 60.0), ("seconds", 1.0))
 AXES_HEIGHT, LEGEND_ROW = 4.4, 0.21  # inches
 LEGEND_WIDTH, HANDLE = 96, 9  # characters: of the figure, of a handle and the room around it
+WARNING = "#b3261e"
+NOTE_COLUMNS = 10  # letters of a note in an inch of a figure's width
 Entry = tuple[Any, str]  # of a legend: handle and label
 Y_LABELS = {"error": "error (%)", "loss": "cross-entropy", "lr": "learning rate"}
 
 
-def draw_curves(records: list[dict[str, Any]], title: str, folder: Path) -> list[Path]:
-    """Draw one run's error over steps. Returns the files `curves.png` and `curves.svg` in `folder`.
+def draw_curves(records: list[dict[str, Any]], title: str, folder: Path, *, note: str = "") -> list[Path]:
+    """Draw one run's error over steps, `note` on the face. Returns `curves.png` and `curves.svg` in `folder`.
 
     Raises:
         MachineError: The files cannot be written.
     """
     paths = [folder / "curves.png", folder / "curves.svg"]
-    draw([curve_of(records, "")], title, paths)
+    draw([curve_of(records, "")], title, paths, note=note)
     return paths
 
 
@@ -51,12 +54,13 @@ def draw(
     title: str,
     paths: Sequence[Path],
     *,
+    note: str = "",
     what: What = "error",
     x: XAxis = "step",
     log_y: bool = False,
     ylim: tuple[float, float] | None = None,
 ) -> None:
-    """Draw curves into one figure and write it to each path; PNG or SVG by the ending.
+    """Draw curves into one figure and write it to each path; PNG or SVG by the ending. `note`: as `figure_of`.
 
     Equal curves give equal files: no date, and ids that do not come from chance.
 
@@ -68,7 +72,7 @@ def draw(
 
     for path in paths:
         check_ending(path)
-    figure = figure_of(curves, title, what=what, x=x, log_y=log_y, ylim=ylim)
+    figure = figure_of(curves, title, note=note, what=what, x=x, log_y=log_y, ylim=ylim)
     for path in paths:
         try:
             with rc_context({"svg.hashsalt": "fastres"}):
@@ -81,12 +85,13 @@ def figure_of(
     curves: Sequence[Curve],
     title: str,
     *,
+    note: str = "",
     what: What = "error",
     x: XAxis = "step",
     log_y: bool = False,
     ylim: tuple[float, float] | None = None,
 ) -> "Figure":
-    """The figure that `draw` writes: curves over one axis, the legend below it."""
+    """The figure that `draw` writes: curves over one axis, the legend below it; above it what a reader must be told."""
     from matplotlib.figure import Figure
 
     farthest = max((float(line.x[-1]) for curve in curves for line in curve.lines), default=0.0)
@@ -112,12 +117,20 @@ def figure_of(
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    print_note(figure, note)
     below.axis("off")
     if any(curve.lines for curve in curves):
         below.add_artist(_legend(below, key, "upper center"))
         if runs:
             _legend(below, runs, "lower center")
     return figure
+
+
+def print_note(figure: "Figure", note: str) -> None:
+    """Print what a reader must know, such as "synthetic data", on a figure's face; nothing for ""."""
+    if note:
+        width = int(NOTE_COLUMNS * figure.get_figwidth())
+        figure.suptitle("\n".join(textwrap.wrap(note, width)), color=WARNING, fontsize=10, fontweight="bold")
 
 
 def check_ending(path: Path) -> None:

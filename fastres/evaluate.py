@@ -14,7 +14,7 @@ from fastres import checkpoint
 from fastres.build import EVALUATION_BATCH, Mean, empty_net, load_images, place
 from fastres.config import Execution, Model, RunConfig
 from fastres.console import percent
-from fastres.data.imageset import ImageSet
+from fastres.data.imageset import ImageSet, caveat
 from fastres.data.pixels import SCALE
 from fastres.data.resident import evaluation_batches
 from fastres.errors import InputError
@@ -29,6 +29,7 @@ Channels = tuple[float, float, float]
 
 # What a single pass over the test images does not pay for, whatever the run was trained with and on.
 ONE_PASS: dict[str, Any] = {"device": "auto", "compile": False, "cuda_graph": False, "shadow_weights": False}
+OTHER_IMAGES = "measured on other images than those of the run"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Trained:
     net: CifarNet  # on its device
     images: ImageSet
     runtime: Runtime
+    caveats: tuple[str, ...]  # what a reader of a measurement on it must be told of the images it learned from and met
     # Each call makes the batches anew: images (batch, 3, 32, 32) and labels int64 (batch,), on the device.
     batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
@@ -152,6 +154,7 @@ def load_trained(
         net=place(net, chosen.execution, runtime),
         images=images,
         runtime=runtime,
+        caveats=_caveats(saved, images),
         batches=functools.partial(_batches, images, mean_image, std, runtime, chosen.execution),
     )
 
@@ -186,6 +189,16 @@ def _check(
         say(f"tested on other images ({ours[:23]}...) than the run was tested on ({theirs[:23]}...)")
     if saved.meta["data"]["scale"] != SCALE:
         raise InputError(f"{target} was trained with pixels scaled by {saved.meta['data']['scale']}, not {SCALE}")
+
+
+def _caveats(saved: checkpoint.Checkpoint | None, images: ImageSet) -> tuple[str, ...]:
+    found = [images.caveat]
+    if saved:
+        data = saved.meta["data"]
+        official = data["official"] if "official" in data else RunDir(saved.path.parent).data().get("official")
+        other = data["test_digest"] != images.test_digest()
+        found = [caveat(data["name"], official), images.caveat, OTHER_IMAGES if other else ""]
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def _batches(

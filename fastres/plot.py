@@ -8,6 +8,7 @@ from typing import Any
 
 from fastres.config import RunConfig
 from fastres.curves import check_ending, draw
+from fastres.data.imageset import caveat
 from fastres.errors import InputError
 from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, find_runs
 from fastres.series import Curve, What, XAxis, curve_of, mean_curve
@@ -44,6 +45,11 @@ class Run:
         if (self.folder.path / DIVERGED).is_file():
             return f"diverged after step {self.reached:,}"
         return f"step {self.reached:,} of {self.config.recipe.steps:,}"
+
+    @property
+    def caveat(self) -> str:
+        """What a reader must be told of its images; "" for the official CIFAR-10 files."""
+        return caveat(self.config.data.dataset, self.folder.data().get("official"))
 
     @property
     def group(self) -> str:
@@ -199,8 +205,24 @@ def plot_runs(
     named = zip(groups, mean_labels(groups), strict=True)
     means = [mean_curve([curves[id(run)] for run in group], label) for group, label in named]
     out = out or (runs[0].folder.path if len(runs) == 1 else Path()) / "curves.png"
-    draw(means, common, [out], what=what, x=x, log_y=log_y, ylim=ylim)
+    draw(means, common, [out], note=caveats(drawn), what=what, x=x, log_y=log_y, ylim=ylim)
     return out
+
+
+def remarks(named: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
+    """Each remark once; one that is not made on every name says on which: "synthetic data (ResNet20)"."""
+    names: dict[str, None] = {}
+    found: dict[str, dict[str, None]] = {}
+    for name, words in named:
+        names[name] = None
+        for remark in words:
+            found.setdefault(remark, {})[name] = None
+    return [remark + (f" ({', '.join(of)})" if len(of) < len(names) else "") for remark, of in found.items()]
+
+
+def caveats(runs: Iterable[Run]) -> str:
+    """What a reader must be told of the images behind runs; "" where all had the official CIFAR-10 files."""
+    return "; ".join(remarks((run.label, [run.caveat] if run.caveat else []) for run in runs))
 
 
 def mean_labels(groups: Sequence[Sequence[Run]]) -> list[str]:

@@ -9,6 +9,7 @@ from fastres.console import duration, percent
 from fastres.data.imageset import ImageSet
 from fastres.errors import InputError
 from fastres.rundir import RESULT, RunDir
+from fastres.series import is_number
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,33 @@ class RunResult:
 
 
 def result_of(run: RunDir) -> RunResult:
-    """The result of a finished run. Raises InputError where it is not finished or its files are damaged."""
+    """The result of a finished run. Raises InputError where it is not finished or its file is damaged."""
     values = run.read_json(RESULT)
-    try:
-        return RunResult(
-            **{**{key: values[key] for key in RunResult.__dataclass_fields__ if key != "run"}, "run": run.path}
-        )
-    except KeyError as error:
-        raise InputError(f"{run.path / RESULT} lacks {error}") from error
+    found = {key: values.get(key) for key in RunResult.__dataclass_fields__ if key != "run"}
+    for key, value in found.items():
+        if not _fits(key, value):
+            raise InputError(
+                f"{run.path / RESULT} is damaged: {key} is {value!r}. Remove that file, and resuming the run makes it "
+                f"again: fastres train --resume {run.path}"
+            )
+    return RunResult(run=run.path, **found)  # type: ignore[arg-type]  # checked above
+
+
+def _fits(key: str, value: object) -> bool:
+    """Whether a value out of a JSON file can be that field of a `RunResult`."""
+    if key in ("seconds", "step_milliseconds"):
+        return isinstance(value, dict) and all(map(is_number, value.values()))
+    if key == "class_errors":
+        return isinstance(value, list) and all(error is None or _is_share(error) for error in value)
+    if key.endswith("_error"):
+        return _is_share(value)
+    if key == "warmup_end":
+        return value is None or is_number(value)
+    return is_number(value) and (key != "side_by_side" or value >= 1)
+
+
+def _is_share(value: object) -> bool:
+    return is_number(value) and 0 <= value <= 1
 
 
 def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]:

@@ -34,6 +34,7 @@ CONFIG, ENVIRONMENT, METRICS, RESULT, DIVERGED, CONSOLE = (
     "diverged.json",
     "console.log",
 )
+DEEPEST = 3  # levels of folders below one that is given in which runs are found
 
 
 class RunDir:
@@ -121,6 +122,14 @@ class RunDir:
         except OSError as error:
             raise disk_error(error, self.path, 0) from error
 
+    def data(self) -> dict[str, Any]:
+        """The images as recorded in environment.json: name, digest, official. {} where that is missing or damaged."""
+        try:
+            data = self.read_json(ENVIRONMENT).get("data")
+        except InputError:
+            return {}
+        return data if isinstance(data, dict) else {}
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add a record to the metrics. NaN and Inf are written as text, since JSON has neither."""
         line = json.dumps({key: _jsonable(value) for key, value in record.items()}, allow_nan=False)
@@ -190,20 +199,26 @@ def write_text(path: Path, text: str) -> None:
 
 
 def find_runs(paths: Iterable[Path]) -> list[RunDir]:
-    """The run folders that paths name: a run folder itself, or all run folders inside a sweep's folder, by name.
+    """The run folders that paths name: a run folder itself, or all that are below a folder (`folders_below`).
 
     Raises:
         InputError: A path is neither, or holds no run folder.
     """
     found: dict[Path, RunDir] = {}
     for path in paths:
-        inside = [path] if (path / CONFIG).is_file() else sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
+        inside = [path] if (path / CONFIG).is_file() else folders_below(path)
         if not inside:
             raise InputError(
-                f"{path} is not a run folder, and holds none: there is no {CONFIG} in it or one level below"
+                f"{path} is not a run folder, and holds none: no {CONFIG} in it or up to {DEEPEST} levels below"
             )
         found |= {folder.resolve(): RunDir(folder) for folder in inside}
     return list(found.values())
+
+
+def folders_below(root: Path) -> list[Path]:
+    """Run folders up to `DEEPEST` levels below a folder: a sweep's, or those of `fastres reproduce`; by name."""
+    levels = ("/".join(["*"] * level) for level in range(1, DEEPEST + 1))
+    return sorted(file.parent for level in levels for file in root.glob(f"{level}/{CONFIG}"))
 
 
 def default_path(config: RunConfig) -> Path:

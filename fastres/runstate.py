@@ -78,6 +78,7 @@ class RunState:
             "data": {
                 "name": images.name,
                 "digest": images.digest,
+                "official": images.official,
                 "test_digest": images.test_digest(),
                 "class_names": list(images.class_names),
                 "scale": SCALE,  # with the mean, all of the normalisation

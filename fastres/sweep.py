@@ -5,8 +5,9 @@ A sweep's folder holds a run folder for each seed and `sweep.json`, which says w
 
 import dataclasses
 import math
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from fastres import checkpoint
 from fastres.clock import Clocks
 from fastres.config import RunConfig, differences
+from fastres.configtree import is_int
 from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError
 from fastres.loop import check_same, train_together
@@ -90,12 +92,14 @@ def train_all(
     console: Console,
     clocks: Clocks | None = None,
     deadline: float = math.inf,
+    on_begin: Callable[[Mapping[Path, RunConfig]], None] = lambda _: None,
 ) -> list[Outcome]:
     """Train those of the runs that are not finished; configs that differ in more than their seed go apart.
 
     Args:
         folders: Configs by run folder. A folder that is there must be a run of the same thing.
         side_by_side, console, clocks, deadline: As `train_seeds`.
+        on_begin: Takes the runs that are to be trained next, side by side.
 
     Returns:
         An outcome for each folder in order.
@@ -106,6 +110,7 @@ def train_all(
         else:
             RunDir.check_free(path, overwrite=False)
     for group in _groups(folders, side_by_side):
+        on_begin(group)
         train_together(group, console=console, clocks=clocks, deadline=deadline, brief=True)
         clocks = None  # what came before the first group is its own
     return [outcome_of(path) for path in folders]
@@ -166,7 +171,21 @@ def read_sweep(folder: Path) -> dict[str, Any]:
             f"{folder / SWEEP} has schema {stored.get('schema')}; this version reads {SCHEMA}. Its run folders can be "
             "used one by one"
         )
-    return stored
+    seeds, config = stored.get("seeds"), stored.get("config")
+    what = "its seeds are no list of numbers"
+    if isinstance(seeds, list) and seeds and all(map(is_int, seeds)):
+        what = "it has no config"
+        if isinstance(config, dict):
+            try:
+                RunConfig.from_dict({**config, "seed": 0})
+            except InputError as error:
+                what = str(error)
+            else:
+                return stored
+    raise InputError(
+        f"{folder / SWEEP} is damaged: {what}. Remove that file and train with the same flags, --seeds and "
+        f"--out {folder}: what is finished is not repeated"
+    )
 
 
 def is_sweep(path: Path) -> bool:
@@ -183,10 +202,16 @@ def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
         theirs, known = RunConfig.from_dict({**stored["config"], "seed": 0}), stored["seeds"]
         if changed := differences(theirs.what(), dataclasses.replace(config, seed=0).what()):
             raise InputError(f"{folder} is a sweep of another config ({'; '.join(changed)}); give another --out")
-    else:
+    elif not _holds_only_seeds(folder):
         RunDir.check_free(folder, overwrite=False)
     del own["seed"]
     write_json(folder / SWEEP, {"schema": SCHEMA, "config": own, "seeds": list(dict.fromkeys([*known, *seeds]))})
+
+
+def _holds_only_seeds(folder: Path) -> bool:
+    """Whether a folder is a sweep's that has lost its sweep.json."""
+    inside = list(folder.iterdir()) if folder.is_dir() else []
+    return all(re.fullmatch(r"seed\d+", path.name) and (path / CONFIG).is_file() for path in inside)
 
 
 def _groups(folders: Mapping[Path, RunConfig], side_by_side: int) -> list[dict[Path, RunConfig]]:

@@ -298,6 +298,17 @@ def test_one_run_gets_its_figure_beside_it(tmp_path: Path, capsys: pytest.Captur
     assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_images_that_are_not_the_official_ones_are_marked(tmp_path: Path) -> None:
+    cifar: dict[str, Any] = {"data": {"dataset": "cifar10"}}
+    runs = [made_run(tmp_path / "a", **cifar), made_run(tmp_path / "b", seed=1, **cifar)]
+    for run, official in zip(runs, (True, False), strict=True):
+        RunDir(run).write_json("environment.json", {"data": {"official": official}})
+    svg = plotted(tmp_path, *runs, out=tmp_path / "out.svg").read_text()
+    assert "<!-- the data set is not the official CIFAR-10 files (seed 1) -->" in svg
+    RunDir(runs[1]).write_json("environment.json", {"data": {"official": True}})
+    assert "official" not in plotted(tmp_path, *runs, out=tmp_path / "out.svg").read_text()
+
+
 def test_several_runs_get_theirs_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

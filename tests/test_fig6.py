@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from fastres.config import make_config, merge
 from fastres.errors import InputError
 from fastres.reproduce import fig6, figure
-from fastres.rundir import CONFIG, RESULT, RunDir
+from fastres.reproduce.networks import by_network
+from fastres.rundir import CONFIG, ENVIRONMENT, RESULT, RunDir
 
 NOTE = "made up: not a result"
 PANELS = {"plain": 0, "resnet": 1, "deep": 2}
@@ -182,7 +183,8 @@ def test_the_table_holds_every_record(tmp_path: Path, drawn: list[Figure]) -> No
     *_, table = fig6.draw(runs, tmp_path, note="")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["network", "seed", "step", "kind", "error"]
+    assert list(rows[0]) == ["network", "seed", "step", "kind", "error", "images"]
+    assert {r["images"] for r in rows} == {"other"}  # nothing was recorded of them
     assert len(rows) == 2 * 3 * 32
     assert [(r["network"], r["seed"], r["step"], r["kind"]) for r in rows[:2]] == [
         ("ResNet-20", "0", "2000", "train"),
@@ -190,6 +192,24 @@ def test_the_table_holds_every_record(tmp_path: Path, drawn: list[Figure]) -> No
     ]
     recorded = [r["error"] for run in reversed(runs) for r in run.metrics() if r["kind"] != "warmup_end"]
     assert [float(r["error"]) for r in rows] == recorded
+
+
+def test_the_table_names_the_images(tmp_path: Path, drawn: list[Figure]) -> None:
+    runs = [made_run(tmp_path, "plain-20", data={"dataset": "synthetic"}), made_run(tmp_path, "resnet-20")]
+    runs[1].write_json(ENVIRONMENT, {"data": {"official": True}})
+    *_, table = fig6.draw(runs, tmp_path, note="")
+    with table.open(newline="") as file:
+        named = {(row["network"], row["images"]) for row in csv.DictReader(file)}
+    assert named == {("plain-20", "synthetic"), ("ResNet-20", "official")}
+
+
+def test_a_record_without_its_error_is_left_out(tmp_path: Path, drawn: list[Figure]) -> None:
+    run = made_run(tmp_path, "resnet-20")
+    for error in ("NaN", None, True):
+        run.append_metrics({"kind": "test", "step": 64_000, "error": error})
+    *_, table = fig6.draw([run], tmp_path, note="")
+    with table.open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2 * 32
 
 
 def test_other_configs_under_one_name_are_refused(tmp_path: Path) -> None:
@@ -200,7 +220,7 @@ def test_other_configs_under_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="are both ResNet-20 with seed 0"):
         fig6.draw([runs[0], twin], tmp_path, note="")
     how: dict[str, Any] = {"execution": {"device": "cpu"}, "output": {"log_every": 10}}  # how it runs may differ
-    assert len(figure.by_network([runs[0], made_run(tmp_path / "how", "resnet-20", seed=3, **how)])[0].runs) == 2
+    assert len(by_network([runs[0], made_run(tmp_path / "how", "resnet-20", seed=3, **how)])[0].runs) == 2
 
 
 def test_equal_runs_give_equal_bytes_and_the_note_is_on_the_face(tmp_path: Path) -> None:

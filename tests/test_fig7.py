@@ -90,7 +90,8 @@ def test_lines_are_means_over_seeds_in_order_and_sorted(
     assert {axes.get_ylabel() for axes in (top, bottom)} == {"std"}
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["network", "seed", "layer_index", "layer_name", "std"]
+    assert list(rows[0]) == ["network", "seed", "layer_index", "layer_name", "std", "images"]
+    assert {r["images"] for r in rows} == {"synthetic"}
     assert [float(r["std"]) for r in rows] == pytest.approx([*stds_of(runs[2]), *stds_of(runs[0]), *stds_of(runs[1])])
     assert list(rows[-1].values())[:4] == ["ResNet-8", "1", "7", "layer3.0.conv2"]
 
@@ -103,6 +104,25 @@ def test_equal_runs_give_equal_bytes_and_the_note_is_on_the_face(runs: list[RunD
     for a, b in zip(one, other, strict=True):
         assert a.read_bytes() == b.read_bytes()
     assert f"<!-- {note} -->" in one[1].read_text()
+
+
+def test_the_images_that_were_measured_on_are_named(
+    runs: list[RunDir], tmp_path: Path, drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = synthetic.make_synthetic()
+    others = dataclasses.replace(images, test_images=images.test_images[::-1], official=False, name="cifar10")
+    monkeypatch.setattr(synthetic, "make_synthetic", lambda: others)
+    *_, table = fig7.draw(runs[:1], tmp_path, CPU, note="made up", say=QUIET)
+    (words,) = [text.get_text().replace("\n", " ") for text in drawn[0].texts]
+    for part in (
+        "made up; ",
+        "synthetic data",
+        "not the official CIFAR-10 files",
+        "other images than those of",
+    ):
+        assert part in words
+    with table.open(newline="") as file:
+        assert {row["images"] for row in csv.DictReader(file)} == {"other"}
 
 
 def test_runs_without_weights_are_left_out_and_unfinished_ones_marked(

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 
 import fastres
 from fastres.cli import run as command
+from fastres.data import synthetic
 from fastres.data.synthetic import make_synthetic
 from fastres.errors import MachineError
 from fastres.evaluator import Evaluation
@@ -146,7 +148,7 @@ def test_a_run_with_everything(run: Path) -> None:
     assert document.count("svg") == 3
     assert "Synthetic data: not a result of the paper." in text
     assert "Not the paper's recipe: depth" not in text  # any depth is the paper's, if its recipe is
-    assert re.search(r"Not the paper's recipe: [^.]*steps 24, not 64000", text)
+    assert re.search(r"Not the paper's recipe: [^.]*steps 64,000 -> 24", text)
 
 
 def test_what_the_network_says_is_what_training_said(run: Path, tested: Answers) -> None:
@@ -305,14 +307,38 @@ def test_several_runs_are_a_table_with_a_section_each(sweep: Path) -> None:
     assert unfinished.index("Synthetic data") < unfinished.index("Results")
 
 
-def test_runs_of_several_configs_have_no_table_6(sweep: Path) -> None:
-    assert "ResNet-8 " in reported(sweep).text
+def table6_of(document: Document) -> str:
+    text = document.text
+    return text[text.index("Table 6 of the paper") : text.index("Run by run")]
+
+
+def test_variants_of_a_network_have_a_row_each(sweep: Path) -> None:
+    assert "ResNet-8 " in table6_of(reported(sweep))
     tree = json.loads((sweep / "seed1" / "config.json").read_text())
-    tree["recipe"]["lr"] = 0.07
+    tree["recipe"]["weight_decay_on"] = "weights"
     (sweep / "seed1" / "config.json").write_text(json.dumps(tree))
-    text = reported(sweep).text
-    assert "No table: the runs of ResNet-8 are not of one config" in text
-    assert "lr 0.07" in text
+    table = table6_of(reported(sweep))
+    assert re.search(r"ResNet-8, weight decay on all [\d,]+ 2 .* ResNet-8, weight decay on weights [\d,]+ 1 ", table)
+    assert "Where the paper is silent: weight_decay_on all -> weights (ResNet-8, weight decay on weights)." in table
+
+
+def test_a_row_that_cannot_be_made_says_why_and_the_others_stand(sweep: Path) -> None:
+    shutil.copytree(sweep / "seed1", sweep / "twin")
+    table = table6_of(reported(sweep))
+    assert "No row: " in table
+    assert "both ResNet-8 with seed" in table
+    assert "plain-8" in table
+
+
+def test_images_that_were_not_the_runs_are_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = make_synthetic()
+    others = replace(images, test_images=images.test_images[::-1], official=False, name="cifar10")
+    monkeypatch.setattr(synthetic, "make_synthetic", lambda: others)
+    text = reported(run, evaluate=True).text
+    for part in ("By class", "Layer responses"):
+        section = text[text.index(part) :]
+        assert section.index("The data set is not the official CIFAR-10 files.") < 300
+        assert section.index("Measured on other images than those of the run.") < 300
 
 
 def test_many_runs_stay_below_a_megabyte(sweep: Path) -> None:
@@ -321,7 +347,7 @@ def test_many_runs_stay_below_a_megabyte(sweep: Path) -> None:
     uri = "data:image/png;base64," + base64.b64encode(png(noise)).decode()
     mistakes = [Mistake(i, uri, "automobile", "automobile", 0.99) for i in range(MISTAKES)]
     evaluation = Evaluation(0.3, (np.eye(10, dtype=int) * 900 + 11).tolist())
-    tested = Answers(64_000, evaluation, tuple(["automobile"] * 10), mistakes, np.linspace(0.1, 3, 109).tolist())
+    tested = Answers(64_000, evaluation, tuple(["automobile"] * 10), mistakes, np.linspace(0.1, 3, 109).tolist(), ())
     kinds = [*(("train", 100 * k) for k in range(1, 641)), *(("test", 2_000 * k) for k in range(1, 33))]
     chance = np.random.default_rng(1)
     records = [

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from fastres.cli import run
+from fastres.console import Console, Progress
 from fastres.reproduce import fig7
-from fastres.rundir import find_runs
+from fastres.reproduce.plan import Whole, needs
+from fastres.rundir import RunDir, find_runs
 from tests.crash import REPRODUCE, crash_reproduce, timeless_table
+from tests.test_table6 import RESULT_VALUES
 
 FILES = {f"fig{k}.{suffix}" for k in (6, 7) for suffix in ("png", "svg", "csv")}
 FILES |= {f"table6.{suffix}" for suffix in ("md", "csv", "json")}
@@ -74,6 +77,75 @@ def test_a_budget_stops_in_time_and_goes_on(whole: Path, tmp_path: Path, capsys:
     assert timeless_table(tmp_path / "table6.json") == timeless_table(whole / "table6.json")
 
 
+def test_how_far_all_is_and_how_long_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"recipe": {"steps": 100}}
+    (stage,) = needs([("resnet", 8, 4)], tmp_path, "smoke", changes)
+    paths = list(stage.folders)
+    for path in paths[:2]:
+        run = RunDir.create(path)
+        run.write_json("config.json", stage.folders[path].to_dict())
+    RunDir(paths[0]).write_json("result.json", RESULT_VALUES | {"seconds": {"train": 60.0, "evaluate": 40.0}})
+    RunDir(paths[1]).append_metrics({"kind": "train", "step": 50, "error": 0.5})
+    whole = Whole(stage.folders)
+    # one run of four and half of another; the finished one took 100 s, so the other two and a half take 250
+    assert whole.so_far() == "38 % of all, about 4:10 left"
+    whole.begins({path: stage.folders[path] for path in paths[1:3]})
+    assert whole.at_step(50).startswith("50 % of all, about ")
+    assert whole.at_step(100).startswith("75 % of all, about ")
+    console = Console("lines")
+    console.overall = whole.at_step
+    console.show(Progress(100, 100, 1.0), line=True)
+    assert "75 % of all, about " in capsys.readouterr().out
+
+
+def test_an_ablation_has_a_folder_of_its_own(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [*REPRODUCE, "--runs", str(whole), "--dry-run"]
+    flags = ["--shortcut", "B", "--norm-batch", "64", "--lr-in-velocity", "--init", "fan_in", "--warmup", "none"]
+    assert run([*line, *flags]) == 0
+    folder = whole / "shortcut-B-norm-batch-64-warmup-none-lr-in-velocity"
+    places = [text.split()[-1] for text in capsys.readouterr().out.splitlines()]
+    assert places == [str(folder / name) for name in ("resnet8/seed0", "resnet8/seed1", "plainnet8/seed0")]
+    assert run([*line, "--shortcut", "B"]) == 0  # plain nets have none: theirs are the runs that are there
+    assert capsys.readouterr().out.split()[-1] == str(whole / "plainnet8/seed0")
+    assert run([*line, "--warmup", "error"]) == 0  # of ResNet-110 and deeper
+    assert "missing" not in capsys.readouterr().out
+
+
+def test_an_ablation_makes_its_own_table(whole: Path) -> None:
+    before = (whole / "table6.md").read_bytes()
+    line = ["reproduce", "table6", *REPRODUCE[2:], "--nets", "ResNet8", "--seeds", "1", "--runs", str(whole)]
+    line.remove("ResNet8,PlainNet8")
+    line.remove("--nets")
+    assert run([*line, "--weight-decay-on", "weights"]) == 0
+    assert (whole / "table6.md").read_bytes() == before
+    text = (whole / "weight-decay-on-weights/table6.md").read_text()
+    assert "where the paper is silent: weight_decay_on all -> weights" in text
+    assert "](resnet8/seed0)" in text
+
+
+@pytest.mark.parametrize(
+    ("depths", "nets"),
+    [
+        ("20,110", ["ResNet20", "ResNet110", "PlainNet20"]),
+        ("1202", ["ResNet1202"]),
+        ("8,56", ["ResNet56", "PlainNet56", "ResNet8"]),
+    ],
+)
+def test_depths_bring_the_plain_nets_that_the_paper_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], depths: str, nets: list[str]
+) -> None:
+    assert run(["reproduce", "all", "--depths", depths, "--runs", str(tmp_path), "--dry-run", "--seeds", "2"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert set(names) == set(nets)
+
+
+def test_its_folder_can_be_plotted_and_reported(whole: Path, tmp_path: Path) -> None:
+    assert run(["plot", str(whole), "--out", str(tmp_path / "curves.svg")]) == 0
+    assert "<!-- synthetic data: not a result of the paper -->" in (tmp_path / "curves.svg").read_text()
+    assert run(["report", str(whole), "--no-eval", "--out", str(tmp_path / "report.html")]) == 0
+    assert "ResNet-8" in (tmp_path / "report.html").read_text()
+
+
 def test_assert_exits_with_6(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["reproduce", "table6", "--preset", "smoke", "--nets", "ResNet20", "--seeds", "1", "--steps", "1"]
     assert run([*line, "--threads", "1", "--runs", str(whole / "assert"), "--assert"]) == 6
@@ -90,6 +162,8 @@ def test_assert_exits_with_6(whole: Path, capsys: pytest.CaptureFixture[str]) ->
         (["all", "--seeds", "0"], 2, "--seeds is 0"),
         (["all", "--budget", "-1"], 2, "--budget is -1"),
         (["all", "--preset", "smok"], 2, "did you mean 'smoke'"),
+        (["fig6", "--assert"], 2, "type table6 or all"),
+        (["all", "--shortcut", "C"], 2, "shortcut is 'C'"),
         (["all", "--no-train"], 2, "holds no run of these networks yet"),
         (["all", "--device", "cuda:7"], 3, "--device cuda:7 was asked for"),
     ],

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,17 @@ def test_another_sweep_or_config_is_refused(tmp_path: Path) -> None:
     (folder / "sweep.json").write_text(json.dumps({**stored, "schema": 99}))
     with pytest.raises(InputError, match="schema 99"):
         train_seeds(resume=folder, verbosity="quiet")
+    damages: list[dict[str, Any]] = [
+        {"seeds": "0-4"}, {"seeds": [0, "1"]}, {"seeds": None}, {"config": 1}, {"config": {"modle": {}}},
+    ]  # fmt: skip
+    for damage in damages:
+        (folder / "sweep.json").write_text(json.dumps({**stored, **damage}))
+        with pytest.raises(InputError, match=r"sweep\.json is damaged.*Remove that file and train"):
+            train_seeds(resume=folder, verbosity="quiet")
+    (folder / "sweep.json").unlink()
+    before = written(folder)
+    train_seeds(tiny(folder, recipe={"steps": 2}), (0,), verbosity="quiet")  # as the message says
+    assert (json.loads((folder / "sweep.json").read_text())["seeds"], written(folder)) == ([0], before)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/file").write_text("precious")
     with pytest.raises(InputError, match="not empty"):
@@ -199,6 +211,25 @@ def test_find_runs(alone: Path, tmp_path: Path) -> None:
     assert names == ["seed1", "seed0", "seed2"]
     with pytest.raises(InputError, match="not a run folder, and holds none"):
         find_runs([tmp_path])
+    shutil.copytree(alone, tmp_path / "reproduce/shortcut-B/resnet8")  # `reproduce` with an ablation is this deep
+    shutil.copytree(alone / "seed0", tmp_path / "reproduce/a/b/c/too-deep")
+    assert len(find_runs([tmp_path / "reproduce"])) == 3
+
+
+def test_a_damaged_result_is_named_and_its_remedy_works(alone: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(alone / "seed0", tmp_path / "run"))
+    stored = json.loads((run / "result.json").read_text())
+    bad = {
+        "test_error": "0.2", "best_test_error": 1.5, "seconds": {"train": None}, "class_errors": [2], "side_by_side": 0,
+        "images_per_second": float("nan"), "warmup_end": "no", "peak_memory": True,
+    }  # fmt: skip
+    for key, value in bad.items():
+        (run / "result.json").write_text(json.dumps({**stored, key: value}))
+        with pytest.raises(InputError, match=f"result.json is damaged: {key} is .*Remove that file"):
+            sweep.outcome_of(run)
+    (run / "result.json").unlink()
+    fastres.train(resume=run, verbosity="quiet")
+    assert json.loads((run / "result.json").read_text())["test_error"] == stored["test_error"]
 
 
 def test_spread(alone: Path) -> None:

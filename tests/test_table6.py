@@ -8,14 +8,23 @@ from typing import Any
 
 import pytest
 
-from fastres.config import RunConfig, make_config
+from fastres.config import RunConfig, make_config, merge
 from fastres.console import Console
 from fastres.errors import InputError, OutsideTolerance
 from fastres.reproduce import table6
-from fastres.reproduce.plan import needs, note_of, runs_of, stages_of
+from fastres.reproduce.networks import note_of
+from fastres.reproduce.paper import differences
+from fastres.reproduce.plan import needs, runs_of, stages_of
 from fastres.rundir import RunDir
 
 ERRORS = (0.0860, 0.0880, 0.0870, 0.0850, 0.0890)  # mean 0.0870, std 0.00158
+
+RESULT_VALUES: dict[str, Any] = {
+    "test_error": 0.08, "test_loss": 0.3, "best_test_error": 0.075, "best_step": 60_000, "train_error": 0.01,
+    "class_errors": [0.08] * 10, "steps": 64_000, "warmup_end": None, "num_parameters": 269_722,
+    "images_per_second": 100_000.0, "step_milliseconds": {}, "peak_memory": 1, "side_by_side": 1,
+    "seconds": {"train": 80.0},
+}  # fmt: skip
 
 
 def make_run(
@@ -30,13 +39,8 @@ def make_run(
     if diverged:
         run.write_json("diverged.json", {"step": 100, "why": "NaN"})
     if error is not None:
-        values = {
-            "test_error": error, "test_loss": 0.3, "best_test_error": error - 0.005, "best_step": 60_000,
-            "train_error": 0.01, "class_errors": [error] * 10, "steps": 64_000, "warmup_end": None,
-            "num_parameters": 269_722, "images_per_second": 100_000.0, "step_milliseconds": {}, "peak_memory": 1,
-            "side_by_side": 1, "seconds": {"train": 80.0}, **result,
-        }  # fmt: skip
-        run.write_json("result.json", values)
+        own = {"test_error": error, "best_test_error": error - 0.005, "class_errors": [error] * 10}
+        run.write_json("result.json", {**RESULT_VALUES, **own, **result})
     return run
 
 
@@ -59,7 +63,7 @@ def test_a_row_by_hand(tmp_path: Path) -> None:
     assert row.paper == 0.0875
     assert row.delta == pytest.approx(-0.0005)
     assert row.verdict == "within the paper's spread"
-    assert (row.seconds, row.images_per_second, row.gpus) == (80.0, 100_000.0, ("GPU X",))
+    assert (row.seconds, row.images_per_second, row.machines) == (80.0, 100_000.0, ("GPU X",))
     assert [Path(run).name for run in row.runs] == [f"resnet20-{k}" for k in range(5)]
 
 
@@ -121,6 +125,90 @@ def test_another_experiment_is_not_judged(tmp_path: Path, changes: dict[str, Any
         table6.check([row])
 
 
+def remade(run: RunDir, **data: Any) -> RunDir:
+    """The run with another record of its images."""
+    stored = run.read_json("environment.json")
+    run.write_json("environment.json", {**stored, "data": {**stored["data"], **data}})
+    return run
+
+
+def test_other_images_are_named_and_no_proof(tmp_path: Path) -> None:
+    runs = make_net(tmp_path, "resnet", 20, ERRORS, official=False)
+    (row,) = table6.rows_of(runs)
+    assert (row.verdict, row.caveat) == (
+        "within the paper's spread",
+        "the data set is not the official CIFAR-10 files",
+    )
+    assert "but not on the official files" in table6.cells(row)[8]
+    with pytest.raises(OutsideTolerance, match="ResNet-20: the data set is not the official"):
+        table6.check([row])
+    remade(runs[1], digest="sha256:1")
+    with pytest.raises(InputError, match="ResNet-20 did not have the same images"):
+        table6.rows_of(runs)
+
+
+def test_a_run_that_did_not_record_its_images(tmp_path: Path) -> None:
+    runs = make_net(tmp_path, "resnet", 20, ERRORS)
+    (runs[2].path / "environment.json").unlink()
+    remade(runs[3], official=None)
+    (row,) = table6.rows_of(runs)
+    assert (row.n, row.caveat, row.machines) == (
+        5, "which images were used was not recorded", ("GPU X", "machine not recorded"),
+    )  # fmt: skip
+    assert "which images were used was not recorded" in note_of(runs)
+    with pytest.raises(OutsideTolerance, match="not recorded"):
+        table6.check([row])
+
+
+def test_a_damaged_result_is_counted_and_the_rest_stands(tmp_path: Path) -> None:
+    runs = make_net(tmp_path, "resnet", 20, ERRORS)
+    runs[0].write_json("result.json", {"test_error": "0.2"})
+    (row,) = table6.rows_of(runs)
+    assert (row.n, row.damaged, row.unfinished) == (4, 1, 0)
+    assert table6.cells(row)[2] == "4 (1 damaged)"
+    with pytest.raises(OutsideTolerance, match="ResNet-20: 1 damaged"):
+        table6.check([row])
+
+
+@pytest.mark.parametrize(
+    ("model", "is_open", "changes"),
+    [
+        ({"depth": 110}, True, {"recipe": {"warmup": "error"}}),
+        ({"depth": 110}, False, {"recipe": {"warmup": "none"}}),
+        ({"depth": 20}, False, {"recipe": {"warmup": "constant"}}),
+        ({"depth": 20}, True, {"recipe": {"lr_in_velocity": True}}),
+        ({"depth": 20}, True, {"recipe": {"weight_decay_on": "weights"}}),
+        ({"depth": 20}, True, {"model": {"norm_batch": 64}}),
+        ({"depth": 20}, True, {"model": {"init": "fan_out"}}),
+        ({"depth": 20}, True, {"model": {"pad": "after"}}),
+        ({"depth": 20}, False, {"model": {"shortcut": "B"}}),
+        ({"depth": 20}, False, {"data": {"val_split": True}}),
+        ({"depth": 20}, False, {"data": {"augment": False}}),
+        ({"depth": 20}, False, {"recipe": {"momentum": 0.8}}),
+    ],
+)
+def test_what_is_the_papers_experiment(
+    tmp_path: Path, model: dict[str, Any], is_open: bool, changes: dict[str, Any]
+) -> None:
+    config = make_config(**merge({"model": model}, changes))
+    (found,) = differences(config)
+    ((section, values),) = changes.items()
+    assert (found.path, found.value, found.is_open) == (f"{section}.{next(iter(values))}", *values.values(), is_open)
+    run = make_run(tmp_path / "run", config, 0.08)
+    (row,) = table6.rows_of([run])
+    assert (row.verdict == "not the paper's experiment") is not is_open
+    assert ("where the paper is silent: " in note_of([run])) is is_open
+
+
+def test_a_note_names_the_networks_where_not_all_are_meant(tmp_path: Path) -> None:
+    runs = make_net(tmp_path, "resnet", 20, (0.08, 0.08)) + make_net(tmp_path, "plain", 20, (0.1,), official=False)
+    runs.append(make_run(tmp_path / "b", make_config(model={"depth": 32}, recipe={"steps": 64}), 0.2))
+    assert note_of(runs) == (
+        "the data set is not the official CIFAR-10 files (plain-20); "
+        "not the paper's recipe: steps 64,000 -> 64 (ResNet-32)"
+    )
+
+
 def test_files(tmp_path: Path) -> None:
     runs = [
         *make_net(tmp_path / "runs", "plain", 20, (0.09,)),
@@ -140,7 +228,8 @@ def test_files(tmp_path: Path) -> None:
     assert dict(zip(header, first, strict=True))["mean"] == "0.066"
     assert dict(zip(header, second, strict=True))["paper"] == ""
     stored = json.loads((tmp_path / "out/table6.json").read_text())
-    assert (stored["schema"], stored["rows"][0]["n"], stored["note"][:3]) == (1, 3, "the")
+    assert (stored["schema"], stored["rows"][0]["n"], stored["note"][:3]) == (2, 3, "the")
+    assert stored["rows"][0]["runs"][0] == "../runs/resnet110-0"  # table and runs can move together
 
 
 def test_check(tmp_path: Path) -> None:
@@ -152,6 +241,16 @@ def test_check(tmp_path: Path) -> None:
     assert caught.value.exit_code == 6
     with pytest.raises(OutsideTolerance, match="too few"):
         table6.check(table6.rows_of(make_net(tmp_path, "resnet", 44, (0.07,))))
+    with pytest.raises(OutsideTolerance, match="no network among them of which the paper prints a number"):
+        table6.check(table6.rows_of(make_net(tmp_path / "plain", "plain", 20, (0.5,))))
+    with pytest.raises(OutsideTolerance, match="2 of the runs not begun"):
+        table6.check(good, num_missing=2)
+    lost = make_net(tmp_path / "lost", "resnet", 20, (*ERRORS, None))
+    with pytest.raises(OutsideTolerance, match="ResNet-20: 1 unfinished"):
+        table6.check(table6.rows_of(lost))
+    make_run(tmp_path / "lost/nan", make_config(seed=9), None, diverged=True)
+    with pytest.raises(OutsideTolerance, match="ResNet-20: 1 unfinished, 1 diverged"):
+        table6.check(table6.rows_of([*lost, RunDir(tmp_path / "lost/nan")]))
 
 
 def test_what_a_reader_must_be_told(tmp_path: Path) -> None:

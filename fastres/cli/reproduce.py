@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastres.cli.flags import given, parse_list, parse_model, refuse_both
-from fastres.config import make_config, preset_tree
+from fastres.config import make_config, merge, preset_tree
 from fastres.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 WHAT = ("table6", "fig6", "fig7", "all")
 SMOKE = {"recipe": {"steps": 40}, "output": {"log_every": 5, "eval_every": 10}}  # many networks, so few steps each
 SEEDS = {"paper": 5, "fast": 2, "smoke": 2}
-NETWORKS, RUNS, EXECUTION = "Which networks", "Which runs", "How they run"
+NETWORKS, RUNS, ABLATIONS, EXECUTION = "Which networks", "Which runs", "Ablations (docs/fidelity.md)", "How they run"
 
 
 def reproduce(
     what: Annotated[str, typer.Argument(metavar="table6|fig6|fig7|all", help="What to make.")],
     depths: Annotated[
-        str | None, typer.Option(help="Depths: 20,32,44,56,110 (default: the paper's).", rich_help_panel=NETWORKS)
+        str | None,
+        typer.Option(help="Depths, and plain nets where the paper has them; default: all.", rich_help_panel=NETWORKS),
     ] = None,
     nets: Annotated[
         str | None, typer.Option(help="Instead, in words: ResNet20,PlainNet110,ResNet1202.", rich_help_panel=NETWORKS)
@@ -70,6 +71,24 @@ def reproduce(
     assert_: Annotated[
         bool, typer.Option("--assert", help="Exit 6 where Table 6 does not hold.", rich_help_panel=RUNS)
     ] = False,
+    shortcut: Annotated[str | None, typer.Option(help="A or B.", rich_help_panel=ABLATIONS)] = None,
+    warmup: Annotated[
+        str | None, typer.Option(help="Of ResNets from 110 on: constant, error or none.", rich_help_panel=ABLATIONS)
+    ] = None,
+    weight_decay_on: Annotated[str | None, typer.Option(help="all or weights.", rich_help_panel=ABLATIONS)] = None,
+    norm_batch: Annotated[
+        int | None, typer.Option(help="Images to a BN statistic: 64; 0: all 128.", rich_help_panel=ABLATIONS)
+    ] = None,
+    val_split: Annotated[
+        bool | None,
+        typer.Option("--val-split/--no-val-split", help="45k images, or all 50k.", rich_help_panel=ABLATIONS),
+    ] = None,
+    lr_in_velocity: Annotated[
+        bool | None,
+        typer.Option("--lr-in-velocity/--no-lr-in-velocity", help="As Caffe has it.", rich_help_panel=ABLATIONS),
+    ] = None,
+    init: Annotated[str | None, typer.Option(help="fan_in or fan_out.", rich_help_panel=ABLATIONS)] = None,
+    pad: Annotated[str | None, typer.Option(help="both or after.", rich_help_panel=ABLATIONS)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0.", rich_help_panel=EXECUTION)] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.", rich_help_panel=EXECUTION)] = "auto",
     loader: Annotated[str, typer.Option(help="auto, resident, dali.", rich_help_panel=EXECUTION)] = "auto",
@@ -88,9 +107,16 @@ def reproduce(
         raise InputError(f"--budget is {budget}; it must be minutes above 0")
     if side_by_side < 0:
         raise InputError(f"--side-by-side is {side_by_side}; 0 chooses, else how many")
+    if assert_ and what not in ("table6", "all"):
+        raise InputError(f"--assert judges Table 6, which {what} does not make; type table6 or all")
     deadline = math.inf if budget is None else perf_counter() + 60 * budget
+    ablations = {
+        "model": given(shortcut=shortcut, norm_batch=norm_batch, init=init, pad=pad),
+        "data": given(val_split=val_split),
+        "recipe": given(warmup=warmup, weight_decay_on=weight_decay_on, lr_in_velocity=lr_in_velocity),
+    }
     changes = {
-        **_lengths(preset, steps, epochs),
+        **merge(_lengths(preset, steps, epochs), ablations),
         "execution": given(
             device=device,
             precision=precision,
@@ -105,10 +131,12 @@ def reproduce(
     wanted = _networks(what, nets, depths, SEEDS.get(preset, 1) if seeds is None else seeds, plain_seeds)
 
     from fastres.console import Console
+    from fastres.reproduce import table6
     from fastres.reproduce.plan import needs, runs_of, train_missing
     from fastres.sweep import status
 
-    stages = needs(wanted, runs, preset, changes)
+    variant = _variant(ablations)
+    stages = needs(wanted, runs, preset, changes, variant=variant)
     if dry_run:
         for stage in stages:
             for path in stage.folders:
@@ -119,9 +147,24 @@ def reproduce(
         whole = train_missing(stages, console=console, deadline=deadline, side_by_side=side_by_side)
     if not (found := runs_of(stages)):
         raise InputError(f"{runs} holds no run of these networks yet; leave out --no-train to train them")
-    _make(what, found, out or runs, changes["execution"], console, clean=clean, ylim=ylim, judge=assert_)
+    folder = out or runs / variant
+    _make(what, found, folder, changes["execution"], console, clean=clean, ylim=ylim)
     if not whole:
         console.say("not all runs are finished: the same line goes on")
+    if assert_:
+        wanted_paths = {path for stage in stages for path in stage.folders}
+        table6.check(table6.rows_of(found), num_missing=len(wanted_paths) - len(found))
+
+
+def _variant(ablations: dict[str, dict[str, Any]]) -> str:
+    """A folder's name for what departs from the defaults: "shortcut-B"; "" where nothing does."""
+    plain = make_config().to_dict()
+    words = []
+    for section, values in ablations.items():
+        for key, value in values.items():
+            if value != plain[section][key] or key == "warmup":  # of which each depth has its own default
+                words.append(key.replace("_", "-") + ("" if isinstance(value, bool) else f"-{value}"))
+    return "-".join(words)
 
 
 def _lengths(preset: str, steps: int | None, epochs: float | None) -> dict[str, Any]:
@@ -149,7 +192,9 @@ def _networks(
     if nets is not None:
         chosen = [parse_model(word) for word in parse_list("--nets", nets, str)]
     elif depths is not None:
-        chosen = [(arch, depth) for depth in parse_list("--depths", depths, int) for arch in ("resnet", "plain")]
+        plain = {depth for arch, depth, _ in STAGES if arch == "plain"}  # deeper ones only by name
+        chosen = [("resnet", depth) for depth in parse_list("--depths", depths, int)]
+        chosen += [("plain", depth) for _, depth in chosen if depth in plain]
     else:
         chosen = list(dict.fromkeys(FIGURE_7 if what == "fig7" else [(arch, depth) for arch, depth, _ in STAGES]))
     for arch, depth in chosen:
@@ -166,11 +211,11 @@ def _make(
     *,
     clean: bool,
     ylim: float | None,
-    judge: bool,
 ) -> None:
     """Write what was asked for, from the runs there are."""
     from fastres.reproduce import fig6, fig7, table6
-    from fastres.reproduce.plan import note_of
+    from fastres.reproduce.networks import note_of
+    from fastres.reproduce.paper import departures
 
     note, paths = note_of(found), list[Path]()
     if note:
@@ -181,11 +226,10 @@ def _make(
         console.print(table6.terminal(rows))
     if what in ("fig6", "all"):
         # The paper's axis, but for runs that are not the paper's: most of their curves would lie above it.
-        upper = ylim if ylim is not None else 100 * fig6.PAPER_YLIM if not note.count("recipe") else 100.0
+        others = any(departures(run.config()) for run in found)
+        upper = ylim if ylim is not None else 100.0 if others else 100 * fig6.PAPER_YLIM
         paths += fig6.draw(found, folder, note=note, clean=clean, ylim=upper / 100)
     if what in ("fig7", "all"):
         paths += fig7.draw(found, folder, execution, note=note, say=console.say)
     for path in paths:
         console.say(f"wrote {path}")
-    if judge:
-        table6.check(table6.rows_of(found))

@@ -172,7 +172,8 @@ def _fetch(addresses: Sequence[str], remote: Remote, part: Path, progress: Progr
             say(f"could not fetch CIFAR-10 from {failures[-1]}")
     raise MachineError(
         f"no CIFAR-10: no --data-dir or FASTRES_DATA given, none in {part.parent}, none from {'; '.join(failures)}\n"
-        "Say where it is with --data-dir FOLDER, or train on the built-in data with --dataset synthetic"
+        "Say where it is with --data-dir FOLDER, or do without: fastres train --dataset synthetic, "
+        "fastres reproduce --preset smoke"
     )
 
 

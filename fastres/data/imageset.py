@@ -12,6 +12,23 @@ NUM_VALIDATION = 5_000  # the paper's 45k/5k split (section 4.2)
 Bytes = npt.NDArray[np.uint8]
 
 
+def caveat(dataset: str, official: object) -> str:
+    """What a reader of a result must be told of the images behind it.
+
+    Args:
+        dataset: "cifar10" or "synthetic".
+        official: `ImageSet.official`, as recorded with the result; anything but a bool is no record.
+
+    Returns:
+        Words for the face of a table or figure; "" for the official CIFAR-10 files.
+    """
+    if dataset == "synthetic":
+        return "synthetic data: not a result of the paper"
+    if not isinstance(official, bool):
+        return "which images were used was not recorded"
+    return "" if official else "the data set is not the official CIFAR-10 files"
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """A labelled train/test pair of 32x32 RGB images.
@@ -28,6 +45,11 @@ class ImageSet:
     digest: str  # "sha256:<hex>" over all labels and pixels; equal digests mean equal data
     official: bool  # the digest is that of the published data set (synthetic: of its own definition)
     source: str  # where it was found, for people: a path, a URL, or "built in"
+
+    @property
+    def caveat(self) -> str:
+        """What a reader of a result on these images must be told; "" for the official CIFAR-10 files."""
+        return caveat(self.name, self.official)
 
     def test_digest(self) -> str:
         """ "sha256:<hex>" over the test labels and pixels alone, wherever they came from."""

@@ -42,6 +42,7 @@ class Answers:
     class_names: tuple[str, ...]
     mistakes: list[Mistake]  # the most confident, most confident first
     responses: list[float]  # std of each 3x3 layer's output after BN, in layer order
+    caveats: tuple[str, ...]  # what there is to say of the images, as `evaluate.Trained` has it
 
 
 def answers_of(run: Path, execution: dict[str, Any], say: Callable[[str], None]) -> Answers:
@@ -70,6 +71,7 @@ def answers_of(run: Path, execution: dict[str, Any], say: Callable[[str], None])
         trained.images.class_names,
         _mistakes(trained, labels, answers, logits.softmax(dim=1).amax(dim=1)),
         [response.std for response in responses],
+        trained.caveats,
     )
 
 

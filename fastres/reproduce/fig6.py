@@ -4,18 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastres.curves import print_note
 from fastres.errors import InputError
-from fastres.reproduce.figure import (
-    ASIDE,
-    Network,
-    by_network,
-    paper_style,
-    place_legend,
-    print_note,
-    save,
-    write_csv,
-)
+from fastres.reproduce.figure import ASIDE, colour_of, paper_style, place_legend, save, write_csv
+from fastres.reproduce.networks import Network, by_network
 from fastres.rundir import RunDir
+from fastres.series import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +39,7 @@ def draw(
 
     Args:
         runs: Run folders; of one network only those that differ in the seed alone.
-        folder: Takes fig6.png, fig6.svg and fig6.csv (network, seed, step, kind, error as a fraction).
+        folder: Takes fig6.png, fig6.svg and fig6.csv (network, seed, step, kind, error as a fraction, images).
         note: Printed on the figure's face; "" for none.
         clean: Draw the error on the training images as they are, without augmentation, instead of the running error.
         ylim: Error at the upper end of the y axis, a fraction. Another than the paper's is named in the figure.
@@ -66,7 +60,7 @@ def draw(
             f"train with --clean-train-error, or draw the running training error"
         )
     rows = [
-        (network.name, seed, record["step"], record["kind"], record["error"])
+        (network.name, seed, record["step"], record["kind"], record["error"], network.images)
         for network in networks
         for seed, run in network.runs
         for record in records[run.path]
@@ -92,12 +86,13 @@ def draw(
             if axes.lines:
                 place_legend(axes)
         written = save(figure, [folder / "fig6.png", folder / "fig6.svg"])
-    return [*written, write_csv(folder / "fig6.csv", ("network", "seed", "step", "kind", "error"), rows)]
+    header = ("network", "seed", "step", "kind", "error", "images")
+    return [*written, write_csv(folder / "fig6.csv", header, rows)]
 
 
 def _records(run: RunDir) -> list[dict[str, Any]]:
-    """The errors that a run has recorded, in order."""
-    return [record for record in run.metrics() if record.get("kind") in KINDS]
+    """The errors that a run has recorded, in order. A record without one, from a damaged file, is left out."""
+    return [record for record in run.metrics() if record["kind"] in KINDS and is_number(record.get("error"))]
 
 
 def _curves(records: Sequence[dict[str, Any]]) -> dict[str, Curve]:
@@ -128,8 +123,9 @@ def _fill(
         errors = [point for of_run in every for k in (kind, "test") for point in of_run[k]]
         hidden = f" (above {top:g} %)" if min(error for _, error in errors) > top else ""
         label = network.label(max(step for step, _ in errors)) + hidden
-        _line(axes, [of_run[kind] for of_run in every], unit, network.colour, {"linewidth": 0.9, "dashes": (4, 1.5)})
-        _line(axes, [of_run["test"] for of_run in every], unit, network.colour, {"linewidth": 1.9, "label": label})
+        colour = colour_of(network.config.model.depth)
+        _line(axes, [of_run[kind] for of_run in every], unit, colour, {"linewidth": 0.9, "dashes": (4, 1.5)})
+        _line(axes, [of_run["test"] for of_run in every], unit, colour, {"linewidth": 1.9, "label": label})
 
 
 def _line(axes: "Axes", curves: Sequence[Curve], unit: int, colour: str, how: dict[str, Any]) -> None:

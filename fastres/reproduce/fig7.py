@@ -6,19 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastres import checkpoint
+from fastres.curves import print_note
 from fastres.errors import InputError
 from fastres.evaluate import Trained, load_trained
-from fastres.reproduce.figure import (
-    Network,
-    by_network,
-    colour_of,
-    paper_name,
-    paper_style,
-    place_legend,
-    print_note,
-    save,
-    write_csv,
-)
+from fastres.reproduce.figure import colour_of, paper_style, place_legend, save, write_csv
+from fastres.reproduce.networks import Network, by_network, paper_name
 from fastres.responses import Response, layer_responses
 from fastres.rundir import RunDir
 
@@ -54,10 +46,10 @@ def draw(
     Args:
         runs: Run folders; of one network only those that differ in the seed alone. Those without a checkpoint (weights
             are large, and need not be kept) are left out, and `say` is told.
-        folder: Takes fig7.png, fig7.svg and fig7.csv.
+        folder: Takes fig7.png, fig7.svg and fig7.csv (network, seed, layer index and name, std, images).
         execution: Changes to `fastres.config.Execution`: device, where the data is. Precision "auto" means fp32 here,
             on every machine: measured is the network, not how it was rounded in training.
-        note: Printed on the figure's face; "" for none.
+        note: Printed on the figure's face, with what there is to say of the images that were measured on.
         say: Takes one-line notices.
 
     Returns:
@@ -72,7 +64,7 @@ def draw(
         raise InputError("Figure 7 needs weights, and none of the runs has a checkpoint; give runs that kept theirs")
     named = execution.get("precision", "auto")
     execution = {**execution, "precision": "fp32" if named == "auto" else named}
-    lines, rows = [], list[tuple[str, int, int, str, float]]()
+    lines, rows, notes = [], list[tuple[str, int, int, str, float, str]](), {note: None}
     for network in networks:
         measured, steps = list[list[Response]](), list[int]()
         for seed, run in network.runs:
@@ -81,26 +73,26 @@ def draw(
             responses = layer_responses(trained.net, trained.batches(), trained.runtime.dtype)
             measured.append(responses)
             steps.append(trained.step or 0)
-            rows += [(network.name, seed, i, r.name, r.std) for i, r in enumerate(responses, 1)]
+            images = "other" if set(trained.caveats) - {network.caveat} else network.images
+            rows += [(network.name, seed, i, r.name, r.std, images) for i, r in enumerate(responses, 1)]
+            notes |= {words: None for words in trained.caveats if words not in note}
         stds = [sum(r.std for r in of_layer) / len(of_layer) for of_layer in zip(*measured, strict=True)]
         model = network.config.model
         lines.append(Line(network.label(min(steps)), model.depth, model.arch == "resnet", stds))
     with paper_style():
-        written = save(plot(lines, note), [folder / "fig7.png", folder / "fig7.svg"])
-    header = ("network", "seed", "layer_index", "layer_name", "std")
+        written = save(plot(lines, "; ".join(filter(None, notes))), [folder / "fig7.png", folder / "fig7.svg"])
+    header = ("network", "seed", "layer_index", "layer_name", "std", "images")
     return [*written, write_csv(folder / "fig7.csv", header, rows)]
 
 
 def draw_one(trained: Trained, responses: Sequence[Response], path: Path) -> None:
     """Draw one network alone, into a PNG or SVG file. Raises MachineError where it cannot be written."""
-    net, images = trained.net, trained.images
+    net = trained.net
     name = paper_name("resnet" if net.residual else "plain", net.depth)
     label = name if trained.step is None else f"{name}, step {trained.step:,}"
-    note = "" if images.official else f"{images.name}, not the official files"
-    if images.name == "synthetic":
-        note = "synthetic data: not a result of the paper"
+    line = Line(label, net.depth, net.residual, [r.std for r in responses])
     with paper_style():
-        save(plot([Line(label, net.depth, net.residual, [r.std for r in responses])], note), [path])
+        save(plot([line], "; ".join(trained.caveats)), [path])
 
 
 def plot(lines: Sequence[Line], note: str) -> "Figure":

@@ -4,9 +4,10 @@ Runs are known by the digest of what they compute, so a run trained elsewhere un
 another recipe does not.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -16,11 +17,10 @@ from fastres.config import RunConfig, differences, make_config, merge
 from fastres.console import Console, duration
 from fastres.errors import FastresError, InputError, OutOfTime
 from fastres.models.depth import num_blocks
-from fastres.reproduce.paper import STAGES, departures
-from fastres.rundir import CONFIG, METRICS, RESULT, RunDir
+from fastres.reproduce.paper import STAGES
+from fastres.result import result_of
+from fastres.rundir import CONFIG, METRICS, RESULT, RunDir, folders_below
 from fastres.sweep import status, train_all
-
-DEEPEST = 3  # levels of folders below --runs in which a run is found
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,17 @@ class Need:
 
 
 def needs(
-    nets: Sequence[tuple[str, int, int]], root: Path, preset: str, changes: dict[str, Any], *, first_seed: int = 0
+    nets: Sequence[tuple[str, int, int]], root: Path, preset: str, changes: dict[str, Any], *, variant: str = ""
 ) -> list[Need]:
     """The runs of each (architecture, depth, number of seeds), with the folders where they are or will be.
 
     Args:
         nets: In the order of the work; a network may come twice, with more seeds the second time.
-        root: Where runs are looked for, three levels deep, and new ones go: `root/<network>/seed<k>`.
+        root: Where runs are looked for, three levels deep, and new ones go: `root/<variant>/<network>/seed<k>`.
         preset: Of `make_config`.
-        changes: Laid over it.
-        first_seed: Seeds count from here.
+        changes: Laid over it, as far as they concern a network: plain nets have no shortcuts, and only ResNets that
+            the paper warms up get another warm-up.
+        variant: A folder for what `changes` make of the preset; "" for none.
 
     Raises:
         InputError: A run folder of another config stands where a new one would go.
@@ -50,10 +51,10 @@ def needs(
     stages: list[Need] = []
     for arch, depth, num_seeds in nets:
         folders: dict[Path, RunConfig] = {}
-        for seed in range(first_seed, first_seed + num_seeds):
-            tree = merge(changes, {"model": {"arch": arch, "depth": depth}, "seed": seed})
+        for seed in range(num_seeds):
+            tree = merge(_concerning(changes, arch, depth), {"model": {"arch": arch, "depth": depth}, "seed": seed})
             config = make_config(preset, **tree)
-            place = root / config.name.lower() / f"seed{seed}"
+            place = root / variant / config.name.lower() / f"seed{seed}"
             path = known.get(config.digest, place)
             if (
                 path == place
@@ -65,6 +66,18 @@ def needs(
             folders[path] = dataclasses.replace(config, output=dataclasses.replace(config.output, out=str(path)))
         stages.append(Need(config.name, folders))
     return stages
+
+
+def _concerning(changes: dict[str, Any], arch: str, depth: int) -> dict[str, Any]:
+    unheard = set[tuple[str, str]]()
+    if arch == "plain":
+        unheard |= {("model", "shortcut"), ("model", "pad")}
+    if make_config("paper", model={"arch": arch, "depth": depth}).recipe.warmup == "none":
+        unheard.add(("recipe", "warmup"))
+    return {
+        section: {key: value for key, value in tree.items() if (section, key) not in unheard}
+        for section, tree in changes.items()
+    }
 
 
 def stages_of(nets: Sequence[tuple[str, int]], num_seeds: int, plain_seeds: int) -> list[tuple[str, int, int]]:
@@ -91,22 +104,60 @@ def train_missing(
     counts = [status(path) for path in folders]
     said = [f"{counts.count(kind)} {word}" for kind, word in _WORDS.items() if kind in counts]
     console.say(f"{_plural(len(folders), 'run')}: {', '.join(said)}")
-    began, work_before = perf_counter(), _work_done(folders)
-    whole = sum(map(_work, folders.values()))
-    for number, stage in enumerate(stages, 1):
-        if all(status(path) in ("finished", "diverged") for path in stage.folders):
-            continue
-        done = _work_done(folders)
-        rate = (done - work_before) / (perf_counter() - began)
-        left = f", about {duration((whole - done) / rate)} left" if rate > 0 else ""
-        head = f"[{number}/{len(stages)}] {stage.name}, {_plural(len(stage.folders), 'run')}"
-        console.say(f"{head}; {100 * done / whole:.0f} % done{left}")
-        try:
-            train_all(stage.folders, console=console, deadline=deadline, side_by_side=side_by_side)
-        except OutOfTime as cut:
-            console.say(str(cut))
-            return False
+    whole = Whole(folders)
+    try:
+        for number, stage in enumerate(stages, 1):
+            if all(status(path) in ("finished", "diverged") for path in stage.folders):
+                continue
+            head = f"[{number}/{len(stages)}] {stage.name}, {_plural(len(stage.folders), 'run')}"
+            console.say(f"{head}; {whole.so_far()}")
+            console.overall = whole.at_step
+            begins = whole.begins
+            train_all(stage.folders, console=console, deadline=deadline, side_by_side=side_by_side, on_begin=begins)
+    except OutOfTime as cut:
+        console.say(str(cut))
+        return False
+    finally:
+        console.overall = None
     return True
+
+
+class Whole:
+    """How much of all the runs is done, and how long the rest may take.
+
+    The rate is that of this process; before its first steps that of the finished runs, wherever they were trained.
+
+    Args:
+        folders: Configs of all the runs, by run folder.
+    """
+
+    def __init__(self, folders: Mapping[Path, RunConfig]) -> None:
+        self._folders = folders
+        self._work = sum(map(_work, folders.values()))
+        self._before = self._done = sum(_work(config) * _share_done(path, config) for path, config in folders.items())
+        self._began = perf_counter()
+        self._group: dict[Path, RunConfig] = {}  # what is being trained
+        self._rate_before = _rate_of_finished(folders)
+
+    def begins(self, group: Mapping[Path, RunConfig]) -> None:
+        """Runs are about to be trained, side by side."""
+        self._group = dict(group)
+        self._done = sum(
+            _work(config) * _share_done(path, config) for path, config in self._folders.items() if path not in group
+        )
+
+    def at_step(self, step: int) -> str:
+        """Where all stands when the runs that are being trained have done `step` steps: "12 % of all, 1:10:00 left"."""
+        now = self._done + sum(_work(config) * step / config.recipe.steps for config in self._group.values())
+        seconds = perf_counter() - self._began
+        rate = (now - self._before) / seconds if now > self._before and seconds > 0 else self._rate_before
+        left = f", about {duration((self._work - now) / rate)} left" if rate > 0 else ""
+        return f"{100 * now / self._work:.0f} % of all{left}"
+
+    def so_far(self) -> str:
+        """The same between two stages."""
+        self.begins({})
+        return self.at_step(0)
 
 
 _WORDS = {"finished": "finished", "cut": "to go on with", "missing": "to do", "diverged": "given up (diverged)"}
@@ -116,46 +167,18 @@ def _plural(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def note_of(runs: Sequence[RunDir]) -> str:
-    """What a reader must be told of the runs behind a table or figure, on its face; "" where there is nothing.
-
-    Built-in data, data that is not the official archive's, and every difference from the paper's recipe.
-    """
-    notes: dict[str, None] = {}
-    for run in runs:
-        config, data = run.config(), _data_of(run)
-        if config.data.dataset == "synthetic":
-            notes["synthetic data: not a result of the paper"] = None
-        elif data and not data["official"]:
-            notes["the data set is not the official CIFAR-10 files"] = None
-        if changes := departures(config):
-            notes[f"not the paper's recipe: {', '.join(changes)}"] = None
-        if config.data.val_split:
-            notes["trained on 45k images, tested on the other 5k"] = None
-    return "; ".join(notes)
-
-
-def _data_of(run: RunDir) -> dict[str, Any] | None:
-    try:
-        data = run.read_json("environment.json").get("data")
-    except InputError:
-        return None
-    return data if isinstance(data, dict) else None
-
-
 def _known(root: Path) -> dict[str, Path]:
     """Run folders under `root` by the digest of what they compute; of several, the one that is furthest."""
     found: dict[str, tuple[int, Path]] = {}
     ranks = {"finished": 3, "diverged": 2, "cut": 1, "missing": 0}
-    for level in range(DEEPEST + 1):
-        for file in sorted(root.glob("/".join(["*"] * level + [CONFIG]))):
-            try:
-                digest = RunDir.open(file.parent).config().digest
-            except FastresError:
-                continue  # of another version, or damaged: it counts for nothing here
-            rank = ranks[status(file.parent)]
-            if digest not in found or rank > found[digest][0]:
-                found[digest] = rank, file.parent
+    for path in folders_below(root):
+        try:
+            digest = RunDir.open(path).config().digest
+        except FastresError:
+            continue  # of another version, or damaged: it counts for nothing here
+        rank = ranks[status(path)]
+        if digest not in found or rank > found[digest][0]:
+            found[digest] = rank, path
     return {digest: path for digest, (_, path) in found.items()}
 
 
@@ -164,8 +187,16 @@ def _work(config: RunConfig) -> float:
     return config.recipe.steps * config.recipe.batch_size * (6.0 * num_blocks(config.model.depth) + 1)
 
 
-def _work_done(folders: dict[Path, RunConfig]) -> float:
-    return sum(_work(config) * _share_done(path, config) for path, config in folders.items())
+def _rate_of_finished(folders: Mapping[Path, RunConfig]) -> float:
+    """Work a second of the runs that have a result; 0 where there is none."""
+    work = seconds = 0.0
+    for path, config in folders.items():
+        if status(path) == "finished":
+            with contextlib.suppress(InputError):  # damaged: said where it is used
+                result = result_of(RunDir(path))
+                work += _work(config)
+                seconds += sum(result.seconds.values()) / result.side_by_side
+    return work / seconds if seconds else 0.0
 
 
 def _share_done(path: Path, config: RunConfig) -> float:

@@ -5,33 +5,28 @@ are at hand. Equal inputs give equal bytes: there is no date in it, and no chanc
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from fastres import __version__
+from fastres.config import RunConfig
 from fastres.errors import FastresError, InputError
-from fastres.plot import Run, grouped, mean_labels, read_runs
+from fastres.plot import Run, grouped, mean_labels, read_runs, tell_apart
 from fastres.reproduce import sections, table6
 from fastres.reproduce.answers import Answers, answers_of
 from fastres.reproduce.html import mark, note, number, page, section, table, text
-from fastres.reproduce.sections import DASH, Subject, as_duration, as_percent, banners, departures
-from fastres.rundir import ENVIRONMENT, RESULT, write_text
+from fastres.reproduce.networks import paper_name, recipe_notes
+from fastres.reproduce.sections import DASH, Subject, as_duration, as_percent, banners
+from fastres.result import result_of
+from fastres.rundir import ENVIRONMENT, write_text
 from fastres.series import is_number, mean_curve
 
 MAX_BYTES = 1_000_000
 TABLE_6, DETAILS, MISTAKES = "Table 6 of the paper", "Details", "Most confident mistakes"
 MANY_RUNS = 8  # from here on, lines have fewer points
 POINTS, FEWER_POINTS = 300, 100  # of a line at most
-NUMBERS = (
-    "test_error",
-    "best_test_error",
-    "train_error",
-    "steps",
-    "num_parameters",
-    "images_per_second",
-    "side_by_side",
-)
 MOST_SEEDS_APART = 7  # curves in one chart; of more, the means are drawn
 
 
@@ -86,11 +81,11 @@ def _read(run: Run, name: str) -> dict[str, Any]:
 
 
 def _result(run: Run) -> dict[str, Any]:
-    """The result as JSON; {} where there is none, or where what others count on is not a number."""
-    found = _read(run, RESULT)
-    seconds = found.get("seconds")
-    values = [*map(found.get, NUMBERS), *(seconds.values() if isinstance(seconds, dict) else [None])]
-    return found if all(map(is_number, values)) else {}
+    """The result as JSON; {} where there is none, or it is damaged: the report says so in that place."""
+    try:
+        return result_of(run.folder).to_dict()
+    except InputError:
+        return {}
 
 
 def _answers(run: Run, execution: dict[str, Any], say: Callable[[str], None]) -> Answers | str:
@@ -194,16 +189,36 @@ def _overview(subjects: Sequence[Subject], points: int) -> str:
 
 def _table6(subjects: Sequence[Subject]) -> str:
     """The paper's Table 6 as far as these runs go, with what they did otherwise than the paper."""
-    runs = [subject.run for subject in subjects if subject.result or not subject.run.finished]
-    try:
-        rows = [[text(cell) for cell in table6.cells(row)] for row in table6.rows_of([run.folder for run in runs])]
-    except FastresError as error:
-        return section(TABLE_6, note(f"No table: {error}."))
-    others = {", ".join(departures(run.config)) for run in runs} - {""}
-    marks = [mark(f"Not the paper's recipe: {words}.") for words in sorted(others)]
-    return section(
-        TABLE_6, "".join(marks) + table(table6.HEADS, rows, (1, 2, 3, 4, 5, 6, 7, 9, 10)) + note(table6.LEGEND)
-    )
+    rows, notes, configs = list[table6.Row](), list[str](), list[tuple[str, RunConfig]]()
+    runs = [subject.run for subject in subjects]
+    for name, group in _by_variant(runs):
+        try:
+            (row,) = table6.rows_of([run.folder for run in group])
+        except FastresError as error:
+            notes.append(f"No row: {error}.")
+            continue
+        rows.append(replace(row, network=name))
+        configs.append((name, group[0].config))
+    notes += [f"{words[0].upper()}{words[1:]}." for words in recipe_notes(configs)]
+    shown = [[text(cell) for cell in table6.cells(row)] for row in rows]
+    body = table(table6.HEADS, shown, (1, 2, 3, 4, 5, 6, 7, 9, 10)) + note(table6.LEGEND) if rows else ""
+    return section(TABLE_6, "".join(map(mark, notes)) + body)
+
+
+def _by_variant(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Runs of one config, with the network's name, ResNets first; of several configs of a network what differs."""
+    networks: dict[tuple[bool, int], list[list[Run]]] = {}
+    for group in grouped(runs):
+        model = group[0].config.model
+        networks.setdefault((model.arch == "plain", model.depth), []).append(group)
+    found = []
+    for (is_plain, depth), groups in sorted(networks.items(), key=lambda item: item[0]):
+        name = paper_name("plain" if is_plain else "resnet", depth)
+        labels = [""]
+        if len(groups) > 1:
+            _, labels = tell_apart([replace(group[0].config, seed=0) for group in groups], [""] * len(groups))
+        found += [(", ".join(filter(None, (name, label))), group) for label, group in zip(labels, groups, strict=True)]
+    return found
 
 
 def _row(count: int, subject: Subject) -> list[str]:

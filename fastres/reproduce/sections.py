@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from fastres.config import RunConfig, make_config
+from fastres.config import RunConfig
 from fastres.console import duration, percent
 from fastres.curves import time_unit
 from fastres.plot import Run, show_value
 from fastres.reproduce.answers import Answers, Mistake
 from fastres.reproduce.charts import bars, line_chart, matrix, stacked
 from fastres.reproduce.html import keys, mark, note, number, section, stats, text
+from fastres.reproduce.paper import Difference, differences
 from fastres.series import Curve, Line, is_number
 
 DASH = "\N{EN DASH}"
@@ -170,6 +171,7 @@ def classes(subject: Subject) -> str:
     if isinstance(answers, str):
         return section("By class", note(f"Not tested again: {answers}"))
     evaluation = answers.evaluation
+    marks = banners([f"{words[0].upper()}{words[1:]}." for words in answers.caveats])
     again = f"Tested again for this report, from the checkpoint of step {number(answers.step)}: "
     found = f"{percent(evaluation.error)} of {evaluation.num_images:,} images wrong, loss {evaluation.loss:.4f}."
     by_class = zip(answers.class_names, evaluation.class_errors, strict=True)
@@ -177,7 +179,7 @@ def classes(subject: Subject) -> str:
     left = f"<div><h3>Error by class</h3>{bars(rows)}</div>"
     shown = matrix(evaluation.confusion, answers.class_names)
     right = f"<div><h3>True class (rows) and answer (columns)</h3>{shown}</div>"
-    return section("By class", f'{note(again + found)}<div class="pair uneven">{left}{right}</div>')
+    return section("By class", f'{marks}{note(again + found)}<div class="pair uneven">{left}{right}</div>')
 
 
 def mistakes(subject: Subject) -> str:
@@ -213,7 +215,8 @@ def responses(subject: Subject) -> str:
             ("Sorted", "rank", sorted(stds, reverse=True)),
         )
     ]
-    return section("Layer responses", f'{said}<div class="pair">{"".join(charts)}</div>')
+    marks = banners([f"{words[0].upper()}{words[1:]}." for words in subject.answers.caveats])
+    return section("Layer responses", f'{marks}{said}<div class="pair">{"".join(charts)}</div>')
 
 
 def _response_chart(stds: list[float], label: str) -> str:
@@ -239,11 +242,8 @@ def clocks(subject: Subject) -> str:
 def configuration(subject: Subject) -> str:
     """What was computed, with the paper's value where it differs, and how it ran."""
     config = subject.run.config
-    paper = _paper(config)
-    what = [
-        (name, value, "" if value == paper[path] else f"the paper's recipe: {paper[path]}")
-        for path, name, value in _leaves(config.what())
-    ]
+    others = {difference.path: _remark(difference) for difference in differences(config)}
+    what = [(name, value, others.get(path, "")) for path, name, value in _leaves(config.what())]
     tree = config.to_dict()
     how = [(name, value, "") for part in ("execution", "output") for _, name, value in _leaves(tree[part])]
     left = f"<div><h3>What is computed</h3>{keys([*what, ('digest', config.digest, 'of all this')])}</div>"
@@ -252,19 +252,9 @@ def configuration(subject: Subject) -> str:
     )
 
 
-def departures(config: RunConfig) -> list[str]:
-    """What a run computes otherwise than the paper's recipe for that network: "steps 250, not 64000"."""
-    paper = _paper(config)
-    return [
-        f"{name} {value}, not {paper[path]}" for path, name, value in _leaves(config.what()) if value != paper[path]
-    ]
-
-
-def _paper(config: RunConfig) -> dict[str, str]:
-    """The values of the paper's recipe for a network, by path; any seed is the paper's."""
-    model = {"arch": config.model.arch, "depth": config.model.depth}
-    paper = make_config("paper", model=model, seed=config.seed)
-    return {path: value for path, _, value in _leaves(paper.what())}
+def _remark(difference: Difference) -> str:
+    default = show_value(difference.default)
+    return f"our default: {default}; the paper is silent" if difference.is_open else f"the paper's recipe: {default}"
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str, str]]:

@@ -8,19 +8,20 @@ import io
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from urllib.parse import quote
 
 from rich.table import Table
 
-from fastres.config import Data
-from fastres.errors import OutsideTolerance
-from fastres.reproduce.figure import Network, by_network
-from fastres.reproduce.paper import TABLE_6, TOLERANCE, Published, departures
+from fastres.errors import InputError, OutsideTolerance
+from fastres.reproduce.networks import Network, by_network
+from fastres.reproduce.paper import TABLE_6, TOLERANCE, departures
 from fastres.result import RunResult, result_of
-from fastres.rundir import DIVERGED, RESULT, RunDir, write_json, write_text
+from fastres.rundir import ENVIRONMENT, RunDir, write_json, write_text
+from fastres.sweep import status
 
 FEW = 3  # runs from which on a mean is judged, and has an interval: of two it would reach below zero
 
@@ -37,6 +38,7 @@ class Row:
     n: int  # finished runs, of which the numbers are
     unfinished: int
     diverged: int
+    damaged: int  # finished, and the result cannot be read
     mean: float | None
     std: float | None
     interval: tuple[float, float] | None  # 95 %, Student's t
@@ -47,9 +49,12 @@ class Row:
     paper_std: float | None
     delta: float | None  # mean less the paper's
     verdict: str
+    experiment: str  # "the paper's", or in what it is another: "steps 64,000 -> 3,910"
+    caveat: str  # what there is to say of the images; "" for the official CIFAR-10 files
+    data: str | None  # digest of the images, where recorded
     seconds: float | None  # of the training clock, a run; of runs side by side their share of it
     images_per_second: float | None  # summed over runs side by side
-    gpus: tuple[str, ...]
+    machines: tuple[str, ...]  # GPUs, or CPUs
     runs: tuple[str, ...]  # folders behind the row
 
 
@@ -60,7 +65,7 @@ def rows_of(runs: Sequence[RunDir]) -> list[Row]:
         runs: Of any networks, finished or not; those of one network differ in their seed alone.
 
     Raises:
-        InputError: Runs of one network are of different configs.
+        InputError: Runs of one network are of different configs, or had different images.
     """
     networks = by_network(runs)
     networks.sort(key=lambda net: (net.config.model.arch == "plain", net.config.model.depth))
@@ -68,38 +73,57 @@ def rows_of(runs: Sequence[RunDir]) -> list[Row]:
 
 
 def _row(network: Network) -> Row:
-    finished = [(seed, result_of(run)) for seed, run in network.runs if (run.path / RESULT).is_file()]
-    diverged = sum((run.path / DIVERGED).is_file() for _, run in network.runs)
-    results = [result for _, result in finished]
-    errors = [result.test_error for result in results]
-    model = network.config.model
-    published = TABLE_6.get((model.arch, model.depth), Published(math.nan))
-    paper = None if math.isnan(published.error) else published.error
-    same = not departures(network.config) and network.config.data == Data()
+    results: dict[int, RunResult] = {}  # by seed
+    machines, damaged = set[str](), 0
+    for seed, run in network.runs:
+        if status(run.path) == "finished":
+            try:
+                results[seed] = result_of(run)
+            except InputError:
+                damaged += 1
+            else:
+                machines.add(_machine(run))
+    diverged = sum(status(run.path) == "diverged" for _, run in network.runs)
+    errors = [result.test_error for result in results.values()]
+    published = TABLE_6.get((network.config.model.arch, network.config.model.depth))
+    paper = published.error if published else None
+    others = departures(network.config)
     mean = fmean(errors) if errors else None
-    best_seed, best = min(finished, key=lambda pair: pair[1].test_error) if finished else (None, None)
-    environments = [run.read_json("environment.json") for _, run in network.runs if (run.path / RESULT).is_file()]
+    best_seed = min(results, key=lambda seed: results[seed].test_error) if results else None
     return Row(
         network=network.name,
-        parameters=results[0].num_parameters if results else None,
+        parameters=next((result.num_parameters for result in results.values()), None),
         n=len(results),
-        unfinished=len(network.runs) - len(results) - diverged,
+        unfinished=len(network.runs) - len(results) - diverged - damaged,
         diverged=diverged,
+        damaged=damaged,
         mean=mean,
         std=stdev(errors) if len(errors) > 1 else None,
         interval=interval(errors),
-        best=best.test_error if best else None,
+        best=None if best_seed is None else results[best_seed].test_error,
         best_seed=best_seed,
         paper=paper,
-        paper_best=published.best,
-        paper_std=published.std,
-        delta=mean - paper if mean is not None and paper is not None and same else None,
-        verdict=verdict(errors, paper) if same or not errors else "not the paper's experiment",
-        seconds=_mean([_share(result, result.seconds.get("train", 0.0)) for result in results]),
-        images_per_second=_mean([result.images_per_second * result.side_by_side for result in results]),
-        gpus=tuple(sorted({str(env.get("gpu") or env.get("cpu")) for env in environments})),
+        paper_best=published.best if published else None,
+        paper_std=published.std if published else None,
+        delta=mean - paper if mean is not None and paper is not None and not others else None,
+        verdict=verdict(errors, paper) if not others or not errors else "not the paper's experiment",
+        experiment=", ".join(map(str, others)) or "the paper's",
+        caveat=network.caveat,
+        data=network.digest,
+        seconds=_mean([result.seconds.get("train", 0.0) / result.side_by_side for result in results.values()]),
+        images_per_second=_mean([result.images_per_second * result.side_by_side for result in results.values()]),
+        machines=tuple(sorted(machines)),
         runs=tuple(str(run.path) for _, run in network.runs),
     )
+
+
+def _machine(run: RunDir) -> str:
+    """GPU, or else CPU, on which a run was trained."""
+    try:
+        found = run.read_json(ENVIRONMENT)
+    except InputError:
+        return "machine not recorded"
+    return str(found.get("gpu") or found.get("cpu") or "machine not recorded")
 
 
 def interval(errors: Sequence[float]) -> tuple[float, float] | None:
@@ -124,28 +148,59 @@ def verdict(errors: Sequence[float], paper: float | None) -> str:
 
 
 def write(rows: Sequence[Row], folder: Path, *, note: str) -> list[Path]:
-    """Write `table6.md`, `table6.csv` and `table6.json`.
+    """Write `table6.md`, `table6.csv` and `table6.json`. Run folders are named as seen from `folder`.
 
     Args:
         rows: From `rows_of`.
         folder: Where to.
-        note: What a reader must be told first (`plan.note_of`).
+        note: What a reader must be told first (`networks.note_of`).
 
     Raises:
         MachineError: The folder cannot be written.
     """
+    rows = [replace(row, runs=tuple(_seen_from(folder, run) for run in row.runs)) for row in rows]
     paths = [folder / f"table6.{suffix}" for suffix in ("md", "csv", "json")]
-    write_text(paths[0], markdown(rows, note=note, folder=folder))
+    write_text(paths[0], markdown(rows, note=note))
     write_text(paths[1], _csv(rows))
-    write_json(paths[2], {"schema": 1, "note": note, "tolerance": TOLERANCE, "rows": [asdict(row) for row in rows]})
+    write_json(paths[2], {"schema": 2, "note": note, "tolerance": TOLERANCE, "rows": [asdict(row) for row in rows]})
     return paths
 
 
-def check(rows: Sequence[Row]) -> None:
-    """Raise OutsideTolerance where a row with a published number is worse, or has too few runs to say."""
-    bad = [row for row in rows if row.paper is not None and row.verdict not in ("better", "within the paper's spread")]
+def _seen_from(folder: Path, run: str) -> str:
+    """Relative, so that table and runs can move together."""
+    return Path(os.path.relpath(Path(run).resolve(), folder.resolve())).as_posix()
+
+
+def check(rows: Sequence[Row], *, num_missing: int = 0) -> None:
+    """Raise OutsideTolerance where Table 6 is not reproduced, and say of each network why.
+
+    That takes every run that was asked for, finished; the paper's experiment on the official files; and of every
+    network with a published number, of which there must be one, a mean no worse than it.
+
+    Args:
+        rows: From `rows_of`.
+        num_missing: Runs that were asked for and not begun.
+    """
+    bad = [f"{row.network}: {', '.join(why)}" for row in rows if (why := _shortcomings(row))]
+    if num_missing:
+        bad.append(f"{num_missing} of the runs not begun")
+    if not any(row.paper is not None for row in rows):
+        bad.append("no network among them of which the paper prints a number")
     if bad:
-        raise OutsideTolerance("Table 6 does not hold: " + "; ".join(f"{row.network}: {row.verdict}" for row in bad))
+        raise OutsideTolerance("Table 6 does not hold: " + "; ".join(bad))
+
+
+def _shortcomings(row: Row) -> list[str]:
+    found = _lost(row)
+    if row.paper is not None and row.verdict not in ("better", "within the paper's spread"):
+        found.append(row.verdict)
+    return [*found, row.caveat] if row.caveat else found
+
+
+def _lost(row: Row) -> list[str]:
+    """Runs without a result, by what became of them."""
+    counts = ((row.unfinished, "unfinished"), (row.diverged, "diverged"), (row.damaged, "damaged"))
+    return [f"{count} {word}" for count, word in counts if count]
 
 
 LEGEND = (
@@ -171,7 +226,7 @@ HEADS = (
 def cells(row: Row) -> list[str]:
     """A row as a reader sees it, in the order of `HEADS`."""
     spread = f" ± {100 * row.std:.2f}" if row.std is not None else ""
-    lost = [f"{count} {word}" for count, word in ((row.unfinished, "unfinished"), (row.diverged, "diverged")) if count]
+    lost = _lost(row)
     paper = "" if row.paper is None else f"{100 * row.paper:.2f}"
     if row.paper_std is not None and row.paper_best is not None:
         paper += f" ± {100 * row.paper_std:.2f} (best {100 * row.paper_best:.2f})"
@@ -184,7 +239,7 @@ def cells(row: Row) -> list[str]:
         "" if row.best is None else f"{100 * row.best:.2f} (seed {row.best_seed})",
         paper,
         "" if row.delta is None else f"{100 * row.delta:+.2f}",
-        row.verdict,
+        row.verdict + (", but not on the official files" if row.delta is not None and row.caveat else ""),
         "" if row.seconds is None else f"{row.seconds:,.0f}",
         "" if row.images_per_second is None else f"{row.images_per_second:,.0f}",
     ]
@@ -202,15 +257,15 @@ def terminal(rows: Sequence[Row]) -> Table:
     return table
 
 
-def markdown(rows: Sequence[Row], *, note: str, folder: Path) -> str:
-    """The table as Markdown, its run folders linked from `folder`."""
+def markdown(rows: Sequence[Row], *, note: str) -> str:
+    """The table as Markdown, with links to its run folders."""
     lines = [f"**{note[0].upper()}{note[1:]}.**", ""] if note else []
     lines += [f"| {' | '.join(HEADS)} |", f"| --- |{' ---: |' * 7} --- | ---: | ---: |"]
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
     lines += ["", LEGEND, ""]
     for row in rows:
-        links = (f"[{Path(run).name}]({Path(os.path.relpath(run, folder)).as_posix()})" for run in row.runs)
-        machine = f" ({', '.join(row.gpus)})" if row.gpus else ""
+        links = (f"[{Path(run).name}]({quote(run)})" for run in row.runs)
+        machine = f" ({', '.join(row.machines)})" if row.machines else ""
         lines.append(f"- {row.network}{machine}: {', '.join(links)}")
     return "\n".join(lines) + "\n"
 
@@ -225,10 +280,6 @@ def _csv(rows: Sequence[Row]) -> str:
         flat = [" ".join(value) if isinstance(value, tuple) else value for value in values]
         writer.writerow(["" if value is None else value for value in (*flat, *(row.interval or ("", "")))])
     return text.getvalue()
-
-
-def _share(result: RunResult, seconds: float) -> float:
-    return seconds / result.side_by_side
 
 
 def _mean(values: Sequence[float]) -> float | None:

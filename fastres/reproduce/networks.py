@@ -1,0 +1,118 @@
+"""Which runs are of one network, and what a reader must be told of the runs behind a table or figure."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from fastres.config import RunConfig, differences
+from fastres.data.imageset import caveat
+from fastres.errors import InputError
+from fastres.plot import remarks
+from fastres.reproduce import paper
+from fastres.rundir import DIVERGED, RESULT, RunDir
+
+
+@dataclass(frozen=True)
+class Network:
+    """The runs of one network: one config, several seeds, the same images."""
+
+    name: str  # as in the paper: plain-20, ResNet-110
+    config: RunConfig  # of the first run
+    runs: tuple[tuple[int, RunDir], ...]  # (seed, run), by seed
+    digest: str | None  # of the images; None where no run recorded it
+    caveat: str  # what a reader must be told of the images; "" for the official CIFAR-10 files
+
+    @property
+    def images(self) -> str:
+        """`caveat` in a word, for a column."""
+        return "official" if not self.caveat else "synthetic" if self.config.data.dataset == "synthetic" else "other"
+
+    def label(self, reached: int) -> str:
+        """Its name in a legend: how many seeds, and what became of those without a result; `reached` in steps."""
+        lost = [run for _, run in self.runs if (run.path / DIVERGED).is_file()]
+        cut = [run for _, run in self.runs if run not in lost and not (run.path / RESULT).is_file()]
+        if len(self.runs) == 1:
+            notes = [f"diverged at {reached:,}"] * len(lost) + [f"unfinished, at {reached:,}"] * len(cut)
+        else:
+            some = ((len(lost), "diverged"), (len(cut), "unfinished"))
+            notes = [f"n = {len(self.runs)}", *(f"{count} {what}" for count, what in some if count)]
+        return f"{self.name} ({', '.join(notes)})" if notes else self.name
+
+
+def paper_name(arch: str, depth: int) -> str:
+    """ "plain-20", "ResNet-110"."""
+    return f"{'ResNet' if arch == 'resnet' else 'plain'}-{depth}"
+
+
+def by_network(runs: Iterable[RunDir]) -> list[Network]:
+    """The runs of each network, plain nets first, by depth.
+
+    Raises:
+        InputError: Runs of one network differ in more than the seed, have other images, or two have the same seed.
+    """
+    read = [(run.config(), run) for run in runs]
+    read.sort(key=lambda pair: (pair[0].model.arch, pair[0].model.depth, pair[0].seed, str(pair[1].path)))
+    return [
+        _network(name, list(members))
+        for name, members in groupby(read, key=lambda pair: paper_name(pair[0].model.arch, pair[0].model.depth))
+    ]
+
+
+def _network(name: str, members: Sequence[tuple[RunConfig, RunDir]]) -> Network:
+    (first, first_run), *others = members
+    for (before, before_run), (config, run) in zip(members, others, strict=False):
+        if changed := differences({**first.what(), "seed": 0}, {**config.what(), "seed": 0}):
+            raise InputError(
+                f"the runs of {name} are not of one config: {first_run.path} and {run.path} differ in "
+                f"{'; '.join(changed)}. Give runs that differ in the seed alone"
+            )
+        if before.seed == config.seed:
+            raise InputError(
+                f"{before_run.path} and {run.path} are both {name} with seed {config.seed}; give one of them"
+            )
+    digests: dict[str, RunDir] = {}
+    caveats: dict[str, None] = {}
+    for _, run in members:
+        data = run.data()
+        caveats[caveat(first.data.dataset, data.get("official"))] = None
+        if isinstance(digest := data.get("digest"), str):
+            digests.setdefault(digest, run)
+    if len(digests) > 1:
+        (one, one_run), (other, other_run), *_ = digests.items()
+        raise InputError(
+            f"the runs of {name} did not have the same images: {one_run.path} had {one[:23]}..., {other_run.path} "
+            f"{other[:23]}...; give runs of the same data"
+        )
+    words = "; ".join(filter(None, caveats))
+    return Network(name, first, tuple((config.seed, run) for config, run in members), next(iter(digests), None), words)
+
+
+def note_of(runs: Iterable[RunDir]) -> str:
+    """What a reader must be told of the runs behind a table or figure, on its face; "" where there is nothing.
+
+    Data that is not the official CIFAR-10 files, every difference from the paper's recipe, and every choice that is not
+    our default where the paper leaves it open. What is not so of all networks names those of which it is.
+    """
+    read = [(run.config(), run) for run in runs]
+    named = [(paper_name(config.model.arch, config.model.depth), config, run) for config, run in read]
+    notes = remarks((name, _on_images(config, run)) for name, config, run in named)
+    return "; ".join([*notes, *recipe_notes((name, config) for name, config, _ in named)])
+
+
+def recipe_notes(named: Iterable[tuple[str, RunConfig]]) -> list[str]:
+    """In what networks were not trained as the paper has it, then what else was chosen where it is silent."""
+    named, notes = list(named), []
+    for heading, is_open in (("not the paper's recipe", False), ("where the paper is silent", True)):
+        changed = remarks((name, _changed(config, is_open)) for name, config in named)
+        notes += [f"{heading}: {', '.join(changed)}"] if changed else []
+    return notes
+
+
+def _on_images(config: RunConfig, run: RunDir) -> list[str]:
+    split = "trained on 45k images, tested on the other 5k" if config.data.val_split else ""
+    return list(filter(None, [caveat(config.data.dataset, run.data().get("official")), split]))
+
+
+def _changed(config: RunConfig, is_open: bool) -> list[str]:
+    said = ("data.dataset", "data.val_split")  # in `_on_images`
+    return [str(one) for one in paper.differences(config) if one.is_open is is_open and one.path not in said]
