@@ -34,7 +34,7 @@ def test_one_line_makes_everything_and_says_what_it_is(whole: Path) -> None:
     assert len(find_runs([whole / "resnet8", whole / "plainnet8"])) == 3
     note = "synthetic data: not a result of the paper"
     assert note in (whole / "table6.md").read_text().lower()
-    for figure in ("fig6.svg", "fig7.svg"):
+    for figure in ("fig6.svg", "fig7.svg", "resnet8/seed1/curves.svg"):
         assert "synthetic data" in (whole / figure).read_text().replace("\n", " ")
 
 
@@ -150,6 +150,10 @@ def test_assert_exits_with_6(whole: Path, capsys: pytest.CaptureFixture[str]) ->
     line = ["reproduce", "table6", "--preset", "smoke", "--nets", "ResNet20", "--seeds", "1", "--steps", "1"]
     assert run([*line, "--threads", "1", "--runs", str(whole / "assert"), "--assert"]) == 6
     assert "ResNet-20: not the paper's experiment" in capsys.readouterr().err
+    assert (
+        run([*line, "--threads", "1", "--runs", str(whole / "assert"), "--assert", "--no-train", "--seeds", "3"]) == 6
+    )
+    assert "2 of the runs not begun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
