@@ -15,6 +15,7 @@ from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
 from fastres.evaluator import Evaluator
 from fastres.models.cifar import CifarNet, init_he_
+from fastres.models.imagenet import ImageNetNet, Network
 from fastres.optim import LrSchedule, make_sgd
 from fastres.runtime import Runtime, seeded_generator
 from fastres.step import Loader
@@ -55,34 +56,35 @@ def load_images(
     return images.validation_split() if data.val_split else images
 
 
-def build_net(config: RunConfig, runtime: Runtime, *, num_classes: int) -> CifarNet:
+def build_net(config: RunConfig, runtime: Runtime, *, num_classes: int) -> Network:
     """The network on its device with initial weights, which depend on the seed alone."""
     net = empty_net(config.model, num_classes=num_classes)
     init_he_(net, mode=config.model.init, generator=seeded_generator(config.seed))
     return place(net, config.execution, runtime)
 
 
-def empty_net(model: cfg.Model, *, num_classes: int) -> CifarNet:
+def empty_net(model: cfg.Model, *, num_classes: int) -> Network:
     """The network that a config names, on the CPU, weights not yet set."""
-    return CifarNet(
-        model.depth,
-        residual=model.arch == "resnet",
-        shortcut=model.shortcut,
-        pad=model.pad,
-        num_classes=num_classes,
-        norm_batch=model.norm_batch,
-        bn_eps=model.bn_eps,
-        bn_momentum=model.bn_momentum,
-    )
+    options: dict[str, Any] = {
+        "shortcut": model.shortcut,
+        "pad": model.pad,
+        "num_classes": num_classes,
+        "norm_batch": model.norm_batch,
+        "bn_eps": model.bn_eps,
+        "bn_momentum": model.bn_momentum,
+    }
+    if model.arch == "imagenet":
+        return ImageNetNet(model.depth, **options)
+    return CifarNet(model.depth, residual=model.arch == "resnet", **options)
 
 
-def place(net: CifarNet, execution: cfg.Execution, runtime: Runtime) -> CifarNet:
+def place(net: Network, execution: cfg.Execution, runtime: Runtime) -> Network:
     """Move a network to its device, its 4-d weights to channels-last where the config says so."""
     layout = torch.channels_last if execution.channels_last else torch.preserve_format
     return net.to(runtime.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
-def build_optimizer(net: CifarNet, recipe: cfg.Recipe) -> torch.optim.SGD:
+def build_optimizer(net: Network, recipe: cfg.Recipe) -> torch.optim.SGD:
     """SGD as the recipe has it."""
     return make_sgd(
         net,

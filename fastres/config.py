@@ -46,8 +46,8 @@ NUM_VALIDATION = 5_000  # the paper's 45k/5k split (section 4.2)
 class Model:
     """The network (paper, section 4.2). What the paper leaves open is in docs/fidelity.md, with the reasons."""
 
-    arch: Literal["resnet", "plain"] = "resnet"
-    depth: int = 20  # 6n+2 layers
+    arch: Literal["resnet", "plain", "imagenet"] = "resnet"  # imagenet: Table 1's, their first layer for 32x32 images
+    depth: int = 20  # 6n+2 layers; imagenet: 18, 34, 50, 101 or 152
     shortcut: Literal["A", "B"] = "A"  # A: identity, zero-padded channels; B: 1x1 projection where the shape changes
     pad: Literal["both", "after"] = "both"  # option A's zero channels: half before and half after the old, or all after
     init: Literal["fan_in", "fan_out"] = "fan_in"  # which fan He initialisation uses
@@ -161,8 +161,9 @@ class RunConfig:
 
     @property
     def name(self) -> str:
-        """The model in one word: ResNet20, PlainNet56."""
-        return f"{'ResNet' if self.model.arch == 'resnet' else 'PlainNet'}{self.model.depth}"
+        """The model in one word: ResNet20, PlainNet56, ImageNetResNet18."""
+        kinds = {"resnet": "ResNet", "plain": "PlainNet", "imagenet": "ImageNetResNet"}
+        return f"{kinds[self.model.arch]}{self.model.depth}"
 
     @property
     def epochs(self) -> float:
@@ -251,13 +252,16 @@ def preset_tree(name: object) -> dict[str, Any]:
 def with_dependent_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     """Fill in what depends on something else; what the caller set is left alone.
 
-    ResNet-110 alone warms up (section 4.2); deeper ResNets are treated likewise. A ramp takes a tenth of the steps.
+    ResNet-110 alone warms up (section 4.2); deeper ResNets are treated likewise. A ramp takes a tenth of the steps. The
+    ImageNet networks project where the shape changes (section 4.1); the first of them has 18 layers.
     """
     model, recipe = tree.get("model", {}), tree.get("recipe", {})
     if not isinstance(model, Mapping) or not isinstance(recipe, Mapping):
         return tree  # refused when the config is built
     if recipe.get("warmup") == "ramp" and "warmup_steps" not in recipe and is_int(recipe.get("steps")):
         tree = merge(tree, {"recipe": {"warmup_steps": max(1, recipe["steps"] // 10)}})
+    if model.get("arch") == "imagenet":
+        tree = merge({"model": {"depth": 18, "shortcut": "B"}}, tree)
     deep_resnet = model.get("arch", "resnet") == "resnet" and is_int(model.get("depth")) and model["depth"] >= 110
     if deep_resnet and "warmup" not in recipe and recipe.get("schedule", "step") == "step":
         tree = merge(tree, {"recipe": {"warmup": "constant"}})
@@ -272,7 +276,7 @@ def _validate(config: RunConfig) -> None:
         if not holds:
             raise InputError(f"{key} is {value}; {rule}")
 
-    check_depth(model.depth)
+    check_depth(model.depth, imagenet=model.arch == "imagenet")
     need(0 <= config.seed < 2**63, "seed", config.seed, "it must be between 0 and 2**63 - 1")
     need(1 <= recipe.steps <= MAX_STEPS, "steps", recipe.steps, f"it must be at least 1, and at most {MAX_STEPS:,}")
     rule = f"it must be between 1 and {config.data.num_train:,}, the training images"

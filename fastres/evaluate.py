@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from fastres.data.pixels import SCALE
 from fastres.data.resident import evaluation_batches
 from fastres.errors import InputError
 from fastres.evaluator import Evaluation, Evaluator
-from fastres.models.cifar import CifarNet
+from fastres.models.imagenet import Network
 from fastres.rundir import RunDir
 from fastres.runtime import Runtime, prepare
 from fastres.weights import read_weights
@@ -37,9 +37,10 @@ class Trained:
     """A trained network, and the test images as it was trained to see them."""
 
     name: str  # ResNet20
+    arch: str  # resnet, plain or imagenet
     config: RunConfig | None  # None for weights of another project
     step: int | None  # of training; None where the file does not say
-    net: CifarNet  # on its device
+    net: Network  # on its device
     images: ImageSet
     runtime: Runtime
     caveats: tuple[str, ...]  # what a reader of a measurement on it must be told of the images it learned from and met
@@ -112,7 +113,7 @@ def load_trained(
     Args:
         target: The folder or file.
         execution: Changes to `fastres.config.Execution`: device, precision, where the data is.
-        arch: "resnet" or "plain", for weights that do not say.
+        arch: "resnet" or "plain", for weights that do not say (those of an ImageNet network do).
         dataset: "cifar10" or "synthetic"; default: what the run was trained on.
         mean, std: See above.
         say: Takes one-line notices.
@@ -142,13 +143,17 @@ def load_trained(
         mean_image = saved.tensors["data/mean"].numpy()
     else:
         assert foreign is not None
-        model = Model(arch="plain" if arch == "plain" else "resnet", depth=foreign.depth, shortcut=foreign.shortcut)
+        if foreign.arch not in (None, arch or foreign.arch):
+            raise InputError(f"--arch {arch}: the tensors of {target} are those of --arch {foreign.arch}")
+        own: Literal["resnet", "plain"] = "plain" if arch == "plain" else "resnet"
+        model = Model(arch=foreign.arch or own, depth=foreign.depth, shortcut=foreign.shortcut)
         weights, step = foreign.state, None
         mean_image = images.mean_image() if mean is None else np.full((32, 32, 3), mean, np.float32) * 255
     net = empty_net(model, num_classes=len(images.class_names))
     net.load_state_dict(weights)
     return Trained(
         name=RunConfig(model=model).name,
+        arch=model.arch,
         config=config,
         step=step,
         net=place(net, chosen.execution, runtime),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.evaluate import Trained
-from fastres.models.cifar import CifarNet
+from fastres.models.imagenet import Network
 from fastres.runtime import autocast, eager
 
 BAR = 24  # characters of the longest bar
@@ -24,8 +24,8 @@ class Response:
 
 
 @torch.no_grad()
-def layer_responses(net: CifarNet, batches: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Response]:
-    """The responses of all 6n+1 3x3 layers, in the network's order, the first convolution included.
+def layer_responses(net: Network, batches: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Response]:
+    """The responses of all 3x3 layers (6n+1 of a CIFAR network), in order, the first convolution included.
 
     One pass in evaluation mode; no activation is kept. Moments are taken in float64 and joined over the batches, so the
     result does not depend on their size beyond rounding. Mode, hooks and weights of `net` are afterwards as before.
@@ -56,10 +56,10 @@ def layer_responses(net: CifarNet, batches: Iterable[tuple[Tensor, Tensor]], dty
     return [Response(name, std) for name, std in zip(layers, stds, strict=True)]
 
 
-def _batch_norms(net: CifarNet) -> dict[str, nn.Module]:
-    """The batch norm behind every 3x3 convolution, by the convolution's name; option B's projections are 1x1."""
-    norms = {name: m for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d) and "downsample" not in name}
-    return {name.replace("bn", "conv"): module for name, module in norms.items()}
+def _batch_norms(net: Network) -> dict[str, nn.Module]:
+    """The batch norm behind every 3x3 convolution, by the convolution's name; what projects is 1x1."""
+    convs = {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)}
+    return {name: net.get_submodule(name.replace("conv", "bn")) for name in convs}
 
 
 @contextmanager

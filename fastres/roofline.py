@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from fastres.cudagraph import CapturedGraph
-from fastres.models.cifar import CifarNet, num_parameters
+from fastres.models.cifar import num_parameters
+from fastres.models.imagenet import Network
 from fastres.runtime import synchronize
 
 
@@ -43,12 +44,12 @@ class Ceilings:
         return max(arithmetic, work.bytes_moved / self.bytes_per_second, self.launch_seconds)
 
 
-def work_of(net: CifarNet, batch_size: int, bytes_each: int) -> Work:
+def work_of(net: Network, batch_size: int, bytes_each: int) -> Work:
     """Count a training step from the shapes of the network's layers.
 
-    Multiply-adds: a convolution has `out_pixels * out_channels * in_channels * 9` an image forward, the fc layer
-    `in * out`; the backward has twice that (gradients of input and weight), but for the first layer, whose input needs
-    no gradient. Normalisation, ReLU and additions are not counted: they are memory's.
+    Multiply-adds: a convolution has `out_pixels * out_channels * in_channels * kernel_pixels` an image forward, the fc
+    layer `in * out`; the backward has twice that (gradients of input and weight), but for the first layer, whose input
+    needs no gradient. Normalisation, ReLU and additions are not counted: they are memory's.
 
     Bytes, the least with every layer's output in memory once: forward writes each convolution's output, and reads it
     where the next begins; backward reads it once more (for the weight's gradient) and writes and reads its gradient:
@@ -56,7 +57,7 @@ def work_of(net: CifarNet, batch_size: int, bytes_each: int) -> Work:
     backward read the weights, backward writes the gradients, the update reads all three and writes two: eight passes.
 
     Args:
-        net: Its layers' shapes are looked at; nothing is run.
+        net: For images of 32x32. Its layers' shapes are looked at; nothing is run.
         batch_size: Images a step.
         bytes_each: Of an activation: 2 in bf16 and fp16, 4 in fp32.
     """
@@ -64,7 +65,7 @@ def work_of(net: CifarNet, batch_size: int, bytes_each: int) -> Work:
     side = 32
     for name, layer in net.named_modules():
         if isinstance(layer, nn.Conv2d):
-            if layer.kernel_size == (3, 3):
+            if "downsample" not in name:  # a projection's map is that of the layer beside it
                 side //= layer.stride[0]
             pixels = side * side
             count = pixels * layer.out_channels * layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]

@@ -251,8 +251,8 @@ def compile_blocks(net: nn.Module, options: Options | None) -> None:
     Equal blocks share their code: five distinct blocks are compiled whatever the depth, so ResNet-110 starts as
     quickly as ResNet-20. (`dynamic=False`: there is one batch shape in a run.)
     """
-    for stage in ("layer1", "layer2", "layer3"):
-        for block in getattr(net, stage):
+    for stage in (child for name, child in net.named_children() if name.startswith("layer")):
+        for block in stage.children():
             block.compile(fullgraph=True, dynamic=False, options=options)
 
 

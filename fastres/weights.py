@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fastres.errors import InputError
 from fastres.models.cifar import CifarNet
+from fastres.models.depth import check_depth
+from fastres.models.imagenet import ImageNetNet, Network
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts save the state dict
 PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")  # left by DataParallel and torch.compile
@@ -27,20 +29,20 @@ RENAMED = (
 
 @dataclass(frozen=True)
 class ForeignWeights:
-    """A state dict that `CifarNet(depth, residual=..., shortcut=shortcut)` takes as it is.
+    """A state dict that the network of these values takes as it is.
 
     Attributes:
-        state: fp32 tensors on the CPU, by the names of `CifarNet`.
+        state: fp32 tensors on the CPU, by the names of `fastres.models`.
         depth: Layers, from the names.
         shortcut: "B" where there are projections, else "A".
-        residual: True where there are projections. None otherwise: a ResNet with option A and a PlainNet have the same
-            tensors, and only who trained them knows.
+        arch: "imagenet" where there is a fourth stage, "resnet" where there are projections. None otherwise: a ResNet
+            with option A and a PlainNet have the same tensors, and only who trained them knows.
     """
 
     state: dict[str, Tensor]
     depth: int
     shortcut: Literal["A", "B"]
-    residual: bool | None
+    arch: Literal["resnet", "imagenet"] | None
 
 
 def read_weights(path: Path) -> ForeignWeights:
@@ -51,19 +53,33 @@ def read_weights(path: Path) -> ForeignWeights:
 
     Raises:
         InputError: The file cannot be read, its pickle asks for more than tensors (it was not run), or its tensors
-            are not those of a CIFAR network with ten classes; the message names the first that differ.
+            are not those of a network for 32x32 images with ten classes; the message names the first that differ.
     """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     state = _common_names(_unwrapped(content, path))
-    blocks = {name.split(".")[1] for name in state if re.match(r"layer1\.\d+\.conv1\.weight$", name)}
-    if not blocks:
+    stages = _blocks_by_stage(state)
+    if not stages:
         found = ", ".join(list(state)[:3]) or "none"
         raise InputError(f"{path} holds no CIFAR ResNet: it has no layer1.0.conv1.weight; its tensors: {found}")
-    depth = 6 * len(blocks) + 2
     projects = any(".downsample." in name for name in state)
     shortcut: Literal["A", "B"] = "B" if projects else "A"
-    _check_fit(state, depth, shortcut, path)
-    return ForeignWeights(state, depth, shortcut, residual=True if projects else None)
+    arch: Literal["resnet", "imagenet"] | None = "resnet" if projects else None
+    depth = 6 * stages[0] + 2
+    if len(stages) == 4:
+        layers = 3 if "layer1.0.conv3.weight" in state else 2  # of a block
+        arch, depth = "imagenet", layers * sum(stages) + 2
+        check_depth(depth, imagenet=True)
+    with torch.device("meta"):
+        net = ImageNetNet(depth, shortcut=shortcut) if arch == "imagenet" else CifarNet(depth, shortcut=shortcut)
+    _check_fit(state, net, path)
+    return ForeignWeights(state, depth, shortcut, arch)
+
+
+def _blocks_by_stage(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Of layer1, layer2, ...: how many blocks each has."""
+    found = {match[1] for name in state if (match := re.match(r"(layer[1-4]\.\d+)\.conv1\.weight$", name))}
+    stages = [block.partition(".")[0] for block in found]
+    return tuple(stages.count(stage) for stage in sorted(set(stages)))
 
 
 def _read_safetensors(path: Path) -> object:
@@ -110,10 +126,9 @@ def _common_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _check_fit(state: Mapping[str, Tensor], depth: int, shortcut: Literal["A", "B"], path: Path) -> None:
+def _check_fit(state: Mapping[str, Tensor], net: Network, path: Path) -> None:
     """Raise InputError unless names and shapes are exactly those of the network that the names say."""
-    with torch.device("meta"):
-        wanted: dict[str, Any] = CifarNet(depth, shortcut=shortcut).state_dict()
+    wanted: dict[str, Any] = net.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in state]
     problems += [f"{name} is unexpected" for name in state if name not in wanted]
     problems += [
@@ -123,4 +138,6 @@ def _check_fit(state: Mapping[str, Tensor], depth: int, shortcut: Literal["A", "
     ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise InputError(f"{path} does not fit a {depth}-layer CIFAR ResNet: {'; '.join(problems[:3])}{more}")
+        raise InputError(
+            f"{path} does not fit a {net.depth}-layer ResNet for 32x32 images: {'; '.join(problems[:3])}{more}"
+        )

@@ -22,6 +22,7 @@ EXCEPTIONS = {
     "fastres train": DRY,
     "fastres train --depth 110 --compile": DRY,
     "fastres train --model PlainNet56 --seed 1": DRY,
+    "fastres train --model ImageNetResNet18 --preset fast": DRY,
     "fastres train --preset fast --epochs 4": DRY,
     "fastres train --depth 56 --device cuda:0 --precision bf16 --loader dali": DRY,
     "fastres train --data-dir path/to/cifar-10-batches-bin": DRY,

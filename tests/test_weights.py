@@ -51,7 +51,7 @@ def test_pickled_weights(dress: str, zipped: bool, tmp_path: Path) -> None:
     state = state_of()
     torch.save(DRESSES[dress](state), tmp_path / "net.th", _use_new_zipfile_serialization=zipped)
     weights = read_weights(tmp_path / "net.th")
-    assert (weights.depth, weights.shortcut, weights.residual) == (14, "A", None)
+    assert (weights.depth, weights.shortcut, weights.arch) == (14, "A", None)
     assert_equal(weights.state, state)
     CifarNet(14).load_state_dict(weights.state, strict=True)
 
@@ -70,7 +70,7 @@ def test_projections_mean_option_b(name: str, tmp_path: Path) -> None:
     state = state_of(14, "B")
     torch.save(renamed(state, lambda n: n.replace("downsample", name)), tmp_path / "net.pt")
     weights = read_weights(tmp_path / "net.pt")
-    assert (weights.depth, weights.shortcut, weights.residual) == (14, "B", True)
+    assert (weights.depth, weights.shortcut, weights.arch) == (14, "B", "resnet")
     assert_equal(weights.state, state)
 
 

@@ -40,7 +40,7 @@ IDLE = {
 def bench(
     ctx: typer.Context,
     depth: Annotated[str | None, typer.Option(help="Depths: 20,56,110.", rich_help_panel=WHAT)] = None,
-    arch: Annotated[str, typer.Option(help="resnet or plain.", rich_help_panel=WHAT)] = "resnet",
+    arch: Annotated[str, typer.Option(help="resnet, plain or imagenet.", rich_help_panel=WHAT)] = "resnet",
     batch_size: Annotated[str, typer.Option(help="Batch sizes: 128,512.", rich_help_panel=WHAT)] = "128",
     loader: Annotated[
         str | None,
@@ -183,7 +183,8 @@ def _cells(base: RunConfig, switches: dict[str, Any]) -> "list[Cell]":
     if switches["loader"] is None:
         switches["loader"] = [*(["dali"] if dali_available() else []), "resident", "none"]
     if switches["depth"] is None:
-        switches["depth"] = [20, 56, 110] if prepare(base.execution).device.type == "cuda" else [20]
+        gpu = prepare(base.execution).device.type == "cuda"
+        switches["depth"] = [20, 56, 110] if gpu and base.model.arch != "imagenet" else [base.model.depth]
     return list(matrix(base, switches))
 
 

@@ -15,10 +15,11 @@ MAX_SEEDS = 1_000  # more is a slip of the hand
 
 def parse_model(text: str) -> tuple[str, int]:
     """ "ResNet20" as ("resnet", 20); case and a hyphen do not matter. Raises InputError."""
-    match = re.fullmatch(r"(resnet|plain(?:net)?)-?(\d+)", text.strip().lower())
+    match = re.fullmatch(r"(resnet|plain(?:net)?|imagenet-?resnet)-?(\d+)", text.strip().lower())
     if not match:
-        raise InputError(f"--model is {text!r}; write it as ResNet20 or PlainNet56")
-    return ("resnet" if match[1] == "resnet" else "plain"), int(match[2])
+        raise InputError(f"--model is {text!r}; write it as ResNet20 or PlainNet56 (or ImageNetResNet18)")
+    kind = next(arch for arch in ("plain", "imagenet", "resnet") if match[1].startswith(arch))
+    return kind, int(match[2])
 
 
 def parse_milestones(text: str) -> list[int]:

@@ -198,6 +198,10 @@ def _networks(
     else:
         chosen = list(dict.fromkeys(FIGURE_7 if what == "fig7" else [(arch, depth) for arch, depth, _ in STAGES]))
     for arch, depth in chosen:
+        if arch == "imagenet":
+            raise InputError(
+                f"--nets: the paper has no ImageNet-style network of {depth} layers on CIFAR-10; leave it out"
+            )
         make_config(model={"arch": arch, "depth": depth})  # refuses a depth that is none
     return stages_of(chosen, seeds, plain_seeds)
 

@@ -25,11 +25,12 @@ MODEL, RECIPE, DATA, EXECUTION, OUTPUT = "Model", "Recipe", "Data", "How it runs
 
 def train(
     depth: Annotated[
-        int | None, typer.Option(help="Layers, 6n+2: 20, 32, 44, 56, 110, 1202.", rich_help_panel=MODEL)
+        int | None, typer.Option(help="Layers, 6n+2: 20, 32, 44, 56, 110; imagenet: 18 to 152.", rich_help_panel=MODEL)
     ] = None,
-    arch: Annotated[str | None, typer.Option(help="resnet or plain.", rich_help_panel=MODEL)] = None,
+    arch: Annotated[str | None, typer.Option(help="resnet, plain or imagenet.", rich_help_panel=MODEL)] = None,
     model: Annotated[
-        str | None, typer.Option(help="Both in one word: ResNet20, PlainNet56.", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(help="Both in one word: ResNet20, PlainNet56, ImageNetResNet18", rich_help_panel=MODEL),
     ] = None,
     shortcut: Annotated[
         str | None, typer.Option(help="A: identity, zero-padded (the paper's); B: projection.", rich_help_panel=MODEL)

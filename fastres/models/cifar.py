@@ -35,8 +35,7 @@ class Block(nn.Module):
         super().__init__()
         self.stride = 1 if in_channels == channels else 2
         self.residual = residual
-        new = channels - in_channels
-        self.zeros = (0, new) if pad == "after" else (new // 2, new // 2)  # channels before and after the old ones
+        self.zeros = zeros_of(channels - in_channels, pad)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, self.stride, padding=1, bias=False)
         self.bn1 = norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
@@ -52,21 +51,35 @@ class Block(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
         if self.residual:
-            out += self.shortcut(x)
+            out += shortcut_of(x, self.stride, self.zeros, self.downsample)
         return F.relu(out, inplace=True)
 
-    def shortcut(self, x: Tensor) -> Tensor:
-        """Identity; where the shape changes option A (no parameters) or, if there is a projection, option B.
 
-        Option A takes every second pixel of every second row and adds zero channels.
-        """
-        if self.stride == 1:
-            return x
-        if self.downsample is not None:
-            projected: Tensor = self.downsample(x)
-            return projected
+def zeros_of(num_new: int, pad: Literal["both", "after"]) -> tuple[int, int]:
+    """Option A's zero channels before and after the old ones."""
+    return (0, num_new) if pad == "after" else (num_new // 2, num_new // 2)
+
+
+def shortcut_of(x: Tensor, stride: int, zeros: tuple[int, int], projection: nn.Module | None) -> Tensor:
+    """Identity; where the shape changes option A (no parameters) or, if there is a projection, option B (section 3.3).
+
+    Option A takes every second pixel of every second row and adds zero channels.
+    """
+    if projection is not None:
+        projected: Tensor = projection(x)
+        return projected
+    if stride > 1:
         # Average pooling over one pixel is x[:, :, ::2, ::2], exactly, whose backward would fill and copy whole maps.
-        return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, *self.zeros))
+        x = F.avg_pool2d(x, 1, stride)
+    return F.pad(x, (0, 0, 0, 0, *zeros)) if any(zeros) else x
+
+
+def logits_of(maps: Tensor, fc: nn.Linear) -> Tensor:
+    """Global average pooling and the fc layer, in fp32 under autocast too: `(batch, c, h, w)` -> `(batch, classes)`."""
+    if maps.dtype not in (torch.bfloat16, torch.float16):
+        return fc(maps.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+    with torch.autocast(maps.device.type, enabled=False):
+        return fc(maps.float().mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
 class CifarNet(nn.Module):
@@ -124,15 +137,7 @@ class CifarNet(nn.Module):
         Under autocast too the logits are fp32: pooling and the fc layer cost next to nothing.
         """
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
-        x = self.layer3(self.layer2(self.layer1(x)))
-        if x.dtype not in (torch.bfloat16, torch.float16):
-            return self._head(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self._head(x.float())
-
-    def _head(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.fc(x.mean(dim=(2, 3)))
-        return logits
+        return logits_of(self.layer3(self.layer2(self.layer1(x))), self.fc)
 
 
 @torch.no_grad()

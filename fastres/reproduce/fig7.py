@@ -88,7 +88,7 @@ def draw(
 def draw_one(trained: Trained, responses: Sequence[Response], path: Path) -> None:
     """Draw one network alone, into a PNG or SVG file. Raises MachineError where it cannot be written."""
     net = trained.net
-    name = paper_name("resnet" if net.residual else "plain", net.depth)
+    name = paper_name(trained.arch, net.depth)
     label = name if trained.step is None else f"{name}, step {trained.step:,}"
     line = Line(label, net.depth, net.residual, [r.std for r in responses])
     with paper_style():

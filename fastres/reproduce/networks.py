@@ -11,6 +11,8 @@ from fastres.plot import remarks
 from fastres.reproduce import paper
 from fastres.rundir import DIVERGED, RESULT, RunDir
 
+NAMES = {"resnet": "ResNet", "plain": "plain", "imagenet": "ImageNet-style ResNet"}
+
 
 @dataclass(frozen=True)
 class Network:
@@ -40,8 +42,8 @@ class Network:
 
 
 def paper_name(arch: str, depth: int) -> str:
-    """ "plain-20", "ResNet-110"."""
-    return f"{'ResNet' if arch == 'resnet' else 'plain'}-{depth}"
+    """ "plain-20", "ResNet-110", "ImageNet-style ResNet-18"."""
+    return f"{NAMES[arch]}-{depth}"
 
 
 def by_network(runs: Iterable[RunDir]) -> list[Network]:

@@ -207,13 +207,13 @@ def _table6(subjects: Sequence[Subject]) -> str:
 
 def _by_variant(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     """Runs of one config, with the network's name, ResNets first; of several configs of a network what differs."""
-    networks: dict[tuple[bool, int], list[list[Run]]] = {}
+    networks: dict[tuple[str, int], list[list[Run]]] = {}
     for group in grouped(runs):
         model = group[0].config.model
-        networks.setdefault((model.arch == "plain", model.depth), []).append(group)
+        networks.setdefault((model.arch, model.depth), []).append(group)
     found = []
-    for (is_plain, depth), groups in sorted(networks.items(), key=lambda item: item[0]):
-        name = paper_name("plain" if is_plain else "resnet", depth)
+    for (arch, depth), groups in sorted(networks.items(), key=lambda item: (item[0][0] == "plain", *item[0])):
+        name = paper_name(arch, depth)
         labels = [""]
         if len(groups) > 1:
             _, labels = tell_apart([replace(group[0].config, seed=0) for group in groups], [""] * len(groups))
