@@ -199,8 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     data_dir = args.data_dir or (Path(os.environ["FASTRES_DATA"]) if os.environ.get("FASTRES_DATA") else None)
-    peers = tuple(checkout.resolve() for checkout in args.peer)
-    setting = Setting(args.out.resolve(), data_dir and data_dir.resolve(), args.device, args.seconds, peers)
+    clones = tuple(checkout.resolve() for checkout in args.peer)
+    setting = Setting(args.out.resolve(), data_dir and data_dir.resolve(), args.device, args.seconds, clones)
     files = Files(setting.out)
     if args.inside:
         return inside(args.inside, setting, files)
@@ -209,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = {task.section for task in tasks} | {task.name for task in tasks}
     if unknown := [name for name in args.sections if name not in known]:
         sections = ", ".join(dict.fromkeys(task.section for task in tasks))
-        parser.error(f"there is no {unknown[0]!r}; sections are {sections}, and --list has the tasks")
+        peers = "; for peers give --peer CHECKOUT" if unknown[0].startswith("peers") else ""
+        parser.error(f"there is no {unknown[0]!r}; sections are {sections}, and --list has the tasks{peers}")
     if args.list:
         for task in chosen:
             print(files.line(task))

@@ -357,7 +357,11 @@ def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit) as caught:
         main(["speed"])
     assert caught.value.code == 2
-    assert "there is no 'speed'; sections are ceilings, parity, bench" in capsys.readouterr().err
+    assert "there is no 'speed'; sections are ceilings, parity, bench" in (said := capsys.readouterr().err)
+    assert "--peer" not in said.rpartition("error:")[2]
+    with pytest.raises(SystemExit):
+        main(["peers"])
+    assert "for peers give --peer CHECKOUT" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
