@@ -4,11 +4,16 @@
     scripts/gpu-check --minutes 9 --out runs/gpu-check --data-dir path/to/cifar-10-batches-bin
     scripts/gpu-check parity bench/resnet20 --minutes 9
 
-Sections are lists of tasks (`gpu_tasks.py`). Each task runs in a process of its own, so that what one of them breaks,
-the next one finds whole. A task that is done leaves OUT/<section>/<task>.json and is not repeated (to repeat it, remove
-the file); one that failed leaves <task>.failed.json, and comes again after all others. No task is begun for which no
-time is left; one that trains gets what is left, saves, and goes on the next time. In the end everything but large
-checkpoints is in OUT/gpu-check.tar.gz; unpacked into an empty OUT, it lets another machine go on.
+Sections are lists of tasks (`gpu_tasks.py`; those that time are in `gpu_timing.py`). Each task runs in a process of its
+own, so that what one of them breaks, the next one finds whole. A task that is done leaves OUT/<section>/<task>.json and
+is not repeated (to repeat it, remove the file); one that failed leaves <task>.failed.json, and comes again after all
+others. No task is begun for which no time is left; one that trains gets what is left, saves, and goes on the next time.
+In the end everything but large checkpoints is in OUT/gpu-check.tar.gz; unpacked into an empty OUT, it lets another
+machine go on.
+
+    scripts/gpu-check peers --peer path/to/pytorch_resnet_cifar10 --data-dir path/to/cifar-10-batches-bin
+
+times other people's trainers too, unmodified, whose clones lie on this machine (`peers.py` names those it knows).
 """
 
 import argparse
@@ -26,8 +31,8 @@ from pathlib import Path
 from time import monotonic, strftime
 from typing import Literal
 
-from benchmarks.gpu_files import ROOT, Files, Setting, Task
-from benchmarks.gpu_tasks import TaskFailed, all_tasks, machine
+from benchmarks.gpu_files import ROOT, Files, Setting, Task, TaskFailed
+from benchmarks.gpu_tasks import all_tasks, machine
 
 NO_GPU, CUT = 3, 75  # exit codes: of the whole; of a task's process that saved before its end
 RESERVE_SECONDS = 10.0  # at the end, for the tar
@@ -101,9 +106,10 @@ def in_its_own_process(task: Task, seconds: float, *, setting: Setting, files: F
 
 
 def _command(name: str, setting: Setting, seconds: float) -> list[str]:
-    data = ["--data-dir", str(setting.data_dir)] if setting.data_dir else []
+    given = ["--data-dir", str(setting.data_dir)] if setting.data_dir else []
+    given += [f"--peer={checkout}" for checkout in setting.peers]
     inside = ["--inside", name, "--seconds", str(seconds), "--out", str(setting.out), "--device", setting.device]
-    return [sys.executable, "-u", "-m", "benchmarks.gpu_check", *inside, *data]
+    return [sys.executable, "-u", "-m", "benchmarks.gpu_check", *inside, *given]
 
 
 def _run(command: list[str], log: Path, seconds: float) -> tuple[int, bool]:
@@ -181,6 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("runs/gpu-check"), help="what is kept (default runs/gpu-check)"
     )
     parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 lies; without it FASTRES_DATA or the cache")
+    parser.add_argument(
+        "--peer", type=Path, action="append", default=[], metavar="CHECKOUT", help="a trainer for `peers`; repeatable"
+    )
     parser.add_argument("--list", action="store_true", help="the tasks and what became of them; runs nothing")
     parser.add_argument(
         "--weights", type=float, default=10.0, metavar="MB", help="of checkpoints in the tar (default 10)"
@@ -190,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     data_dir = args.data_dir or (Path(os.environ["FASTRES_DATA"]) if os.environ.get("FASTRES_DATA") else None)
-    setting = Setting(args.out.resolve(), data_dir and data_dir.resolve(), args.device, args.seconds)
+    clones = tuple(checkout.resolve() for checkout in args.peer)
+    setting = Setting(args.out.resolve(), data_dir and data_dir.resolve(), args.device, args.seconds, clones)
     files = Files(setting.out)
     if args.inside:
         return inside(args.inside, setting, files)
@@ -199,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = {task.section for task in tasks} | {task.name for task in tasks}
     if unknown := [name for name in args.sections if name not in known]:
         sections = ", ".join(dict.fromkeys(task.section for task in tasks))
-        parser.error(f"there is no {unknown[0]!r}; sections are {sections}, and --list has the tasks")
+        peers = "; for peers give --peer CHECKOUT" if unknown[0].startswith("peers") else ""
+        parser.error(f"there is no {unknown[0]!r}; sections are {sections}, and --list has the tasks{peers}")
     if args.list:
         for task in chosen:
             print(files.line(task))

@@ -31,6 +31,14 @@ Result = dict[str, Any]
 State = Literal["done", "failed", "open"]
 
 
+class TaskFailed(Exception):
+    """What was to be proven is not so; `result` has what was seen."""
+
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 @dataclass(frozen=True)
 class Setting:
     """Where a task runs, and with what.
@@ -40,12 +48,14 @@ class Setting:
         data_dir: Where CIFAR-10 lies.
         device: "cuda"; "cpu" tries the code out, with tiny sizes on built-in data.
         seconds: How long it may take.
+        peers: Clones of other people's trainers that `benchmarks/peers.py` knows.
     """
 
     out: Path
     data_dir: Path | None = None
     device: str = "cuda"
     seconds: float = math.inf
+    peers: tuple[Path, ...] = ()
 
     @property
     def tiny(self) -> bool:

@@ -1,11 +1,12 @@
 """The tasks of `scripts/gpu-check`: each proves or measures one thing on a GPU, by what the project has for it.
 
+Their list, and those that prove or train; what times is in `gpu_timing.py`.
+
 torch is imported only inside, so that the list of tasks is there at once.
 """
 
 import ast
 import dataclasses
-import json
 import math
 import signal
 import subprocess
@@ -13,80 +14,66 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.gpu_files import ROOT, Result, Setting, Task
-
-if TYPE_CHECKING:
-    from fastres.cells import Cell
+from benchmarks import gpu_timing as timing
+from benchmarks.gpu_files import ROOT, Result, Setting, Task, TaskFailed
 
 GPU_TESTS = ROOT / "tests" / "test_gpu.py"
 DEPTHS = (20, 32, 44, 56, 110)
 BATCH_SIZES = ((32, 64, 128), (256, 512, 1024), (2048, 4096, 8192))  # of `scaling`, a task each
-REPLICAS = (1, 2, 4, 5, 8)
+RACES = (  # depth, baselines, seconds: a deep network takes minutes to compile with max-autotune
+    (20, "plain,amp", 180),
+    *((depth, baseline, 240) for depth in (20, 56, 110) for baseline in ("tuned", "tuned_graphs")),
+)
 CHAIN = 1_000  # kernels in the graph that tells what one costs
 SAVE_SECONDS = 15.0  # before its time is up a training begins to save
 SIGNALLED = (130, 143, -signal.SIGTERM)  # exit codes of a command that was stopped
 UNFINISHED = "not all runs are finished"  # what `fastres reproduce` says where its budget ended first
-
-# `execution` of each A/B against the defaults, ResNet-20
-SWITCHES: dict[str, dict[str, Any]] = {
-    "eager": {"compile": False, "cuda_graph": False},
-    "no-compile": {"compile": False},
-    "no-graph": {"cuda_graph": False},
-    "no-shadow-weights": {"shadow_weights": False},
-    "graph-steps-4": {"graph_steps": 4},
-    "graph-steps-16": {"graph_steps": 16},
-    "resident": {"loader": "resident"},
-    "compile-blocks": {"compile_scope": "blocks"},
-    "no-combo-kernels": {"compile_mode": "plain"},
-    "max-autotune": {"compile_mode": "max-autotune"},
-    "deterministic": {"deterministic": True},
-    "fp32": {"precision": "fp32"},
-    "tf32": {"precision": "tf32"},
-    "fp16": {"precision": "fp16"},
-    "no-channels-last": {"channels_last": False},
-}
-GPU_SWITCHES = ("tf32", "fp16")  # without a GPU not there, or a minute a step
-
-
-class TaskFailed(Exception):
-    """What was to be proven is not so; `result` has what was seen."""
-
-    def __init__(self, message: str, result: Result) -> None:
-        super().__init__(message)
-        self.result = result
 
 
 def all_tasks(setting: Setting) -> list[Task]:
     """The tasks in the order in which they are of use, but for those that cannot run in this setting."""
     return [
         task
-        for task in _tasks()
+        for task in _tasks(setting)
         if not setting.tiny or not (task.needs_gpu or (task.needs_data and not setting.data_dir))
     ]
 
 
-def _tasks() -> Iterator[Task]:
+def _tasks(setting: Setting) -> Iterator[Task]:
     yield Task("ceilings/all", 60, ceilings)
     for test in gpu_tests():
         yield Task(f"parity/{test}", 150, partial(parity, test=test))
     for depth in DEPTHS:
-        yield Task(f"bench/resnet{depth}", 60 + depth, partial(bench, depth=depth))
-    for baseline, seconds in (("plain,amp", 180), ("tuned", 240), ("tuned_graphs", 240)):
-        name = f"bench/race_{baseline.replace(',', '_')}"
-        yield Task(name, seconds, partial(race, against=baseline), needs_data=True)
-    for switch in SWITCHES:
-        seconds = 240 if switch == "max-autotune" else 90
-        yield Task(f"switches/{switch}", seconds, partial(switched, switch=switch), needs_gpu=switch in GPU_SWITCHES)
+        yield Task(f"bench/resnet{depth}", 60 + depth, partial(timing.bench, depth=depth))
+    for depth, baseline, seconds in RACES:
+        name = f"bench/race_resnet{depth}_{baseline.replace(',', '_')}"
+        yield Task(name, seconds, partial(timing.race, depth=depth, against=baseline), needs_data=True)
+    for depth in (20, 56, 110):
+        yield Task(f"host/resnet{depth}", 90 + depth, partial(timing.host, depth=depth))
     for depth in (20, 110):
-        yield Task(f"profile/resnet{depth}", 60 + depth, partial(profile, depth=depth))
+        yield Task(f"evaluation/resnet{depth}", 60 + depth, partial(timing.evaluation, depth=depth))
+    yield Task("start/resnet110", 180, partial(timing.start, depth=110))
+    for checkout in setting.peers:
+        from benchmarks.peers import peer_at  # numpy, and most calls have no peers
+
+        owner = peer_at(checkout).name.partition("/")[0]
+        for depth in (20, 56, 110):
+            name = f"peers/{owner}_resnet{depth}"
+            yield Task(name, 130 + depth, partial(timing.peer, depth=depth, checkout=checkout), needs_gpu=True)
+    for switch in timing.SWITCHES:
+        seconds = 240 if switch == "max-autotune" else 90
+        run = partial(timing.switched, switch=switch)
+        yield Task(f"switches/{switch}", seconds, run, needs_gpu=switch in timing.GPU_SWITCHES)
+    for depth in (20, 110):
+        yield Task(f"profile/resnet{depth}", 60 + depth, partial(timing.profile, depth=depth))
     for depth in (20, 110):
         for sizes in BATCH_SIZES:
             name = f"scaling/resnet{depth}_from_{sizes[0]}"
-            yield Task(name, 90 + depth, partial(scaling, depth=depth, batch_sizes=sizes))
+            yield Task(name, 90 + depth, partial(timing.scaling, depth=depth, batch_sizes=sizes))
     for depth in (20, 56, 110):
-        yield Task(f"seeds/resnet{depth}", 90 + depth, partial(seeds, depth=depth))
+        yield Task(f"seeds/resnet{depth}", 90 + depth, partial(timing.seeds, depth=depth))
     for depth in (20, 56, 110, 1202):
         yield Task(f"memory/resnet{depth}", 120, partial(memory, depth=depth))
     for depth in (20, 110):
@@ -157,72 +144,6 @@ def parity(setting: Setting, test: str) -> Result:
     if not setting.tiny and all(seen["outcome"] == "skipped" for seen in outcomes.tests):
         raise TaskFailed("every test was skipped", result)
     return result
-
-
-def bench(setting: Setting, depth: int) -> Result:
-    """A depth at the defaults, with both loaders and with a frozen batch."""
-    from fastres.cells import matrix
-    from fastres.data.dali import dali_available
-
-    config = setting.config(depth)
-    loaders = [*(["dali"] if dali_available() else []), "resident", "none"]
-    return _measured(setting, list(matrix(config, {"depth": [config.model.depth], "loader": loaders})))
-
-
-def race(setting: Setting, against: str) -> Result:
-    """fastres against the scripts of `baselines/`, ResNet-20."""
-    steps, rounds = (1, 1) if setting.tiny else (300, 10)
-    command = [sys.executable, "-m", "benchmarks.throughput", "--data-dir", str(setting.data_dir), "--against", against]
-    command += ["--steps", str(steps), "--rounds", str(rounds), "--set", f"device={setting.device}"]
-    if setting.tiny:
-        command += ["--set", "threads=1", "--set", "precision=fp32"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise TaskFailed(f"benchmarks.throughput ended with {done.returncode}", {})
-    result: Result = json.loads(done.stdout)
-    return result
-
-
-def switched(setting: Setting, switch: str) -> Result:
-    """One switch of `execution` against the defaults, in turns, with the interval of `fastres bench --compare`."""
-    from fastres.benchreport import compare
-    from fastres.cells import Cell
-
-    cells = [Cell("default", setting.config(20)), Cell(switch, setting.config(20, execution=SWITCHES[switch]))]
-    report = _measured(setting, cells, rounds=15, chunk_seconds=0.2)
-    default, other = report["cells"]
-    comparison = compare(default["chunks"], other["chunks"], paired=True)
-    return report | {"comparison": dataclasses.asdict(comparison), "words": comparison.line(switch)}
-
-
-def profile(setting: Setting, depth: int) -> Result:
-    """A step kernel by kernel; the trace lies beside the result."""
-    from fastres.cells import Cell
-    from fastres.profiling import STEPS, take_profile
-
-    config = setting.config(depth)
-    trace = setting.out / "profile" / f"resnet{depth}.trace.json.gz"
-    trace.parent.mkdir(parents=True, exist_ok=True)
-    taken = take_profile(Cell(config.name, config), trace, say=print)
-    return {**dataclasses.asdict(taken), "calls": taken.calls, "busy_seconds": taken.busy_seconds, "steps": STEPS}
-
-
-def scaling(setting: Setting, depth: int, batch_sizes: tuple[int, ...]) -> Result:
-    """Speed over the batch size."""
-    from fastres.scaling import MAX_STEP_SECONDS, measure_scaling
-
-    sizes = batch_sizes[:1] if setting.tiny else batch_sizes
-    config, rounds = setting.config(depth), 1 if setting.tiny else 3
-    return measure_scaling(config, [config.model.depth], sizes, step_seconds=MAX_STEP_SECONDS, rounds=rounds, say=print)
-
-
-def seeds(setting: Setting, depth: int) -> Result:
-    """Networks with seeds of their own side by side in one graph; images a second in sum."""
-    from fastres.cells import Cell
-
-    config = setting.config(depth)
-    cells = [Cell(f"{config.name} x{n}", config, num_replicas=n) for n in REPLICAS[: 2 if setting.tiny else None]]
-    return _measured(setting, cells, rounds=5, chunk_seconds=0.3)
 
 
 def memory(setting: Setting, depth: int) -> Result:
@@ -310,12 +231,3 @@ def table6(setting: Setting) -> Result:
     if process.returncode != 0:
         raise TaskFailed(f"fastres reproduce table6 ended with {process.returncode}", {})
     return {"printed": "".join(lines)}
-
-
-def _measured(setting: Setting, cells: "list[Cell]", *, rounds: int = 10, chunk_seconds: float = 0.5) -> Result:
-    """The report of `bench.measure`."""
-    from fastres.bench import measure
-
-    if setting.tiny:
-        rounds, chunk_seconds = 2, 0.01
-    return measure(cells, rounds=rounds, chunk_seconds=chunk_seconds, say=print)[1]

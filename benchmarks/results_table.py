@@ -67,7 +67,8 @@ def _race(race: Result) -> str:
         ratio = race["ratios"].get(name)
         times = f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
         rows.append((name, f"{rate:,.0f}", times))
-    heads = ("training loop, ResNet-20, batch 128", "img/s", f"fastres against it ({race['rounds']} rounds)")
+    depth = race.get("depth", 20)  # the first files had only one, and did not say it
+    heads = (f"training loop, ResNet-{depth}, batch 128", "img/s", f"fastres against it ({race['rounds']} rounds)")
     return _markdown(heads, rows)
 
 

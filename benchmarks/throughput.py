@@ -1,7 +1,7 @@
 """fastres against the scripts of `baselines/`, on one machine, in one run, chunk by chunk.
 
     python -m benchmarks.throughput --data-dir path/to/cifar-10-batches-bin
-    python -m benchmarks.throughput --data-dir path/to/cifar-10-batches-bin --against plain,amp,tuned
+    python -m benchmarks.throughput --data-dir path/to/cifar-10-batches-bin --against plain,amp,tuned --depth 56
 
 Each side is a process that lives through the whole comparison and is idle while the other one runs; the order turns
 round every time (A B, B A, ...), so that a machine that slows down slows both. A chunk begins with untimed steps, which
@@ -23,15 +23,18 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from fastres.errors import InputError
+from fastres.models.depth import check_depth
+
 BASELINES = ("plain", "amp", "tuned", "tuned_graphs")
 BATCH_SIZE = 128
 UNTIMED_STEPS = 5  # a chunk's first: two workers with two batches each, prefetched
 FIRST_STEPS = 5  # before the first chunk, on top: allocator, caches, compilation
 
 
-def baseline_chunks(name: str, data_dir: Path, timed_steps: int) -> Iterator[dict[str, float]]:
+def baseline_chunks(name: str, data_dir: Path, depth: int, timed_steps: int) -> Iterator[dict[str, float]]:
     """One timed chunk of a baseline for every value taken."""
-    training = importlib.import_module(f"benchmarks.baselines.{name}").train(data_dir)
+    training = importlib.import_module(f"benchmarks.baselines.{name}").train(data_dir, depth)
     for _ in range(FIRST_STEPS):
         next(training)
     while True:
@@ -53,7 +56,7 @@ def _synchronize() -> None:
 
 
 def fastres_chunks(
-    data_dir: Path, timed_steps: int, flags: dict[str, Any], hold: Callable[[dict[str, float]], None]
+    data_dir: Path, depth: int, timed_steps: int, flags: dict[str, Any], hold: Callable[[dict[str, float]], None]
 ) -> None:
     """Run `fastres.train`, and call `hold` with each timed chunk; does not return before the run's last step.
 
@@ -91,6 +94,7 @@ def fastres_chunks(
 
     with tempfile.TemporaryDirectory() as folder:
         config = fastres.make_config(
+            model={"depth": depth},
             execution={"data_dir": str(data_dir), **flags},
             recipe={"batch_size": BATCH_SIZE},
             output={"out": f"{folder}/run", "eval_every": 10**9, "checkpoint_every": str(10**9)},
@@ -114,7 +118,7 @@ class _Stopwatch:
         return wrapped
 
 
-def serve(side: str, data_dir: Path, timed_steps: int, flags: dict[str, Any]) -> None:
+def serve(side: str, data_dir: Path, depth: int, timed_steps: int, flags: dict[str, Any]) -> None:
     """A side's process: one chunk and one JSON line on stdout for each line on stdin, until stdin ends."""
 
     def wait() -> None:
@@ -123,7 +127,7 @@ def serve(side: str, data_dir: Path, timed_steps: int, flags: dict[str, Any]) ->
 
     wait()
     if side != "fastres":
-        for chunk in baseline_chunks(side, data_dir, timed_steps):
+        for chunk in baseline_chunks(side, data_dir, depth, timed_steps):
             print(json.dumps(chunk), flush=True)
             wait()
         return
@@ -132,7 +136,7 @@ def serve(side: str, data_dir: Path, timed_steps: int, flags: dict[str, Any]) ->
         print(json.dumps(chunk), flush=True)
         wait()
 
-    fastres_chunks(data_dir, timed_steps, flags, hold)
+    fastres_chunks(data_dir, depth, timed_steps, flags, hold)
 
 
 class Side:
@@ -196,8 +200,9 @@ def compare(arguments: list[str], against: list[str], rounds: int, timed_steps: 
 
 def main() -> None:
     """Compare, and print one JSON object."""
-    parser = argparse.ArgumentParser(description="fastres against other scripts: ResNet-20, batch 128, CIFAR-10")
+    parser = argparse.ArgumentParser(description="fastres against other scripts: a ResNet, batch 128, CIFAR-10")
     parser.add_argument("--data-dir", type=Path, required=True, help="the folder of data_batch_1.bin")
+    parser.add_argument("--depth", type=int, default=20, help="6n+2 layers, default 20")
     parser.add_argument("--rounds", type=int, default=10, help="chunks of each side")
     parser.add_argument("--steps", type=int, default=15, help="timed steps in a chunk")
     parser.add_argument(
@@ -208,22 +213,28 @@ def main() -> None:
     args = parser.parse_args()
     flags = {key: _value(text) for key, _, text in (item.partition("=") for item in args.set)}
     if args.side:
-        serve(args.side, args.data_dir, args.steps, flags)
+        serve(args.side, args.data_dir, args.depth, args.steps, flags)
         return
     against = args.against.split(",")
     if unknown := set(against) - set(BASELINES):
         parser.error(f"--against: there is no {unknown.pop()!r}; there are {', '.join(BASELINES)}")
-    passed = ["--data-dir", str(args.data_dir), "--steps", str(args.steps), *(f"--set={item}" for item in args.set)]
+    try:
+        check_depth(args.depth)
+    except InputError as error:
+        parser.error(f"--depth: {error}")
+    passed = ["--data-dir", str(args.data_dir), "--depth", str(args.depth), "--steps", str(args.steps)]
+    passed += [f"--set={item}" for item in args.set]
     race = compare(passed, against, args.rounds, args.steps)
-    print(json.dumps({**race, "execution": flags, "environment": _environment(flags)}, indent=1))
+    kept = {**race, "depth": args.depth, "execution": flags, "environment": _environment(flags, args.depth)}
+    print(json.dumps(kept, indent=1))
 
 
-def _environment(flags: dict[str, Any]) -> dict[str, Any]:
+def _environment(flags: dict[str, Any], depth: int) -> dict[str, Any]:
     """Of fastres' side."""
     from fastres.config import make_config
     from fastres.runtime import environment, prepare
 
-    return environment(prepare(make_config(execution=flags).execution))
+    return environment(prepare(make_config(execution=flags).execution, depth=depth))
 
 
 def _value(text: str) -> Any:

@@ -39,6 +39,7 @@ class Profile:
     profiled_seconds: float
     kernels: list[Kernel]  # the most costly first
     idle: float | None  # share of the profiled steps in which the GPU ran nothing; None on a CPU
+    idle_between_steps: float | None  # the part of it between two steps; None where these cannot be told apart
 
     @property
     def busy_seconds(self) -> float:
@@ -79,13 +80,18 @@ def take_profile(cell: Cell, trace: Path, *, say: Callable[[str], None]) -> Prof
         for event in profiler.key_averages()
         if (microseconds := event.self_device_time_total if gpu else event.self_cpu_time_total) > 0
     ]
-    times = [event.time_range for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
+    runs = [
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events() or ()
+        if event.device_type == DeviceType.CUDA
+    ]
     return Profile(
         cell.label,
         unmodified,
         profiled,
         sorted(spent, key=lambda kernel: kernel.seconds, reverse=True),
-        idle_share((time.start, time.end) for time in times) if times else None,
+        idle_share((start, end) for start, end, _ in runs) if runs else None,
+        idle_between(runs, STEPS) if runs else None,
     )
 
 
@@ -98,6 +104,27 @@ def idle_share(times: Iterable[tuple[float, float]]) -> float:
         idle += max(0.0, start - until)
         until = max(until, end)
     return idle / (until - begin) if until > begin else 0.0
+
+
+def idle_between(runs: Iterable[tuple[float, float, str]], num_steps: int) -> float | None:
+    """The share of the time from the first start to the last end that lies between one step's end and the next's start.
+
+    Args:
+        runs: (start, end, name) of every kernel of the steps.
+        num_steps: How many steps these are. Each must have launched the same kernels in the same order.
+
+    Returns:
+        None where they have not: something ran beside them, as DALI does.
+    """
+    ordered = sorted(runs)
+    each, rest = divmod(len(ordered), num_steps)
+    steps = [ordered[k * each : (k + 1) * each] for k in range(num_steps)]
+    names = [[name for _, _, name in step] for step in steps]
+    if rest or any(own != names[0] for own in names):
+        return None
+    starts, ends = [step[0][0] for step in steps], [max(end for _, end, _ in step) for step in steps]
+    idle = sum(max(0.0, start - end) for start, end in zip(starts[1:], ends, strict=False))
+    return idle / (max(ends) - starts[0]) if max(ends) > starts[0] else 0.0
 
 
 def profile_cell(cell: Cell, trace: Path, *, say: Callable[[str], None]) -> tuple[Text, Table]:

@@ -1,6 +1,7 @@
 """benchmarks/: baselines do the work they are said to do, verdicts follow the noise, tables follow the files."""
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import peers, regressions, results_table
-from benchmarks.baselines import plain, tuned
+from benchmarks import peers, regressions, results_table, throughput
+from benchmarks.baselines import amp, plain, tuned
+from fastres.config import RunConfig
 from fastres.data.imageset import ImageSet
 from fastres.data.synthetic import make_synthetic
 from fastres.models.cifar import CifarNet, num_parameters
+from fastres.step import Replica
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,10 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # --- baselines
 
 
-def test_the_plain_scripts_network_is_the_papers() -> None:
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (56, 853_018)])
+def test_the_plain_scripts_network_is_the_papers(depth: int, parameters: int) -> None:
     """It computes what ours does: the same logits from the same weights."""
-    theirs, ours = plain.resnet20(), CifarNet(20)
-    assert sum(p.numel() for p in theirs.parameters()) == num_parameters(ours) == 269_722
+    theirs, ours = plain.resnet(depth), CifarNet(depth)
+    assert sum(p.numel() for p in theirs.parameters()) == num_parameters(ours) == parameters
     values = [value for name, value in theirs.state_dict().items() if not name.endswith("num_batches_tracked")]
     ours.load_state_dict(dict(zip(ours.state_dict(), values, strict=True)))
     images = torch.randn(4, 3, 32, 32)
@@ -47,6 +51,70 @@ def test_the_tuned_script_augments_as_the_plain_one() -> None:
     assert torch.equal(crops, expected[:, None].expand(4000, 3, 32, 32))
     counts = torch.bincount((left // 40 * 9 + left % 40).long(), minlength=81)
     assert counts.min() > 20  # 49 expected
+
+
+class Reached(Exception):
+    """As far as the test wants to go."""
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The depths of the networks that are asked for; none is trained. What the scripts set globally is put back."""
+    depths: list[int] = []
+
+    def resnet(depth: int) -> None:
+        depths.append(depth)
+        raise Reached
+
+    def train(config: RunConfig, **_: object) -> None:
+        resnet(config.model.depth)
+
+    for module in (plain, amp, tuned):
+        monkeypatch.setattr(module, "resnet", resnet)
+    monkeypatch.setattr("fastres.train", train)
+    for name in ("forward", "backward", "update"):
+        monkeypatch.setattr(Replica, name, getattr(Replica, name))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    return depths
+
+
+@pytest.mark.parametrize("side", [*throughput.BASELINES, "fastres"])
+def test_all_sides_train_the_depth_that_was_asked_for(
+    side: str, asked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A race between networks of different depths would be the shallower one's."""
+    for k in range(1, 6):
+        (tmp_path / f"data_batch_{k}.bin").write_bytes(bytes(plain.RECORD_BYTES))
+    passed: list[str] = []
+
+    def compare(arguments: list[str], *_: object) -> dict[str, Any]:
+        passed.extend(arguments)
+        return {}
+
+    monkeypatch.setattr(throughput, "compare", compare)
+    monkeypatch.setattr(throughput, "_environment", lambda _flags, depth: {"of": depth})
+    race = ["throughput", "--data-dir", str(tmp_path), "--depth", "56", "--set", "threads=1"]
+    monkeypatch.setattr(sys, "argv", race)
+    throughput.main()
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["depth"], printed["environment"]) == (56, {"of": 56})
+    monkeypatch.setattr(sys, "argv", ["throughput", "--side", side, *passed])  # as `Side` calls it
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\n"))
+    with pytest.raises(Reached):
+        throughput.main()
+    assert asked == [56]
+
+
+def test_a_depth_that_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["throughput", "--data-dir", "x", "--depth", "57"])
+    with pytest.raises(SystemExit) as caught:
+        throughput.main()
+    assert caught.value.code == 2
+    assert "--depth: depth 57 is not 6n+2; nearest: 56 and 62" in capsys.readouterr().err
+    for depth in (2, 21):
+        with pytest.raises(ValueError, match=f"depth {depth} is not 6n"):
+            plain.resnet(depth)
 
 
 # --- regressions
@@ -108,7 +176,11 @@ def test_tables_follow_the_files(tmp_path: Path) -> None:
     (tmp_path / "2026-01-02_y_bench.json").write_text(json.dumps({"environment": newer, "cells": [cell]}))
     other = cell | {"config": {"execution": {"precision": "bf16"}}}
     (tmp_path / "2026-01-03_y_bench.json").write_text(json.dumps({"environment": env, "cells": [cell, other]}))
+    deeper = race | {"depth": 56}
+    (tmp_path / "2026-01-04_x_race.json").write_text(json.dumps(deeper))
     text = results_table.render(tmp_path.glob("*.json"))
+    heads = [text.index(f"| training loop, ResNet-{depth}, batch 128 |") for depth in (56, 20)]
+    assert heads == sorted(heads)  # files from before there was a choice are of 20
     assert "| plain | 400 | 2.50x (2.40 to 2.75) |\n| fastres | 1,000 |  |" in text
     assert "| ResNet20 dali | 1,234 | 100 | 90 to 120 | 1.50 |" in text
     assert text.index("NVIDIA H200, driver 570") < text.index("2026-01-01, Some CPU, 2 cores")  # newest first

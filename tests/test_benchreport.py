@@ -17,7 +17,7 @@ from fastres.cells import Cell
 from fastres.cli import run
 from fastres.errors import InputError, MachineError, OutOfMemory
 from fastres.parts import PARTS
-from fastres.profiling import STEPS, Kernel, Name, idle_share, kernel_table, profile_cell
+from fastres.profiling import STEPS, Kernel, Name, idle_between, idle_share, kernel_table, profile_cell
 from tests.runs import tiny
 
 Report = dict[str, Any]
@@ -246,6 +246,14 @@ def test_profile(tmp_path: Path) -> None:
 def test_idle_is_what_no_kernel_of_any_stream_covers() -> None:
     assert idle_share([(0, 4), (6, 8), (1, 2), (7, 10)]) == pytest.approx(0.2)
     assert idle_share([(0, 1), (1, 3)]) == 0
+
+
+def test_idle_between_steps_is_not_that_within_them() -> None:
+    steps = [(0, 2, "a"), (3, 5, "b"), (3.5, 4, "c"), (7, 8, "a"), (8, 9, "b"), (8, 10, "c")]  # 2 of 10, from 5 to 7
+    assert idle_between(reversed(steps), 2) == pytest.approx(0.2)
+    assert idle_between([(0, 1, "a"), (1, 2, "a")], 2) == 0
+    assert idle_between([*steps, (11, 12, "a")], 2) is None  # not the same number in each
+    assert idle_between([*steps[:5], (8, 10, "dali")], 2) is None  # not the same ones
 
 
 def test_scaling_takes_the_flags_that_say_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fastres
+from benchmarks.gpu_timing import launch_seconds
 from fastres.build import build_evaluator, build_loaders, build_net, build_optimizer, lr_schedule
 from fastres.config import RunConfig, make_config, merge
 from fastres.cudagraph import CapturedGraph
@@ -23,6 +24,7 @@ from fastres.data.table import TableLoader
 from fastres.errors import Interrupted
 from fastres.runtime import prepare
 from fastres.step import Replica, TrainStep
+from fastres.steptimer import StepTimer
 from tests.runs import assert_same_run
 from tests.test_loop import interrupt_at
 from tests.test_step import assert_compiled_bf16_is_as_exact_as_eager, assert_compiled_is_eager_in_fp64, compiles
@@ -156,21 +158,22 @@ def test_replicas_side_by_side_are_what_each_is_alone(loader: str) -> None:
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_steps_wait_for_nothing(loader: str) -> None:
-    """No host sync in 200 steps, which are launched in under 20 % of the time the GPU takes for them."""
+    """No host sync in 200 timed steps, which are launched in under 20 % of the time the GPU takes for them."""
     step, _ = built(config(execution={"loader": loader}))
     for k in range(64):
         step(k)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        start = time.perf_counter()
-        for k in range(64, 264):
-            step(k)
-        launched = time.perf_counter() - start
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    assert launched < 0.2 * (time.perf_counter() - start)
+    timer, launched, whole = StepTimer(torch.device("cuda", 0)), 0.0, 0.0
+    for start in (64, 164):  # as from one log step to the next: the second time with the first one's events
+        began = time.perf_counter()
+        launched += launch_seconds(step, timer, start, start + 100)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        steps = timer.collect()
+        assert len(steps) == 100
+        assert sum(steps) == pytest.approx(seconds, rel=0.2)  # the events' clock is the host's
+        whole += seconds
+    assert launched < 0.2 * whole
     step.check()
     close(step)
 
@@ -181,10 +184,10 @@ def test_the_profiler_sees_no_synchronisation_either(loader: str) -> None:
     step, _ = built(config(execution={"loader": loader}))
     for k in range(64):
         step(k)
+    timer = StepTimer(torch.device("cuda", 0))
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
-        for k in range(64, 128):
-            step(k)
+        launch_seconds(step, timer, 64, 128)
     waits = {e.key: e.count for e in seen.key_averages() if "Synchronize" in e.key}
     assert waits.pop("cudaDeviceSynchronize", 0) <= 1  # the profiler's own, at its end
     assert waits == {}

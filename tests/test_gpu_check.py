@@ -17,8 +17,9 @@ import torch
 
 from benchmarks import gpu_check, gpu_tasks
 from benchmarks.gpu_check import Ending, Stopped, go_through, in_its_own_process, inside, main, summary
-from benchmarks.gpu_files import Files, Result, Setting, Task, write_json
-from benchmarks.gpu_tasks import TaskFailed, all_tasks, gpu_tests
+from benchmarks.gpu_files import Files, Result, Setting, Task, TaskFailed, write_json
+from benchmarks.gpu_tasks import all_tasks, gpu_tests
+from benchmarks.peers import PEERS
 from fastres import bench
 from fastres.benchreport import read_json
 from fastres.errors import Interrupted, OutOfTime
@@ -297,14 +298,47 @@ def test_sections_in_the_order_of_use_and_a_task_for_every_gpu_test() -> None:
     tasks = all_tasks(Setting(Path("x")))
     sections = list(dict.fromkeys(task.section for task in tasks))
     assert sections == [
-        "ceilings", "parity", "bench", "switches", "profile", "scaling", "seeds", "memory", "train", "table6",
+        "ceilings", "parity", "bench", "host", "evaluation", "start", "switches", "profile", "scaling", "seeds",
+        "memory", "train", "table6",
     ]  # fmt: skip
     assert len({task.name for task in tasks}) == len(tasks)
     assert [task.name for task in tasks if task.section == "parity"] == [f"parity/{test}" for test in gpu_tests()]
     assert "test_steps_wait_for_nothing" in gpu_tests()
+    names = {task.name for task in tasks}
+    assert {f"bench/race_resnet{depth}_{side}" for depth in (20, 56, 110) for side in ("tuned", "tuned_graphs")} < names
     longest = max(task.seconds for task in tasks)
     # the first task of a call can be told from one that hangs, the start of the call included
     assert gpu_check.PATIENCE * longest + gpu_check.RESERVE_SECONDS + 30 < 9 * 60
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """What looks like a trainer that is known."""
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone" / "trainer.py").write_text(f"# {PEERS[0].mark}\n")
+    return tmp_path / "clone"
+
+
+def test_peers_are_timed_where_their_clone_is_given(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--list", "--out", str(clone), "--peer", str(clone)])
+    names = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert [name for name in names if name.startswith("peers/")] == [
+        f"peers/akamaster_resnet{depth}" for depth in (20, 56, 110)
+    ]
+    assert names.index("peers/akamaster_resnet20") > names.index("bench/race_resnet110_tuned_graphs")
+    with pytest.raises(SystemExit, match="is no clone of akamaster"):
+        main(["--list", "--peer", str(clone.parent)])
+    assert not [task for task in all_tasks(Setting(clone, device="cpu", peers=(clone,))) if task.section == "peers"]
+
+
+def test_a_tasks_process_has_the_whole_setting(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out of its command line it would take from the defaults."""
+    seen: list[tuple[str, Setting]] = []
+    monkeypatch.setattr(gpu_check, "inside", lambda name, setting, _: seen.append((name, setting)))
+    setting = Setting(clone.parent / "out", clone.parent / "data", "cpu", 12.5, (clone, clone))
+    command = gpu_check._command("bench/resnet20", setting, setting.seconds)
+    main(command[command.index("benchmarks.gpu_check") + 1 :])
+    assert seen == [("bench/resnet20", setting)]
 
 
 def test_list_is_there_at_once(tmp_path: Path) -> None:
@@ -323,7 +357,11 @@ def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit) as caught:
         main(["speed"])
     assert caught.value.code == 2
-    assert "there is no 'speed'; sections are ceilings, parity, bench" in capsys.readouterr().err
+    assert "there is no 'speed'; sections are ceilings, parity, bench" in (said := capsys.readouterr().err)
+    assert "--peer" not in said.rpartition("error:")[2]
+    with pytest.raises(SystemExit):
+        main(["peers"])
+    assert "for peers give --peer CHECKOUT" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The loaders execute one plan: resident and DALI are equal to a slow, obvious reference and to each other."""
 
-import contextlib
 import dataclasses
 import gc
 import importlib.util
@@ -30,6 +29,7 @@ from fastres.data.table import TableLoader
 from fastres.data.torchvision import TorchvisionLoader
 from fastres.errors import MachineError
 from fastres.runtime import Runtime
+from tests.fakecuda import FakeCuda, FakeStream
 
 CPU, NUM, BATCH = torch.device("cpu"), 50, 16
 STEPS = 3 * NUM // BATCH + 2  # over three epochs; 16 does not divide 50, so batches straddle their edges
@@ -465,33 +465,13 @@ def test_the_ring_holds_for_slow_and_fast_consumers(images: ImageSet, references
     loader.close()
 
 
-class FakeStream:
-    """A CUDA stream that knows how far it is: steps launched on it, runs copied by it, and what it has waited for."""
-
-    def __init__(self) -> None:
-        self.cuda_stream = 0
-        self.steps: set[int] = set()  # launched here, or launched before an event that was waited for
-        self.runs: set[int] = set()  # copied likewise
-
-    def record_event(self) -> tuple[set[int], set[int]]:
-        return set(self.steps), set(self.runs)
-
-    def wait_event(self, event: tuple[set[int], set[int]]) -> None:
-        self.steps |= event[0]
-        self.runs |= event[1]
-
-    def synchronize(self) -> None: ...
-
-
 @needs_dali
 @pytest.mark.parametrize("ahead", [1, 2])
 def test_the_ring_is_ordered_by_events(images: ImageSet, monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
     """As on a GPU, with streams that keep account: no slot is filled before it was read, nor read before filled."""
     loader = make(DaliLoader, images, steps_per_run=2, ahead=ahead)
-    training, side, outputs = FakeStream(), FakeStream(), loader._pipeline.outputs
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: training)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    loader._side = side
+    cuda, side, outputs = FakeCuda(monkeypatch), FakeStream(), loader._pipeline.outputs
+    training, loader._side = cuda.current, side
     taken: list[int] = []
 
     class Watched:
@@ -501,10 +481,10 @@ def test_the_ring_is_ordered_by_events(images: ImageSet, monkeypatch: pytest.Mon
         def outputs(self, cuda_stream: int) -> Any:
             assert cuda_stream == side.cuda_stream
             run = len(taken)
-            before = {2 * (run - dali.RING_RUNS), 2 * (run - dali.RING_RUNS) + 1}  # the steps whose place it takes
-            assert run < dali.RING_RUNS or before <= side.steps
+            places = (2 * (run - dali.RING_RUNS), 2 * (run - dali.RING_RUNS) + 1)  # the steps whose place it takes
+            assert run < dali.RING_RUNS or side.before >= {("step", step) for step in places}
             taken.append(run)
-            side.runs.add(run)
+            side.before.add(("run", run))
             return outputs()
 
     pipeline, loader._pipeline = loader._pipeline, Watched()
@@ -512,8 +492,8 @@ def test_the_ring_is_ordered_by_events(images: ImageSet, monkeypatch: pytest.Mon
         for step in range(start, start + ahead):
             loader.prepare(step)
         for step in range(start, start + ahead):  # one launch
-            assert step // 2 in training.runs
-            training.steps.add(step)
+            assert ("run", step // 2) in training.before
+            training.before.add(("step", step))
     assert len(taken) > 2 * dali.RING_RUNS
     loader.close()
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from benchmarks.baselines.plain import BATCH_SIZE, Cifar10, resnet20
+from benchmarks.baselines.plain import BATCH_SIZE, Cifar10, resnet
 
 READ_EVERY = 100  # steps
 
 
-def train(data_dir: Path) -> Generator[float, None, None]:
+def train(data_dir: Path, depth: int = 20) -> Generator[float, None, None]:
     """Train without end; yields the mean loss as last read from the device."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
@@ -33,7 +33,7 @@ def train(data_dir: Path) -> Generator[float, None, None]:
         prefetch_factor=4,
     )
     torch.backends.cudnn.benchmark = True
-    net = resnet20().to(device).train()
+    net = resnet(depth).to(device).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     loss_sum, step, mean = torch.zeros((), device=device), 0, float("nan")

@@ -1,6 +1,6 @@
 """The plain PyTorch script that most people start from: the yardstick for `benchmarks/throughput.py`.
 
-ResNet-20 of He et al. (CVPR 2016, section 4.2) in eager fp32, NCHW; torchvision transforms in a DataLoader with two
+A ResNet of He et al. (CVPR 2016, section 4.2) in eager fp32, NCHW; torchvision transforms in a DataLoader with two
 workers; loss and accuracy read from the device at every step. Written from the published recipe, nothing tuned, nothing
 slowed.
 
@@ -73,11 +73,18 @@ class Block(nn.Module):
         return F.relu(out + x)
 
 
-def resnet20() -> nn.Sequential:
-    """269,722 parameters."""
+def resnet(depth: int) -> nn.Sequential:
+    """6n+2 layers; 269,722 parameters with 20.
+
+    Raises:
+        ValueError: `depth` is not 6n+2 for some n of at least 1.
+    """
+    num_blocks, rest = divmod(depth - 2, 6)  # at each of the three map sizes
+    if num_blocks < 1 or rest:
+        raise ValueError(f"depth {depth} is not 6n+2")
     blocks, in_channels = [], 16
     for channels, first_stride in ((16, 1), (32, 2), (64, 2)):
-        for stride in (first_stride, 1, 1):
+        for stride in (first_stride, *[1] * (num_blocks - 1)):
             blocks.append(Block(in_channels, channels, stride))
             in_channels = channels
     stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
@@ -88,13 +95,13 @@ def resnet20() -> nn.Sequential:
     return net
 
 
-def train(data_dir: Path) -> Generator[tuple[float, float], None, None]:
+def train(data_dir: Path, depth: int = 20) -> Generator[tuple[float, float], None, None]:
     """Train without end; yields (loss, accuracy in %) so far, once they are read from the device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = DataLoader(
         Cifar10(data_dir), BATCH_SIZE, shuffle=True, num_workers=NUM_WORKERS, pin_memory=device.type == "cuda"
     )
-    net = resnet20().to(device).train()
+    net = resnet(depth).to(device).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     loss_sum, right, seen = 0.0, 0.0, 0
     while True:
@@ -111,9 +118,9 @@ def train(data_dir: Path) -> Generator[tuple[float, float], None, None]:
             yield loss_sum / seen, 100 * right / seen
 
 
-def run(data_dir: Path, steps: int, warmup: int) -> list[float]:
+def run(data_dir: Path, depth: int, steps: int, warmup: int) -> list[float]:
     """Seconds of each of `steps` steps, after `warmup` steps that are not timed."""
-    training = train(data_dir)
+    training = train(data_dir, depth)
     times = []
     for _ in range(warmup):
         next(training)
@@ -127,13 +134,14 @@ def run(data_dir: Path, steps: int, warmup: int) -> list[float]:
 
 def main() -> None:
     """Print one JSON line: images a second, by chunks of steps."""
-    parser = argparse.ArgumentParser(description="The plain PyTorch baseline: ResNet-20, batch 128, CIFAR-10")
+    parser = argparse.ArgumentParser(description="The plain PyTorch baseline: a ResNet, batch 128, CIFAR-10")
     parser.add_argument("--data-dir", type=Path, required=True, help="the folder of data_batch_1.bin")
+    parser.add_argument("--depth", type=int, default=20, help="6n+2 layers, default 20")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=10, help="steps that are not timed")
     parser.add_argument("--chunk", type=int, default=15, help="steps a printed number covers")
     args = parser.parse_args()
-    times = run(args.data_dir, args.steps, args.warmup)
+    times = run(args.data_dir, args.depth, args.steps, args.warmup)
     chunks = [times[i : i + args.chunk] for i in range(0, len(times), args.chunk)]
     rates = [len(chunk) * BATCH_SIZE / sum(chunk) for chunk in chunks]
     print(json.dumps({"images_per_second": median(rates), "chunks": rates, "steps_per_chunk": args.chunk}))

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.baselines.plain import BATCH_SIZE, CHANNEL_MEAN, CHANNEL_STD, Cifar10, resnet20
+from benchmarks.baselines.plain import BATCH_SIZE, CHANNEL_MEAN, CHANNEL_STD, Cifar10, resnet
 
 READ_EVERY = 100  # steps
 PAD = 4
 
 
-def train(data_dir: Path, *, mode: str = "max-autotune-no-cudagraphs") -> Generator[float, None, None]:
+def train(data_dir: Path, depth: int = 20, *, mode: str = "max-autotune-no-cudagraphs") -> Generator[float, None, None]:
     """Train without end; yields the mean loss as last read from the device."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
@@ -27,7 +27,7 @@ def train(data_dir: Path, *, mode: str = "max-autotune-no-cudagraphs") -> Genera
     images, labels = _on_device(Cifar10(data_dir), device, dtype)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    net = resnet20().to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    net = resnet(depth).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
 
     def forward(batch: Tensor, target: Tensor) -> Tensor:

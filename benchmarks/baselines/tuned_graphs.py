@@ -6,6 +6,6 @@ from pathlib import Path
 from benchmarks.baselines import tuned
 
 
-def train(data_dir: Path) -> Generator[float, None, None]:
+def train(data_dir: Path, depth: int = 20) -> Generator[float, None, None]:
     """Train without end; yields the mean loss as last read from the device."""
-    return tuned.train(data_dir, mode="max-autotune")
+    return tuned.train(data_dir, depth, mode="max-autotune")
