@@ -65,6 +65,11 @@ class Data:
     augment: bool = True  # pad 4, random crop, random flip (section 4.2)
 
     @property
+    def held_out(self) -> str:
+        """What the images are called that errors are of: "test", or "validation"."""
+        return "validation" if self.val_split else "test"
+
+    @property
     def num_train(self) -> int:
         """Training images in an epoch."""
         return NUM_TRAIN[self.dataset] - (NUM_VALIDATION if self.val_split else 0)

@@ -81,6 +81,7 @@ class Console:
         self._rich: RichConsole = _Stream(file=sys.stderr if stderr else None, highlight=False, soft_wrap=True)
         self._runs: tuple[RunDir, ...] = ()
         self._early: list[str] = []  # said before there was a run folder
+        self._once: set[str] = set()
         self._live: Live | None = None
         self._progress: Progress | None = None
         self._download: tuple[int, int] | None = None  # bytes done, bytes in all
@@ -104,6 +105,12 @@ class Console:
             self._early.append(text)
         if self.verbosity != "quiet":
             self._rich.print(Text(text))
+
+    def say_once(self, text: str) -> None:
+        """A line that is the same for every run of several."""
+        if text not in self._once:
+            self._once.add(text)
+            self.say(text)
 
     def print(self, renderable: RenderableType) -> None:
         """A table or the like. A narrow terminal folds its lines itself: rich would cut the numbers instead."""

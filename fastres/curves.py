@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastres.checkpoint import disk_error
 from fastres.errors import InputError
-from fastres.series import Curve, What, XAxis, curve_of
+from fastres.series import Curve, What, XAxis, curve_of, held_out_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +28,7 @@ DASHES: tuple[Any, ...] = (
     (0, (1.5, 1.5)),
     (0, (6, 2, 1.5, 2)),
 )  # after the last colour, the next dash
+NUM_STYLES = len(COLORS) * len(DASHES)
 FEW_POINTS = 12  # below it, each is marked
 UNITS = (("hours", 3_600.0), ("minutes", 60.0), ("seconds", 1.0))
 AXES_HEIGHT, LEGEND_ROW = 4.4, 0.21  # inches
@@ -38,14 +39,16 @@ Entry = tuple[Any, str]  # of a legend: handle and label
 Y_LABELS = {"error": "error (%)", "loss": "cross-entropy", "lr": "learning rate"}
 
 
-def draw_curves(records: list[dict[str, Any]], title: str, folder: Path, *, note: str = "") -> list[Path]:
+def draw_curves(
+    records: list[dict[str, Any]], title: str, folder: Path, *, note: str = "", held_out: str = "test"
+) -> list[Path]:
     """Draw one run's error over steps, `note` on the face. Returns `curves.png` and `curves.svg` in `folder`.
 
     Raises:
         MachineError: The files cannot be written.
     """
     paths = [folder / "curves.png", folder / "curves.svg"]
-    draw([curve_of(records, "")], title, paths, note=note)
+    draw([curve_of(records, "", held_out=held_out)], title, paths, note=note)
     return paths
 
 
@@ -75,6 +78,7 @@ def draw(
     figure = figure_of(curves, title, note=note, what=what, x=x, log_y=log_y, ylim=ylim)
     for path in paths:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with rc_context({"svg.hashsalt": "fastres"}):
                 figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
         except OSError as error:
@@ -222,7 +226,7 @@ def _key_of_legend(curves: Sequence[Curve], what: What) -> list[Entry]:
         note = " (running, augmented images)" if one else ""
         key.append((Line2D([], [], color=color, linewidth=1.0), f"training{name}{note}"))
     if any(curve.test for curve in curves):
-        key.append((Line2D([], [], color=color, linewidth=2.3), f"test{name}"))
+        key.append((Line2D([], [], color=color, linewidth=2.3), f"{held_out_of(curves)}{name}"))
     if any(line.smoothed and line.low is None for line in lines):
         key.append((Line2D([], [], color=color, linewidth=1.0, alpha=0.35), "as logged"))
     if any(line.low is not None for line in lines):

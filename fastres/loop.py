@@ -109,7 +109,7 @@ def train_together(
     with clocks("other"), contextlib.closing(console), contextlib.ExitStack() as stack:
         runtime = prepare(config.execution, depth=config.model.depth)
         for note in runtime.notes:
-            console.say(note)
+            console.say_once(note)
         with clocks("data"):
             images = load_images(config.data, config.execution, say=console.say, progress=console.download)
         begun = [(path / CONFIG).exists() and not overwrite for path in folders]
@@ -259,7 +259,7 @@ def _run(
                     epoch_shown = int(progress.epochs)
                 timer.begin()
                 if cut and not last:
-                    raise _cut_short(interrupt, done, runs)
+                    raise _cut_short(interrupt, done, runs, brief=brief)
 
         # The result: the last step's test error.
         outcomes: list[RunResult | Diverged] = []
@@ -336,8 +336,8 @@ def _update(progress: Progress, members: Sequence[Member], config: RunConfig, do
     progress.test_error = fmean(tests) if tests else None
 
 
-def _cut_short(interrupt: Interrupt, done: int, runs: Sequence[RunDir]) -> Interrupted | OutOfTime:
-    on = f"to go on: fastres train --resume {runs[0].path}" if len(runs) == 1 else "the same line goes on"
+def _cut_short(interrupt: Interrupt, done: int, runs: Sequence[RunDir], *, brief: bool) -> Interrupted | OutOfTime:
+    on = "the same line goes on" if brief else f"to go on: fastres train --resume {runs[0].path}"
     if interrupt.signum is None:
         return OutOfTime(f"the time is used up; stopped after step {done}, all saved; {on}")
     name = signal.Signals(interrupt.signum).name

@@ -176,7 +176,8 @@ class Member:
         clock = {"seconds": result.seconds, "images_per_second": result.images_per_second, **measured}
         self.run.append_metrics({"kind": "end", "step": state.step, "clock": clock})
         title = f"{config.name}, {images.name}, seed {config.seed}"
-        draw_curves(records, title, self.run.path, note=images.caveat)
+        held_out = config.data.held_out
+        draw_curves(records, title, self.run.path, note=images.caveat, held_out=held_out)
         self.run.write_json(RESULT, {**result.to_dict(), "data": data_note(images)})
         return result
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fastres.config import RunConfig
-from fastres.curves import check_ending, draw
+from fastres.curves import NUM_STYLES, check_ending, draw
 from fastres.data.imageset import caveat
 from fastres.errors import InputError
-from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, find_runs
+from fastres.rundir import DIVERGED, RESULT, RunDir, find_runs
 from fastres.series import Curve, What, XAxis, curve_of, mean_curve
 
 # Keys of the config whose value speaks for itself, and those that the model's name replaces.
@@ -68,6 +68,7 @@ class Run:
             epochs_per_step=epochs_per_step,
             smooth=smooth,
             unfinished=not self.finished,
+            held_out=self.config.data.held_out,
         )
 
 
@@ -78,19 +79,11 @@ def read_runs(paths: Iterable[Path]) -> tuple[str, list[Run]]:
         InputError: A path is no run folder and holds none, or a config cannot be read.
     """
     folders = find_runs(paths)
-    configs = [_config(folder) for folder in folders]
+    configs = [folder.config() for folder in folders]
     common, labels = tell_apart(configs, [folder.path.resolve().name for folder in folders])
     read = zip(folders, configs, labels, strict=True)
     runs = [Run(folder, config, folder.metrics(), label) for folder, config, label in read]
     return common, runs
-
-
-def _config(folder: RunDir) -> RunConfig:
-    try:
-        return folder.config()
-    except InputError as error:
-        where = folder.path / CONFIG
-        raise InputError(str(error) if str(where) in str(error) else f"{where}: {error}") from error
 
 
 def tell_apart(configs: Sequence[RunConfig], names: Sequence[str]) -> tuple[str, list[str]]:
@@ -205,6 +198,10 @@ def plot_runs(
     named = zip(groups, mean_labels(groups), strict=True)
     means = [mean_curve([curves[id(run)] for run in group], label) for group, label in named]
     out = out or (runs[0].folder.path if len(runs) == 1 else Path()) / "curves.png"
+    if len(means) > NUM_STYLES:
+        say(
+            f"{len(means)} curves have only {NUM_STYLES} colours and dashes between them; --band draws means over seeds"
+        )
     draw(means, common, [out], note=caveats(drawn), what=what, x=x, log_y=log_y, ylim=ylim)
     return out
 

@@ -69,7 +69,7 @@ def _is_share(value: object) -> bool:
 
 def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]:
     """What a person wants to know at the end, line by line."""
-    held_out = "validation" if config.data.val_split else "test"
+    held_out = config.data.held_out
     seconds, step = result.seconds, result.step_milliseconds
     labelled = "" if images.official else f"  (data set not the official one: {images.digest[:23]}...)"
     return [

@@ -14,6 +14,8 @@ import contextlib
 import json
 import math
 import os
+import re
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -99,13 +101,17 @@ class RunDir:
 
     def config(self) -> RunConfig:
         """The config that the run was started with. Raises InputError where it cannot be read."""
-        return RunConfig.from_dict(self.read_json(CONFIG))
+        stored = self.read_json(CONFIG)
+        try:
+            return RunConfig.from_dict(stored)
+        except InputError as error:
+            raise InputError(f"{self.path / CONFIG}: {error}") from error
 
     def read_json(self, name: str) -> dict[str, Any]:
         """One of the folder's JSON files. Raises InputError where it is missing or damaged."""
         try:
             value = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{self.path / name} cannot be read: {error}") from error
         if not isinstance(value, dict):
             raise InputError(f"{self.path / name} does not hold a JSON object")
@@ -136,17 +142,22 @@ class RunDir:
         self._append(METRICS, line + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole records so far; a last line that a crash cut short is left out."""
+        """All whole records so far; a line that a crash cut short or that was damaged is left out.
+
+        Raises:
+            InputError: They cannot be read.
+        """
         records = []
         path = self.path / METRICS
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            try:
+        try:
+            lines = path.read_bytes().splitlines() if path.exists() else []
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-            except ValueError:
-                break
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
-                break
-            records.append(record)
+                if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
+                    records.append(record)
         return records
 
     def cut_back(self, step: int) -> None:
@@ -174,6 +185,16 @@ class RunDir:
                 file.write(text)
         except OSError as error:
             raise disk_error(error, self.path, len(text)) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for files, where there is none. Raises MachineError where it cannot be made or written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise disk_error(error, path, 0) from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -232,7 +253,12 @@ def default_path(config: RunConfig) -> Path:
 
 
 def _occupied(path: Path) -> bool:
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+    return path.exists() and (not path.is_dir() or not all(map(is_left_behind, path.iterdir())))
+
+
+def is_left_behind(path: Path) -> bool:
+    """Whether a file says nothing: a folder of such files is one whose run was killed before it had a config."""
+    return path.name in (CONSOLE, ".lock") or re.fullmatch(r"\..*\.tmp", path.name) is not None
 
 
 def _aside(path: Path) -> Path:

@@ -41,6 +41,7 @@ class Curve:
     test: Line | None
     unfinished: bool = False
     warmup_end: float | None = None  # on the x axis
+    held_out: str = "test"  # the images of the second line: "test" or "validation"
 
     @property
     def lines(self) -> tuple[Line, ...]:
@@ -57,6 +58,7 @@ def curve_of(
     epochs_per_step: float = 0.0,
     smooth: int | None = None,
     unfinished: bool = False,
+    held_out: str = "test",
 ) -> Curve:
     """One run's curve from its metrics records. Records that lack the quantity, or hold NaN, are left out.
 
@@ -69,6 +71,7 @@ def curve_of(
         smooth: Logged training points that are averaged, 1 for none; an even number counts as the next odd one. Test
             points are averaged over as many steps. Default: a fortieth of the run.
         unfinished: Marks the curve's end.
+        held_out: What the images are called that tests are on.
     """
     points = {kind: _points(records, kind, what) for kind in ("train", "test")}
     place = _axis(records, x, epochs_per_step)
@@ -82,7 +85,7 @@ def curve_of(
 
     ends = [record["step"] for record in records if record.get("kind") == "warmup_end"]
     end = float(place(np.array([ends[-1]], np.float64))[0]) if ends else None
-    return Curve(label, line("train"), line("test"), unfinished, end)
+    return Curve(label, line("train"), line("test"), unfinished, end, held_out)
 
 
 def mean_curve(curves: Sequence[Curve], label: str) -> Curve:
@@ -108,15 +111,21 @@ def mean_curve(curves: Sequence[Curve], label: str) -> Curve:
     if len(curves) == 1:
         return curves[0]
     trains, tests = line([c.train for c in curves]), line([c.test for c in curves])
-    return Curve(label, trains, tests, any(c.unfinished for c in curves))
+    return Curve(label, trains, tests, any(c.unfinished for c in curves), held_out=curves[0].held_out)
+
+
+def held_out_of(curves: Sequence[Curve]) -> str:
+    """What the tested images of curves are called: "test", "validation", or both."""
+    return " or ".join(sorted({curve.held_out for curve in curves})) or "test"
 
 
 def _points(records: Iterable[dict[str, Any]], kind: str, what: What) -> tuple[Floats, Floats]:
     """Steps and values of one kind of record, in rising steps."""
     found = {record["step"]: record.get(what) for record in records if record.get("kind") == kind}
-    kept = sorted((step, float(value)) for step, value in found.items() if is_number(value))
     scale = 100 if what == "error" else 1
-    return np.array([step for step, _ in kept], np.float64), scale * np.array([v for _, v in kept], np.float64)
+    scaled = ((step, scale * float(value)) for step, value in found.items() if is_number(value))
+    kept = sorted((step, value) for step, value in scaled if math.isfinite(value))
+    return np.array([step for step, _ in kept], np.float64), np.array([value for _, value in kept], np.float64)
 
 
 def is_number(value: object) -> TypeGuard[float]:

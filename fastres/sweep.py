@@ -20,7 +20,7 @@ from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError
 from fastres.loop import check_same, train_together
 from fastres.result import RunResult, result_of
-from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, write_json
+from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, is_left_behind, write_json
 from fastres.runtime import prepare
 
 SWEEP = "sweep.json"
@@ -165,7 +165,15 @@ def default_folder(config: RunConfig, seeds: Sequence[int]) -> Path:
 
 def read_sweep(folder: Path) -> dict[str, Any]:
     """A sweep's own file. Raises InputError where it is missing, damaged, or of another version."""
-    stored = RunDir(folder).read_json(SWEEP)
+    if (folder / CONFIG).is_file():
+        raise InputError(f"{folder} is one run, not a sweep; leave out --seeds to go on with it")
+    remedy = (
+        f"Remove that file and train with the same flags, --seeds and --out {folder}: what is finished is not repeated"
+    )
+    try:
+        stored = RunDir(folder).read_json(SWEEP)
+    except InputError as error:
+        raise InputError(f"{error}. {remedy}" if is_sweep(folder) else str(error)) from error
     if stored.get("schema") != SCHEMA:
         raise InputError(
             f"{folder / SWEEP} has schema {stored.get('schema')}; this version reads {SCHEMA}. Its run folders can be "
@@ -182,10 +190,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
                 what = str(error)
             else:
                 return stored
-    raise InputError(
-        f"{folder / SWEEP} is damaged: {what}. Remove that file and train with the same flags, --seeds and "
-        f"--out {folder}: what is finished is not repeated"
-    )
+    raise InputError(f"{folder / SWEEP} is damaged: {what}. {remedy}")
 
 
 def is_sweep(path: Path) -> bool:
@@ -210,8 +215,8 @@ def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
 
 def _holds_only_seeds(folder: Path) -> bool:
     """Whether a folder is a sweep's that has lost its sweep.json."""
-    inside = list(folder.iterdir()) if folder.is_dir() else []
-    return all(re.fullmatch(r"seed\d+", path.name) and (path / CONFIG).is_file() for path in inside)
+    inside = [path for path in folder.iterdir() if not is_left_behind(path)] if folder.is_dir() else []
+    return all(re.fullmatch(r"seed\d+", path.name) for path in inside)
 
 
 def _groups(folders: Mapping[Path, RunConfig], side_by_side: int) -> list[dict[Path, RunConfig]]:

@@ -201,4 +201,4 @@ def test_curves_are_drawn_in_both_formats(tmp_path: Path) -> None:
 def test_curves_without_records_and_without_room(tmp_path: Path) -> None:
     draw_curves([], "empty", tmp_path)
     with pytest.raises(MachineError, match="cannot write"):
-        draw_curves(RECORDS, "nowhere", tmp_path / "missing")
+        draw_curves(RECORDS, "nowhere", tmp_path / "curves.png" / "below-a-file")

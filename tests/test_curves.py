@@ -14,7 +14,7 @@ from matplotlib.legend import Legend
 
 from fastres.cli import run as command
 from fastres.config import RunConfig, make_config, merge
-from fastres.curves import COLORS, figure_of
+from fastres.curves import COLORS, NUM_STYLES, figure_of
 from fastres.errors import InputError
 from fastres.plot import Run, plot_runs, read_runs, tell_apart
 from fastres.reproduce import html as report_page
@@ -307,6 +307,23 @@ def test_images_that_are_not_the_official_ones_are_marked(tmp_path: Path) -> Non
     assert "<!-- the data set is not the official CIFAR-10 files (seed 1) -->" in svg
     RunDir(runs[1]).write_json("environment.json", {"data": {"official": True}})
     assert "official" not in plotted(tmp_path, *runs, out=tmp_path / "out.svg").read_text()
+
+
+def test_validation_error_is_not_called_test_error(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "a", data={"dataset": "cifar10", "val_split": True})
+    svg = plotted(tmp_path, run, out=tmp_path / "new/folder/out.svg").read_text()
+    assert "<!-- validation error -->" in svg
+    assert "test error" not in svg
+
+
+def test_more_curves_than_styles_are_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    records = [record("train", 10, 0.5), record("train", 20, 0.4)]
+    runs = [made_run(tmp_path / str(seed), seed=seed, records=records) for seed in range(NUM_STYLES + 1)]
+    plot_runs(runs[:-1], tmp_path / "out.png", say=said.append)
+    assert not said
+    plot_runs(runs, tmp_path / "out.png", say=said.append)
+    assert said == ["29 curves have only 28 colours and dashes between them; --band draws means over seeds"]
 
 
 def test_several_runs_get_theirs_here(

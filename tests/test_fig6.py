@@ -117,8 +117,37 @@ def test_seeds_are_a_mean_and_a_band(tmp_path: Path, drawn: list[Figure]) -> Non
 def test_seeds_logged_at_other_steps_do_not_make_a_saw(tmp_path: Path) -> None:
     """A mean over whoever has a record at a step would jump between the seeds' levels."""
     steps, mean, low, high = fig6._over_seeds([[(10, 4.0), (30, 4.0)], [(10, 2.0), (20, 2.0), (30, 2.0), (40, 2.0)]])
-    assert (steps, mean) == ([10, 20, 30, 40], [3.0, 3.0, 3.0, 2.0])
-    assert (low, high) == ([2.0] * 4, [4.0, 4.0, 4.0, 2.0])
+    assert (steps, mean) == ([10, 20, 30], [3.0, 3.0, 3.0])
+    assert (low, high) == ([2.0] * 3, [4.0] * 3)
+
+
+def test_where_a_seed_ends_the_mean_ends_and_the_others_go_on_alone(tmp_path: Path, drawn: list[Figure]) -> None:
+    runs = [made_run(tmp_path, "resnet-20", seed=seed, level=0.08) for seed in (0, 1)]
+    runs.append(made_run(tmp_path, "resnet-20", seed=2, level=0.12, until=46_000))
+    fig6.draw(runs, tmp_path, note="")
+    axes = drawn[0].axes[1]
+    mean = next(line for line in axes.lines if str(line.get_label()).startswith("ResNet-20"))
+    assert np.max(mean.get_xdata()) == 4.6
+    alone = [line for line in curves(axes) if line.get_xdata()[0] == 4.6]
+    assert len(alone) == 2 * 2  # training and test of the two that got to the end
+    errors = {round(float(line.get_ydata()[-1]), 3) for line in alone}
+    recorded = {round(100 * run.metrics()[-k]["error"], 3) for run in runs[:2] for k in (1, 2)}
+    assert errors == recorded
+    assert labels(axes) == ["ResNet-20 (n = 3, 1 unfinished)"]
+
+
+def test_n_is_of_the_runs_that_are_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
+    runs = [made_run(tmp_path, "resnet-20", seed=seed) for seed in (0, 1, 2)]
+    (runs[1].path / "metrics.jsonl").unlink()
+    fig6.draw(runs, tmp_path, note="")
+    assert labels(drawn[0].axes[1]) == ["ResNet-20 (n = 2 of 3)"]
+
+
+def test_a_damaged_line_costs_one_record(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "resnet-20")
+    lines = (run.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run.path / "metrics.jsonl").write_text("".join([lines[0], "garbage\n", *lines[2:], '{"step": 1']))
+    assert len(run.metrics()) == len(lines) - 1
 
 
 def test_a_panel_without_runs_says_so(tmp_path: Path, drawn: list[Figure]) -> None:

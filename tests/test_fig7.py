@@ -138,6 +138,14 @@ def test_runs_without_weights_are_left_out_and_unfinished_ones_marked(
         fig7.draw([bare], tmp_path, CPU, note="", say=QUIET)
 
 
+def test_a_mean_is_over_finished_runs(runs: list[RunDir], tmp_path: Path, drawn: list[Figure]) -> None:
+    cut = copy_of(runs[1], tmp_path / "cut", CONFIG, checkpoint.NEWEST)
+    fig7.draw([runs[0], cut], tmp_path, CPU, note="", say=QUIET)
+    (line,) = drawn[0].axes[0].lines
+    assert list(line.get_ydata()) == pytest.approx(stds_of(runs[0]))  # type: ignore[arg-type]
+    assert line.get_label() == "ResNet-8 (n = 1 of 2, 1 unfinished)"
+
+
 def test_the_papers_five_alone_where_there_are_some() -> None:
     class Named:
         def __init__(self, name: str) -> None:

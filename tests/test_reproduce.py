@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +79,30 @@ def test_a_budget_stops_in_time_and_goes_on(whole: Path, tmp_path: Path, capsys:
 
 
 def test_how_far_all_is_and_how_long_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changes = {"recipe": {"steps": 100}}
-    (stage,) = needs([("resnet", 8, 4)], tmp_path, "smoke", changes)
-    paths = list(stage.folders)
+    (stage,) = needs([("resnet", 8, 4)], tmp_path, "smoke", {"recipe": {"steps": 100}})
+    paths, now = list(stage.folders), 0.0
     for path in paths[:2]:
         run = RunDir.create(path)
         run.write_json("config.json", stage.folders[path].to_dict())
     RunDir(paths[0]).write_json("result.json", RESULT_VALUES | {"seconds": {"train": 60.0, "evaluate": 40.0}})
     RunDir(paths[1]).append_metrics({"kind": "train", "step": 50, "error": 0.5})
-    whole = Whole(stage.folders)
+    whole = Whole(stage.folders, clock=lambda: now)
     # one run of four and half of another; the finished one took 100 s, so the other two and a half take 250
-    assert whole.so_far() == "38 % of all, about 4:10 left"
-    whole.begins({path: stage.folders[path] for path in paths[1:3]})
-    assert whole.at_step(50).startswith("50 % of all, about ")
-    assert whole.at_step(100).startswith("75 % of all, about ")
+    assert whole.between_stages() == "38 % of all, about 4:10 left"
+    whole.begins({paths[1]: stage.folders[paths[1]]})
+    now = 1_000.0  # set-up and compilation, which the rate leaves out
+    assert whole.at_step(50) == "38 % of all, about 4:10 left"
+    now += 30
+    assert whole.at_step(75) == "44 % of all, about 4:30 left"  # 25 steps in 30 s, and 225 to go
+    whole.begins({path: stage.folders[path] for path in paths[2:]})  # of the group before the metrics say step 50
+    now += 500
+    assert whole.at_step(0) == "38 % of all, about 5:00 left"  # still 25 steps in 30 s
+    now += 15
+    assert whole.at_step(50) == "62 % of all, about 54.0 s left"  # 125 steps in 45 s, and 150 to go
     console = Console("lines")
     console.overall = whole.at_step
-    console.show(Progress(100, 100, 1.0), line=True)
-    assert "75 % of all, about " in capsys.readouterr().out
+    console.show(Progress(50, 100, 1.0), line=True)
+    assert "62 % of all, about 54.0 s left" in capsys.readouterr().out
 
 
 def test_an_ablation_has_a_folder_of_its_own(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,6 +175,12 @@ def test_assert_exits_with_6(whole: Path, capsys: pytest.CaptureFixture[str]) ->
         (["all", "--preset", "smok"], 2, "did you mean 'smoke'"),
         (["fig6", "--assert"], 2, "type table6 or all"),
         (["all", "--shortcut", "C"], 2, "shortcut is 'C'"),
+        (["all", "--nets", "ResNet8", "--warmup", "slow"], 2, "warmup is 'slow'"),
+        (["fig6", "--ylim", "nan"], 2, "--ylim is nan"),
+        (["fig6", "--ylim", "0"], 2, "--ylim is 0"),
+        (["table6", "--ylim", "30"], 2, "--ylim is of Figure 6"),
+        (["table6", "--clean"], 2, "--clean is of Figure 6"),
+        (["table6", "--preset", "smoke", "--out", "/proc/nope"], 3, "/proc"),
         (["all", "--no-train"], 2, "holds no run of these networks yet"),
         (["all", "--device", "cuda:7"], 3, "--device cuda:7 was asked for"),
     ],
@@ -178,6 +191,32 @@ def test_bad_input(
     assert run(["reproduce", *arguments, "--runs", str(tmp_path)]) == code
     assert said in capsys.readouterr().err
     assert list(tmp_path.glob("*/*/checkpoint.safetensors")) == []
+
+
+def test_other_images_are_found_before_the_training(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole / "resnet8", tmp_path / "resnet8")
+    other = RunDir(tmp_path / "resnet8/seed0")
+    stored = other.read_json("environment.json")
+    other.write_json("environment.json", {**stored, "data": {**stored["data"], "digest": "sha256:0"}})
+    assert run([*REPRODUCE, "--runs", str(tmp_path)]) == 2
+    assert "a table of both would be of neither" in capsys.readouterr().err
+    assert not (tmp_path / "plainnet8").exists()
+
+
+def test_without_runs_each_length_has_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for flags, folder in (
+        ([], "reproduce"),
+        (["--preset", "smoke"], "reproduce-smoke"),
+        (["--preset", "fast", "--epochs", "4"], "reproduce-fast-4epochs"),
+        (["--steps", "100"], "reproduce-100steps"),
+    ):
+        assert run(["reproduce", "all", "--nets", "ResNet8", "--seeds", "1", "--dry-run", *flags]) == 0
+        assert capsys.readouterr().out.split()[-1] == f"runs/{folder}/resnet8/seed0"
 
 
 def test_a_run_of_another_recipe_in_the_way(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

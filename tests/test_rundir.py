@@ -19,8 +19,9 @@ def test_non_empty_folders_are_refused_or_moved_aside(tmp_path: Path) -> None:
     RunDir.create(out).write_json("config.json", make_config().to_dict())
     with pytest.raises(InputError, match=r"not empty.*--overwrite.*--resume"):
         RunDir.create(out)
+    RunDir.create(out, overwrite=True).write_json("config.json", make_config().to_dict())
     RunDir.create(out, overwrite=True)
-    RunDir.create(out, overwrite=True)
+    RunDir.create(out)  # a run that came to nothing is in nobody's way
     assert (tmp_path / "run.old-1" / "config.json").exists()
     assert (tmp_path / "run.old-2").exists()
     assert not (out / "config.json").exists()

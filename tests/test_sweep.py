@@ -193,6 +193,11 @@ def test_another_sweep_or_config_is_refused(tmp_path: Path) -> None:
         (folder / "sweep.json").write_text(json.dumps({**stored, **damage}))
         with pytest.raises(InputError, match=r"sweep\.json is damaged.*Remove that file and train"):
             train_seeds(resume=folder, verbosity="quiet")
+    (folder / "sweep.json").write_text("{")
+    with pytest.raises(InputError, match=r"sweep\.json cannot be read.*Remove that file and train"):
+        train_seeds(resume=folder, verbosity="quiet")
+    with pytest.raises(InputError, match="seed0 is one run, not a sweep; leave out --seeds"):
+        train_seeds(resume=folder / "seed0", seeds=(0,), verbosity="quiet")
     (folder / "sweep.json").unlink()
     before = written(folder)
     train_seeds(tiny(folder, recipe={"steps": 2}), (0,), verbosity="quiet")  # as the message says
@@ -214,6 +219,21 @@ def test_find_runs(alone: Path, tmp_path: Path) -> None:
     shutil.copytree(alone, tmp_path / "reproduce/shortcut-B/resnet8")  # `reproduce` with an ablation is this deep
     shutil.copytree(alone / "seed0", tmp_path / "reproduce/a/b/c/too-deep")
     assert len(find_runs([tmp_path / "reproduce"])) == 3
+
+
+def test_what_a_kill_left_before_a_config_is_no_run(alone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    for name in ("seed0", "seed1"):
+        (folder / name).mkdir(parents=True)
+    for name in ("console.log", ".lock", ".config.json.tmp"):
+        (folder / "seed0" / name).touch()
+    (folder / ".sweep.json.tmp").write_text("{")
+    train_seeds(tiny(folder), SEEDS, verbosity="quiet")
+    assert_same_runs(alone, folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/console.log.txt").touch()  # somebody's
+    with pytest.raises(InputError, match="not empty"):
+        fastres.train(tiny(tmp_path / "other"), verbosity="quiet")
 
 
 def test_a_damaged_result_is_named_and_its_remedy_works(alone: Path, tmp_path: Path) -> None:
@@ -249,7 +269,9 @@ def test_seeds_in_words(text: str, seeds: list[int]) -> None:
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "0", "a", "1,,2", "3-1", "1,1", "-1", "1-99999"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "a", "1,,2", "3-1", "1,1", "-1", "1-99999", "99999999999999999", "0-99999999999", "1" * 30]
+)
 def test_seeds_that_are_none(text: str) -> None:
     with pytest.raises(InputError, match="write 5"):
         parse_seeds(text)

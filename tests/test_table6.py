@@ -13,7 +13,7 @@ from fastres.console import Console
 from fastres.errors import InputError, OutsideTolerance
 from fastres.reproduce import table6
 from fastres.reproduce.networks import note_of
-from fastres.reproduce.paper import differences
+from fastres.reproduce.paper import TABLE_6, differences
 from fastres.reproduce.plan import needs, runs_of, stages_of
 from fastres.rundir import RunDir
 
@@ -72,14 +72,17 @@ def test_the_last_step_is_the_result_not_the_best(tmp_path: Path) -> None:
     assert (row.mean, row.best) == (0.07, 0.07)
 
 
+SPREAD = (-0.0012, -0.0005, 0.0, 0.0006, 0.0011)  # about 0, with a 95 % interval of 0.12 points to each side
+
+
 @pytest.mark.parametrize(
     ("errors", "paper", "said"),
     [
         ((), 0.0875, "no finished run"),
         ((0.08, 0.08), 0.0875, "too few runs to say"),
-        ((0.0895, 0.0895, 0.0895), 0.0875, "within the paper's spread"),
         ((0.0896, 0.0896, 0.0896), 0.0875, "worse"),
         ((0.0854, 0.0854, 0.0854), 0.0875, "better"),
+        ((0.06, 0.07, 0.0897), 0.0697, "too few runs to say"),  # 0.35 points worse, give or take 3.8
         ((0.5, 0.5, 0.5), None, "the paper prints no number"),
     ],
 )
@@ -87,11 +90,34 @@ def test_verdicts(errors: tuple[float, ...], paper: float | None, said: str) -> 
     assert table6.verdict(errors, paper) == said
 
 
+@pytest.mark.parametrize("paper", [published.error for published in TABLE_6.values()])
+def test_a_verdict_allows_its_tolerance_to_the_last_digit(paper: float) -> None:
+    for off, said in (
+        (0.002, "within the paper's spread"),
+        (-0.002, "within the paper's spread"),
+        (0.0021, "too few runs to say"),  # so little worse may be chance
+        (0.0033, "worse"),
+        (-0.0033, "better"),
+    ):
+        assert table6.verdict([paper + off + each for each in SPREAD], paper) == said
+
+
+def test_numbers_are_the_papers() -> None:
+    """Table 6 of He et al., CVPR 2016, in per cent."""
+    printed = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.61, 1202: 7.93}
+    assert {depth: round(100 * row.error, 6) for (_, depth), row in TABLE_6.items()} == printed
+    row = TABLE_6["resnet", 110]
+    assert (row.best, row.std) == (0.0643, 0.0016)
+
+
 def test_student_not_gauss() -> None:
     assert table6.interval([0.1, 0.2]) is None
     low, high = table6.interval([0.1, 0.2, 0.3]) or (0, 0)
     half = 4.303 * 0.1 / 3**0.5
     assert (low, high) == pytest.approx((0.2 - half, 0.2 + half), rel=1e-4)
+    # by degrees of freedom, from a printed table
+    known = {2: 4.303, 4: 2.776, 7: 2.365, 10: 2.228, 16: 2.120, 17: 2.110, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980}
+    assert {freedom: round(table6._student(freedom), 3) for freedom in known} == pytest.approx(known, abs=0.0011)
 
 
 def test_side_by_side_shares_the_clock(tmp_path: Path) -> None:
@@ -198,6 +224,10 @@ def test_what_is_the_papers_experiment(
     (row,) = table6.rows_of([run])
     assert (row.verdict == "not the paper's experiment") is not is_open
     assert ("where the paper is silent: " in note_of([run])) is is_open
+    assert (row.choices == str(found)) is is_open
+    assert (row.experiment == str(found)) is not is_open
+    word = "validation" if "data" in changes and "val_split" in changes["data"] else "test"
+    assert table6.heads([row])[3] == f"{word} error, %"
 
 
 def test_a_note_names_the_networks_where_not_all_are_meant(tmp_path: Path) -> None:
@@ -224,8 +254,10 @@ def test_files(tmp_path: Path) -> None:
     assert "6.61 ± 0.16 (best 6.43)" in text
     assert "[resnet110-0](../runs/resnet110-0)" in text
     assert "no result" in text  # the best seed is named as what it is
+    assert "[resnet110-1](../runs/resnet110-1)" in text
     (header, first, second) = csv.reader((tmp_path / "out/table6.csv").read_text().splitlines())
     assert dict(zip(header, first, strict=True))["mean"] == "0.066"
+    assert dict(zip(header, first, strict=True))["runs"].split("; ")[1] == "../runs/resnet110-1"
     assert dict(zip(header, second, strict=True))["paper"] == ""
     stored = json.loads((tmp_path / "out/table6.json").read_text())
     assert (stored["schema"], stored["rows"][0]["n"], stored["note"][:3]) == (2, 3, "the")

@@ -44,15 +44,17 @@ def parse_list(flag: str, text: str, kind: Callable[[str], T]) -> list[T]:
 def parse_seeds(text: str) -> list[int]:
     """ "5" as the five seeds 0 to 4, "2-4" as 2, 3, 4, "1,3" as 1, 3. Raises InputError."""
     wrong = InputError(f"--seeds is {text!r}; write 5 (seeds 0 to 4), 2-4, or 1,3,8")
-    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
-    if len(parts) == 1 and parts[0] and parts[0][2] is None:
-        seeds = list(range(int(parts[0][1])))
-    else:
-        seeds = []
-        for part in parts:
-            if part is None:
-                raise wrong
-            seeds += range(int(part[1]), int(part[2] or part[1]) + 1)
+    parts = [re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip()) for part in text.split(",")]
+    seeds: list[int] = []
+    for part in parts:
+        if part is None:
+            raise wrong
+        first, last = int(part[1]), int(part[2] or part[1])
+        if len(parts) == 1 and part[2] is None:
+            first, last = 0, last - 1
+        if last - first >= MAX_SEEDS:
+            raise wrong
+        seeds += range(first, last + 1)
     if not seeds or len(set(seeds)) < len(seeds) or len(seeds) > MAX_SEEDS:
         raise wrong
     return seeds

@@ -46,8 +46,11 @@ def reproduce(
         list[str] | None, typer.Option(help="A mirror of cifar-10-binary.tar.gz; repeatable.", rich_help_panel=RUNS)
     ] = None,
     runs: Annotated[
-        Path, typer.Option(help="Where run folders are looked for, and new ones go.", rich_help_panel=RUNS)
-    ] = Path("runs/reproduce"),
+        Path | None,
+        typer.Option(
+            help="Where run folders are looked for, and new ones go; default: runs/reproduce.", rich_help_panel=RUNS
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the files go; default: --runs.", rich_help_panel=RUNS)] = None,
     train: Annotated[
         bool,
@@ -105,6 +108,10 @@ def reproduce(
     refuse_both("--steps", steps, "--epochs", epochs)
     if budget is not None and not 0 < budget < math.inf:
         raise InputError(f"--budget is {budget}; it must be minutes above 0")
+    upper = _upper_edge(what, ylim)
+    if clean and what == "table6":
+        raise InputError("--clean is of Figure 6; type fig6 or all")
+    make_config(recipe={} if warmup is None else {"warmup": warmup})  # refuses another word, whatever it applies to
     if side_by_side < 0:
         raise InputError(f"--side-by-side is {side_by_side}; 0 chooses, else how many")
     if assert_ and what not in ("table6", "all"):
@@ -133,8 +140,11 @@ def reproduce(
     from fastres.console import Console
     from fastres.reproduce import table6
     from fastres.reproduce.plan import needs, runs_of, train_missing
+    from fastres.rundir import make_folder
     from fastres.sweep import status
 
+    if runs is None:  # runs of another length would be in the way of the paper's
+        runs = Path("-".join(["runs/reproduce", *_lengths_in_words(preset, steps, epochs)]))
     variant = _variant(ablations)
     stages = needs(wanted, runs, preset, changes, variant=variant)
     if dry_run:
@@ -142,18 +152,38 @@ def reproduce(
             for path in stage.folders:
                 print(f"{stage.name:<12} {status(path):<9} {path}")
         return
+    folder = out or runs / variant
+    if train:
+        make_folder(folder)  # before hours are spent
     console, whole = Console("quiet" if quiet else "auto"), True
     if train:
         whole = train_missing(stages, console=console, deadline=deadline, side_by_side=side_by_side)
     if not (found := runs_of(stages)):
         raise InputError(f"{runs} holds no run of these networks yet; leave out --no-train to train them")
-    folder = out or runs / variant
-    _make(what, found, folder, changes["execution"], console, clean=clean, ylim=ylim)
+    num_missing = len({path for stage in stages for path in stage.folders}) - len(found)
+    _make(what, found, folder, changes["execution"], console, clean=clean, upper=upper, num_missing=num_missing)
     if not whole:
         console.say("not all runs are finished: the same line goes on")
     if assert_:
-        wanted_paths = {path for stage in stages for path in stage.folders}
-        table6.check(table6.rows_of(found), num_missing=len(wanted_paths) - len(found))
+        table6.check(table6.rows_of(found), num_missing=num_missing)
+
+
+def _upper_edge(what: str, ylim: float | None) -> float | None:
+    """`--ylim` as a fraction. Raises InputError."""
+    if ylim is None:
+        return None
+    if what not in ("fig6", "all"):
+        raise InputError(f"--ylim is of Figure 6, which {what} does not make; type fig6 or all")
+    if not 0 < ylim <= 100:
+        raise InputError(f"--ylim is {ylim}; it must be per cent above 0, and at most 100")
+    return ylim / 100
+
+
+def _lengths_in_words(preset: str, steps: int | None, epochs: float | None) -> list[str]:
+    """What of a run's length is not the paper's: ["fast", "4epochs"]."""
+    words = [] if preset == "paper" else [preset]
+    words += [] if steps is None else [f"{steps}steps"]
+    return words + ([] if epochs is None else [f"{epochs:g}epochs"])
 
 
 def _variant(ablations: dict[str, dict[str, Any]]) -> str:
@@ -214,14 +244,16 @@ def _make(
     console: "Console",
     *,
     clean: bool,
-    ylim: float | None,
+    upper: float | None,
+    num_missing: int,
 ) -> None:
     """Write what was asked for, from the runs there are."""
     from fastres.reproduce import fig6, fig7, table6
     from fastres.reproduce.networks import note_of
     from fastres.reproduce.paper import departures
 
-    note, paths = note_of(found), list[Path]()
+    missing = f"{num_missing} of the runs asked for not begun" if num_missing else ""
+    note, paths = "; ".join(filter(None, [note_of(found), missing])), list[Path]()
     if note:
         console.say(f"note: {note}")
     if what in ("table6", "all"):
@@ -231,8 +263,7 @@ def _make(
     if what in ("fig6", "all"):
         # The paper's axis, but for runs that are not the paper's: most of their curves would lie above it.
         others = any(departures(run.config()) for run in found)
-        upper = ylim if ylim is not None else 100.0 if others else 100 * fig6.PAPER_YLIM
-        paths += fig6.draw(found, folder, note=note, clean=clean, ylim=upper / 100)
+        paths += fig6.draw(found, folder, note=note, clean=clean, ylim=upper or (1.0 if others else fig6.PAPER_YLIM))
     if what in ("fig7", "all"):
         paths += fig7.draw(found, folder, execution, note=note, say=console.say)
     for path in paths:

@@ -85,7 +85,8 @@ def load_cifar10(
         read = _read_archive(source, names)
     images = _decode(read, source, names)
     if not images.official:
-        say(f"{source}: not the official CIFAR-10 (its digest is {images.digest}): used, and recorded with the results")
+        of = "its digest" if train else "the digest of its test images"
+        say(f"{source}: not the official CIFAR-10 ({of} is {images.digest}): used, and recorded with the results")
     return images
 
 

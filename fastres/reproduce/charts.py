@@ -10,7 +10,7 @@ from fastres.reproduce.html import text
 from fastres.series import Curve, Floats, Line
 
 SIDE = 1_000  # units of a chart's width and height
-COLORS = 7  # s0 to s6 of report.css
+COLORS, DASHES = 7, 4  # s0 to s6 and d0 to d3 of report.css
 FEW_POINTS = 12  # below it, each is marked
 SHADES = 8  # of wrong answers: h1 to h8 of report.css, h0 for none
 SETTLED = 0.1  # of the x axis; the y axis shows all that comes after it
@@ -86,7 +86,7 @@ def _line(
     line: Line, kind: str, n: int, across: Callable[[float], int], down: Callable[[float], int], points: int
 ) -> str:
     """A line; behind it what was logged, or the band."""
-    shade, dash = f"s{n % COLORS}", n // COLORS % 4
+    shade, dash = f"s{n % COLORS}", n // COLORS % DASHES
     step = max(1, math.ceil(len(line.x) / points))
     kept = [*range(0, len(line.x) - 1, step), len(line.x) - 1]
     found = []
@@ -118,10 +118,8 @@ def _legend(curves: Sequence[Curve], key: Sequence[tuple[str, str]]) -> str:
     entries = []
     if len(curves) > 1:
         for n, curve in enumerate(curves):
-            dash = " dash" if n >= COLORS else ""
-            entries.append(
-                f'<li class="s{n % COLORS}"><i class="{dash.strip()}"></i><span>{text(curve.label)}</span></li>'
-            )
+            dash = f"d{n // COLORS % DASHES}"
+            entries.append(f'<li class="s{n % COLORS}"><i class="{dash}"></i><span>{text(curve.label)}</span></li>')
     shade = "s0" if len(curves) == 1 else ""
     entries += [f'<li class="{shade}"><i class="{kind}"></i><span>{text(words)}</span></li>' for kind, words in key]
     return f'<ul class="legend">{"".join(entries)}</ul>\n' if entries else ""

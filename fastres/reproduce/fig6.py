@@ -33,9 +33,10 @@ def draw(
 ) -> list[Path]:
     """Draw Figure 6 from the metrics of runs, as far as they got.
 
-    Training error thin and dashed, test error bold; the mean over a network's seeds, with a band from the lowest to the
-    highest. Plain nets left, ResNets in the middle, those of 110 layers and more right; like the paper, ResNet-110 is
-    in both. Training error is the running error over the augmented stream, as in the paper's figure.
+    Training error thin and dashed, test error bold; the mean over a network's seeds as far as all of them got, with a
+    band from the lowest to the highest. Plain nets left, ResNets in the middle, those of 110 layers and more right;
+    like the paper, ResNet-110 is in both. Training error is the running error over the augmented stream, as in the
+    paper's figure.
 
     Args:
         runs: Run folders; of one network only those that differ in the seed alone.
@@ -56,8 +57,8 @@ def draw(
     kind = "train_clean" if clean else "train"
     if clean and not any(record["kind"] == kind for of_run in records.values() for record in of_run):
         raise InputError(
-            f"none of the {len(records)} runs recorded its error on the plain training images; "
-            f"train with --clean-train-error, or draw the running training error"
+            f"none of the {len(records)} runs recorded its error on the plain training images, and none is trained "
+            "again: reproduce with --clean from the start in another --runs, or leave --clean out"
         )
     rows = [
         (network.name, seed, record["step"], record["kind"], record["error"], network.images)
@@ -122,36 +123,52 @@ def _fill(
         every = [curves[run.path] for _, run in network.runs]
         errors = [point for of_run in every for k in (kind, "test") for point in of_run[k]]
         hidden = f" (above {top:g} %)" if min(error for _, error in errors) > top else ""
-        label = network.label(max(step for step, _ in errors)) + hidden
+        counts = [sum(bool(of_run[k]) for of_run in every) for k in (kind, "test")]
+        num_drawn = min(count for count in counts if count)
+        label = network.label(max(step for step, _ in errors), num_drawn) + hidden
         colour = colour_of(network.config.model.depth)
         _line(axes, [of_run[kind] for of_run in every], unit, colour, {"linewidth": 0.9, "dashes": (4, 1.5)})
         _line(axes, [of_run["test"] for of_run in every], unit, colour, {"linewidth": 1.9, "label": label})
 
 
 def _line(axes: "Axes", curves: Sequence[Curve], unit: int, colour: str, how: dict[str, Any]) -> None:
-    """The mean over seeds, and the band from the lowest to the highest of them."""
-    steps, mean, low, high = _over_seeds([curve for curve in curves if curve])
+    """The mean over seeds and the band from the lowest to the highest, as far as all of them got; then each alone."""
+    there = [curve for curve in curves if curve]
+    steps, mean, low, high = _over_seeds(there)
     x = [step / unit for step in steps]
     marks: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(x) < FEW else {}
     axes.plot(x, mean, color=colour, **marks, **how)
-    if len(curves) > 1:
+    if len(there) > 1:
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    shared = _shared(there)[1]
+    for curve in there:
+        rest = curve[max((k for k, (step, _) in enumerate(curve) if step <= shared), default=0) :]
+        if len(rest) > 1:
+            alone = {**how, "linewidth": 0.5 * how["linewidth"], "label": None}
+            axes.plot([step / unit for step, _ in rest], [error for _, error in rest], color=colour, alpha=0.6, **alone)
 
 
 def _over_seeds(curves: Sequence[Curve]) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Steps at which any run has a record, and there the mean, least and greatest error of the runs that got so far.
+    """Steps at which any run has a record and that all reached, and there the mean, least and greatest error.
 
-    Between its records a run's error is a straight line: seeds may have been logged at other steps.
+    Between its records a run's error is a straight line: seeds may have been logged at other steps. A mean over the
+    runs that got farther would jump where one of them ends.
     """
     import numpy as np
 
-    steps = sorted({step for curve in curves for step, _ in curve})
+    first, last = _shared(curves)
+    steps = sorted({step for curve in curves for step, _ in curve if first <= step <= last})
     if not steps:
         return [], [], [], []
     known = [np.array(curve, np.float64).T for curve in curves]
-    table = np.array([np.interp(steps, at, error, left=np.nan, right=np.nan) for at, error in known])
-    mean, low, high = (of(table, axis=0).tolist() for of in (np.nanmean, np.nanmin, np.nanmax))
+    table = np.array([np.interp(steps, at, error) for at, error in known])
+    mean, low, high = (of(table, axis=0).tolist() for of in (np.mean, np.min, np.max))
     return steps, mean, low, high
+
+
+def _shared(curves: Sequence[Curve]) -> tuple[int, int]:
+    """The steps between which all curves have a value; none where the first is above the last."""
+    return max((curve[0][0] for curve in curves), default=0), min((curve[-1][0] for curve in curves), default=-1)
 
 
 def _lr_drops(network: Network) -> tuple[int, ...]:
@@ -164,10 +181,10 @@ def _caption(networks: Sequence[Network], clean: bool, ylim: float) -> str:
     data = [network.config.data for network in networks]
     augmented = "augmented " if all(d.augment for d in data) else ""
     how = "on the training images without augmentation" if clean else f"running over the {augmented}stream"
-    held_out = " or ".join(sorted({"validation" if d.val_split else "test" for d in data})) or "test"
+    held_out = " or ".join(sorted({d.held_out for d in data})) or "test"
     parts = [f"thin, dashed: training error, {how}", f"bold: {held_out} error"]
     if any(len(network.runs) > 1 for network in networks):
-        parts.append("lines: means of n seeds, bands: lowest to highest")
+        parts.append("lines: means of n seeds as far as all got, bands: lowest to highest")
     if any(_lr_drops(network) for network in networks):
         parts.append("dotted: lr drops")
     if ylim != PAPER_YLIM:

@@ -12,7 +12,7 @@ from fastres.evaluate import Trained, load_trained
 from fastres.reproduce.figure import colour_of, paper_style, place_legend, save, write_csv
 from fastres.reproduce.networks import Network, by_network, paper_name
 from fastres.responses import Response, layer_responses
-from fastres.rundir import RunDir
+from fastres.rundir import RESULT, RunDir
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,8 @@ def draw(
 ) -> list[Path]:
     """Measure the layer responses of runs at their newest checkpoints, and draw Figure 7.
 
-    Of several seeds the mean over them of each layer's standard deviation is shown, and sorted below. Where the five
+    Of several seeds the mean over them of each layer's standard deviation is shown, and sorted below; of the finished
+    ones where there are some. Where the five
     networks of the paper's figure are among the runs, others are left out.
 
     Args:
@@ -67,7 +68,9 @@ def draw(
     lines, rows, notes = [], list[tuple[str, int, int, str, float, str]](), {note: None}
     for network in networks:
         measured, steps = list[list[Response]](), list[int]()
-        for seed, run in network.runs:
+        finished = [(seed, run) for seed, run in network.runs if (run.path / RESULT).is_file()]
+        chosen = finished or network.runs  # a mean over networks at different steps would be of no network
+        for seed, run in chosen:
             trained = load_trained(run.path, execution, say=say)
             say(f"{network.name}, seed {seed}: layer responses over {len(trained.images.test_images):,} images")
             responses = layer_responses(trained.net, trained.batches(), trained.runtime.dtype)
@@ -78,7 +81,7 @@ def draw(
             notes |= {words: None for words in trained.caveats if words not in note}
         stds = [sum(r.std for r in of_layer) / len(of_layer) for of_layer in zip(*measured, strict=True)]
         model = network.config.model
-        lines.append(Line(network.label(min(steps)), model.depth, model.arch == "resnet", stds))
+        lines.append(Line(network.label(min(steps), len(chosen)), model.depth, model.arch == "resnet", stds))
     with paper_style():
         written = save(plot(lines, "; ".join(filter(None, notes))), [folder / "fig7.png", folder / "fig7.svg"])
     header = ("network", "seed", "layer_index", "layer_name", "std", "images")
@@ -98,6 +101,7 @@ def draw_one(trained: Trained, responses: Sequence[Response], path: Path) -> Non
 def plot(lines: Sequence[Line], note: str) -> "Figure":
     """Both panels: above in the layers' order, below sorted by magnitude. To be called within `paper_style`."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(5.6, 5.2), layout="constrained")
     top, bottom = figure.subplots(2, 1)
@@ -113,6 +117,7 @@ def plot(lines: Sequence[Line], note: str) -> "Figure":
                 label=line.label,
             )
         axes.set(xlim=(0, most + 1), ylim=(0, None), ylabel="std")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
     top.set_xlabel("layer index (original order)")

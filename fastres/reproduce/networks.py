@@ -29,15 +29,21 @@ class Network:
         """`caveat` in a word, for a column."""
         return "official" if not self.caveat else "synthetic" if self.config.data.dataset == "synthetic" else "other"
 
-    def label(self, reached: int) -> str:
-        """Its name in a legend: how many seeds, and what became of those without a result; `reached` in steps."""
+    def label(self, reached: int, num_drawn: int) -> str:
+        """Its name in a legend: how many seeds, and what became of those without a result.
+
+        Args:
+            reached: The last step that is drawn.
+            num_drawn: Runs of it that are in the curve.
+        """
         lost = [run for _, run in self.runs if (run.path / DIVERGED).is_file()]
         cut = [run for _, run in self.runs if run not in lost and not (run.path / RESULT).is_file()]
         if len(self.runs) == 1:
             notes = [f"diverged at {reached:,}"] * len(lost) + [f"unfinished, at {reached:,}"] * len(cut)
         else:
             some = ((len(lost), "diverged"), (len(cut), "unfinished"))
-            notes = [f"n = {len(self.runs)}", *(f"{count} {what}" for count, what in some if count)]
+            of = f" of {len(self.runs)}" if num_drawn < len(self.runs) else ""
+            notes = [f"n = {num_drawn}{of}", *(f"{count} {what}" for count, what in some if count)]
         return f"{self.name} ({', '.join(notes)})" if notes else self.name
 
 

@@ -7,19 +7,20 @@ another recipe does not.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from fastres.build import load_images
 from fastres.config import RunConfig, differences, make_config, merge
 from fastres.console import Console, duration
 from fastres.errors import FastresError, InputError, OutOfTime
 from fastres.models.depth import num_blocks
 from fastres.reproduce.paper import STAGES
 from fastres.result import result_of
-from fastres.rundir import CONFIG, METRICS, RESULT, RunDir, folders_below
+from fastres.rundir import CONFIG, METRICS, RunDir, folders_below
 from fastres.sweep import status, train_all
 
 
@@ -104,13 +105,15 @@ def train_missing(
     counts = [status(path) for path in folders]
     said = [f"{counts.count(kind)} {word}" for kind, word in _WORDS.items() if kind in counts]
     console.say(f"{_plural(len(folders), 'run')}: {', '.join(said)}")
+    if "missing" in counts or "cut" in counts:
+        _check_images(folders, console)
     whole = Whole(folders)
     try:
         for number, stage in enumerate(stages, 1):
             if all(status(path) in ("finished", "diverged") for path in stage.folders):
                 continue
             head = f"[{number}/{len(stages)}] {stage.name}, {_plural(len(stage.folders), 'run')}"
-            console.say(f"{head}; {whole.so_far()}")
+            console.say(f"{head}; {whole.between_stages()}")
             console.overall = whole.at_step
             begins = whole.begins
             train_all(stage.folders, console=console, deadline=deadline, side_by_side=side_by_side, on_begin=begins)
@@ -122,42 +125,72 @@ def train_missing(
     return True
 
 
+def _check_images(folders: Mapping[Path, RunConfig], console: Console) -> None:
+    """Raise InputError, before hours are spent, where runs that are there had other images than those at hand."""
+    recorded = {path: RunDir(path).data().get("digest") for path in folders if (path / CONFIG).exists()}
+    if not any(recorded.values()):
+        return
+    config = next(iter(folders.values()))
+    images = load_images(config.data, config.execution, say=lambda _: None, progress=console.download)
+    for path, digest in recorded.items():
+        if digest not in (None, images.digest):
+            raise InputError(
+                f"{path} had images with digest {str(digest)[:23]}..., {images.source} has {images.digest[:23]}...: a "
+                "table of both would be of neither; give the same --data-dir, or another --runs"
+            )
+
+
 class Whole:
     """How much of all the runs is done, and how long the rest may take.
 
-    The rate is that of this process; before its first steps that of the finished runs, wherever they were trained.
+    The rate is that of this process while it trains, set-up and compilation left out; before it has one, that of the
+    finished runs, wherever they were trained.
 
     Args:
         folders: Configs of all the runs, by run folder.
+        clock: Seconds.
     """
 
-    def __init__(self, folders: Mapping[Path, RunConfig]) -> None:
-        self._folders = folders
+    def __init__(self, folders: Mapping[Path, RunConfig], clock: Callable[[], float] = perf_counter) -> None:
+        self._folders, self._clock = folders, clock
         self._work = sum(map(_work, folders.values()))
-        self._before = self._done = sum(_work(config) * _share_done(path, config) for path, config in folders.items())
-        self._began = perf_counter()
-        self._group: dict[Path, RunConfig] = {}  # what is being trained
         self._rate_before = _rate_of_finished(folders)
+        self._group: dict[Path, RunConfig] = {}  # what is being trained
+        self._others = 0.0  # work done in all other runs
+        self._first: tuple[float, float] | None = None  # work done in the group, and the time, when first asked
+        self._last = (0.0, 0.0)  # when last asked
+        self._trained = (0.0, 0.0)  # work and seconds of the groups before
+        self.begins({})
 
     def begins(self, group: Mapping[Path, RunConfig]) -> None:
         """Runs are about to be trained, side by side."""
-        self._group = dict(group)
-        self._done = sum(
+        self._trained = self._so_far()
+        self._group, self._first = dict(group), None
+        self._others = sum(
             _work(config) * _share_done(path, config) for path, config in self._folders.items() if path not in group
         )
 
     def at_step(self, step: int) -> str:
         """Where all stands when the runs that are being trained have done `step` steps: "12 % of all, 1:10:00 left"."""
-        now = self._done + sum(_work(config) * step / config.recipe.steps for config in self._group.values())
-        seconds = perf_counter() - self._began
-        rate = (now - self._before) / seconds if now > self._before and seconds > 0 else self._rate_before
-        left = f", about {duration((self._work - now) / rate)} left" if rate > 0 else ""
-        return f"{100 * now / self._work:.0f} % of all{left}"
+        now = sum(_work(config) * step / config.recipe.steps for config in self._group.values())
+        self._last = (now, self._clock())
+        self._first = self._first or self._last
+        work, seconds = self._so_far()
+        rate = work / seconds if work > 0 and seconds > 0 else self._rate_before
+        left = f", about {duration((self._work - self._others - now) / rate)} left" if rate > 0 else ""
+        return f"{100 * (self._others + now) / self._work:.0f} % of all{left}"
 
-    def so_far(self) -> str:
-        """The same between two stages."""
+    def between_stages(self) -> str:
+        """Where all stands while nothing is being trained."""
         self.begins({})
         return self.at_step(0)
+
+    def _so_far(self) -> tuple[float, float]:
+        """Work and seconds of training in this process."""
+        work, seconds = self._trained
+        if self._first is None:
+            return work, seconds
+        return work + self._last[0] - self._first[0], seconds + self._last[1] - self._first[1]
 
 
 _WORDS = {"finished": "finished", "cut": "to go on with", "missing": "to do", "diverged": "given up (diverged)"}
@@ -206,7 +239,7 @@ def _share_done(path: Path, config: RunConfig) -> float:
     return max((record["step"] for record in records), default=0) / config.recipe.steps
 
 
-def runs_of(stages: Sequence[Need], *, finished: bool = False) -> list[RunDir]:
-    """The run folders there are, each once; with `finished` only those that have a result."""
+def runs_of(stages: Sequence[Need]) -> list[RunDir]:
+    """The run folders there are, each once."""
     paths = dict.fromkeys(path for stage in stages for path in stage.folders)
-    return [RunDir(path) for path in paths if (path / (RESULT if finished else CONFIG)).exists()]
+    return [RunDir(path) for path in paths if (path / CONFIG).exists()]

@@ -6,6 +6,7 @@ are at hand. Equal inputs give equal bytes: there is no date in it, and no chanc
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -27,6 +28,7 @@ MAX_BYTES = 1_000_000
 TABLE_6, DETAILS, MISTAKES = "Table 6 of the paper", "Details", "Most confident mistakes"
 MANY_RUNS = 8  # from here on, lines have fewer points
 POINTS, FEWER_POINTS = 300, 100  # of a line at most
+LEFT_OUT_BYTES = 1_000  # of what is said where runs have no section
 MOST_SEEDS_APART = 7  # curves in one chart; of more, the means are drawn
 
 
@@ -49,8 +51,8 @@ def write_report(
         say: Takes one-line notices.
 
     Returns:
-        The file that was written. It stays below 1 MB: of many runs it leaves out sheets of mistakes first,
-        then details, and says so.
+        The file that was written. It stays below 1 MB (up to some thousand runs): of many it leaves out sheets of
+        mistakes first, then details, then sections, and says so.
 
     Raises:
         InputError: No run folder, or a config that cannot be read.
@@ -102,24 +104,23 @@ def render(common: str, subjects: Sequence[Subject]) -> str:
     points = POINTS if len(subjects) < MANY_RUNS else FEWER_POINTS
     of_run = {id(subject.run): subject for subject in subjects}
     subjects = [of_run[id(run)] for group in grouped(subject.run for subject in subjects) for run in group]
-    if len(subjects) == 1:
-        title = sections.headline(subjects[0].run.config)
-        top = _header(title, str(subjects[0].run.folder.path)) + banners(sections.warnings(subjects[0]))
-        top += sections.summary(subjects[0]) + _table6(subjects)
-    else:
-        title = f"{len(subjects)} runs" + (f": {common}" if common else "")
-        everything = [warning for subject in subjects for warning in sections.caveats(subject)]
-        top = _header(title, "") + banners(everything) + _overview(subjects, points) + _table6(subjects)
-    bottom = f"<footer>fastres {text(__version__)}</footer>"
     several = len(subjects) > 1
-    top += "<h2>Run by run</h2>\n" if several else ""
 
     def around(count: int, body: str) -> str:
         return _folded(subjects[count], count, body) if several else body
 
     # What must be there, then what is said of the runs, and pictures last.
     shells = [around(i, _left_out(DETAILS, s) + _left_out(MISTAKES, s)) for i, s in enumerate(subjects)]
-    room = MAX_BYTES - len(page(title, top + "".join(shells) + bottom).encode())
+    title, top = _top(common, subjects, points, len(subjects))
+    bottom = f"<footer>fastres {text(__version__)}</footer>"
+    sizes = list(accumulate(len(shell.encode()) for shell in shells))
+    space = MAX_BYTES - len(page(title, top + bottom).encode())
+    if sizes[-1] >= space:
+        fitting = sum(size < space - LEFT_OUT_BYTES for size in sizes)
+        title, top = _top(common, subjects, points, fitting)
+        subjects, sizes = subjects[:fitting], [0, *sizes][: fitting + 1]
+        space = MAX_BYTES - len(page(title, top + bottom).encode())
+    room = space - sizes[-1]
     details: list[tuple[str, str]] = []
     for subject in subjects:
         before = sections.curves(subject, points) + sections.classes(subject)
@@ -132,6 +133,20 @@ def render(common: str, subjects: Sequence[Subject]) -> str:
         fits, room = _take(sheet, room)
         bodies.append(around(i, before + (sheet if fits else _left_out(MISTAKES, subject)) + after))
     return page(title, top + "".join(bodies) + bottom)
+
+
+def _top(common: str, subjects: Sequence[Subject], points: int, num_shown: int) -> tuple[str, str]:
+    """Title, and what comes before the runs; `num_shown` of them have a section."""
+    if len(subjects) == 1:
+        title = sections.headline(subjects[0].run.config)
+        top = _header(title, str(subjects[0].run.folder.path)) + banners(sections.warnings(subjects[0]))
+        return title, top + sections.summary(subjects[0]) + _table6(subjects)
+    title = f"{len(subjects)} runs" + (f": {common}" if common else "")
+    everything = [warning for subject in subjects for warning in sections.caveats(subject)]
+    top = _header(title, "") + banners(everything) + _overview(subjects, points, num_shown) + _table6(subjects)
+    rest = len(subjects) - num_shown
+    left = note(f"{rest} more are left out to keep this file below 1 MB: fastres report RUN for one") if rest else ""
+    return title, f"{top}<h2>Run by run</h2>\n{left}"
 
 
 def _take(part: str, room: int) -> tuple[bool, int]:
@@ -160,14 +175,14 @@ def _folded(subject: Subject, number_of: int, body: str) -> str:
     return f'<details id="run-{number_of}">{head}{path}{marks}{sections.summary(subject)}{body}</details>\n'
 
 
-def _overview(subjects: Sequence[Subject], points: int) -> str:
-    """A table of the runs, with mean and deviation over seeds, and their curves in one chart."""
+def _overview(subjects: Sequence[Subject], points: int, num_shown: int) -> str:
+    """A table of the runs, the first `num_shown` linked to their sections; means over seeds; curves in one chart."""
     by_run = {id(subject.run): (i, subject) for i, subject in enumerate(subjects)}
     groups = grouped(subject.run for subject in subjects)
     rows: list[list[str]] = []
     means: list[int] = []
     for group, label in zip(groups, mean_labels(groups), strict=True):
-        rows += [_row(*by_run[id(run)]) for run in group]
+        rows += [_row(*by_run[id(run)], num_shown) for run in group]
         finished = [by_run[id(run)][1] for run in group if run.finished]
         if len(finished) > 1:
             means.append(len(rows))
@@ -201,7 +216,7 @@ def _table6(subjects: Sequence[Subject]) -> str:
         configs.append((name, group[0].config))
     notes += [f"{words[0].upper()}{words[1:]}." for words in recipe_notes(configs)]
     shown = [[text(cell) for cell in table6.cells(row)] for row in rows]
-    body = table(table6.HEADS, shown, (1, 2, 3, 4, 5, 6, 7, 9, 10)) + note(table6.LEGEND) if rows else ""
+    body = table(table6.heads(rows), shown, (1, 2, 3, 4, 5, 6, 7, 9, 10)) + note(table6.LEGEND) if rows else ""
     return section(TABLE_6, "".join(map(mark, notes)) + body)
 
 
@@ -221,9 +236,9 @@ def _by_variant(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     return found
 
 
-def _row(count: int, subject: Subject) -> list[str]:
+def _row(count: int, subject: Subject, num_shown: int) -> list[str]:
     run, result = subject.run, subject.result
-    name = f'<a href="#run-{count}">{text(run.label)}</a>'
+    name = f'<a href="#run-{count}">{text(run.label)}</a>' if count < num_shown else text(run.label)
     if run.standing:
         name += f' <span class="soft">{text(run.standing)}</span>'
     error = as_percent(subject.test_error)

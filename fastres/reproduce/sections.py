@@ -14,14 +14,9 @@ from fastres.reproduce.answers import Answers, Mistake
 from fastres.reproduce.charts import bars, line_chart, matrix, stacked
 from fastres.reproduce.html import keys, mark, note, number, section, stats, text
 from fastres.reproduce.paper import Difference, differences
-from fastres.series import Curve, Line, is_number
+from fastres.series import Curve, Line, held_out_of, is_number
 
 DASH = "\N{EN DASH}"
-KEY = (
-    ("thin", "training error, running over augmented images"),
-    ("bold", "test error"),
-    ("pale", "as logged, where a smoothed line stands in front of it"),
-)
 WHERE_TIME_WENT = ("train", "evaluate", "compile", "data", "checkpoint", "import", "other")
 DATASETS = {"cifar10": "CIFAR-10", "synthetic": "the built-in synthetic set"}
 
@@ -44,7 +39,7 @@ class Subject:
     @property
     def held_out(self) -> str:
         """What the tested images are called."""
-        return "validation" if self.run.config.data.val_split else "test"
+        return self.run.config.data.held_out
 
     @property
     def last_test(self) -> Mapping[str, Any]:
@@ -149,9 +144,11 @@ def _scaled(value: object, by: float) -> object:
 def error_chart(curves: list[Curve], what: str, points: int = 300) -> str:
     """Training and test error over steps."""
     smoothed = any(line.smoothed and line.low is None for curve in curves for line in curve.lines)
-    key = [*KEY[:2], *(KEY[2:] if smoothed else ())]
+    key = [("thin", "training error, running over augmented images"), ("bold", f"{held_out_of(curves)} error")]
+    if smoothed:
+        key.append(("pale", "as logged, where a smoothed line stands in front of it"))
     if any(line.low is not None for curve in curves for line in curve.lines):
-        key.append(("pale", "band: one standard deviation over the seeds"))
+        key.append(("box band", "band: one standard deviation over the seeds"))
     if len(curves) == 1 and curves[0].warmup_end is not None:
         key.append(("thin dash", "warm-up ends (dotted)"))
     return line_chart(

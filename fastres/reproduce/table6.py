@@ -7,6 +7,7 @@ import csv
 import io
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,14 +19,17 @@ from rich.table import Table
 
 from fastres.errors import InputError, OutsideTolerance
 from fastres.reproduce.networks import Network, by_network
-from fastres.reproduce.paper import TABLE_6, TOLERANCE, departures
+from fastres.reproduce.paper import TABLE_6, TOLERANCE, differences
 from fastres.result import RunResult, result_of
 from fastres.rundir import ENVIRONMENT, RunDir, write_json, write_text
 from fastres.sweep import status
 
 FEW = 3  # runs from which on a mean is judged, and has an interval: of two it would reach below zero
 
-# Student's t for a two-sided interval of 95 %, by degrees of freedom from 2 on; beyond these 1.96 is close enough.
+FEW_RUNS = "too few runs to say"
+DIGITS = 9  # of an error, a fraction: 0.0895 - 0.0875 is 0.002, not a little more
+
+# Student's t for a two-sided interval of 95 %, by degrees of freedom from 2 on
 T_95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
 
 
@@ -35,6 +39,7 @@ class Row:
 
     network: str  # ResNet-20
     parameters: int | None
+    held_out: str  # the images that errors are of: "test" or "validation"
     n: int  # finished runs, of which the numbers are
     unfinished: int
     diverged: int
@@ -50,6 +55,7 @@ class Row:
     delta: float | None  # mean less the paper's
     verdict: str
     experiment: str  # "the paper's", or in what it is another: "steps 64,000 -> 3,910"
+    choices: str  # other than our defaults, where the paper is silent; "" for none
     caveat: str  # what there is to say of the images; "" for the official CIFAR-10 files
     data: str | None  # digest of the images, where recorded
     seconds: float | None  # of the training clock, a run; of runs side by side their share of it
@@ -87,12 +93,14 @@ def _row(network: Network) -> Row:
     errors = [result.test_error for result in results.values()]
     published = TABLE_6.get((network.config.model.arch, network.config.model.depth))
     paper = published.error if published else None
-    others = departures(network.config)
+    differing = differences(network.config)
+    others = [str(difference) for difference in differing if not difference.is_open]
     mean = fmean(errors) if errors else None
     best_seed = min(results, key=lambda seed: results[seed].test_error) if results else None
     return Row(
         network=network.name,
         parameters=next((result.num_parameters for result in results.values()), None),
+        held_out=network.config.data.held_out,
         n=len(results),
         unfinished=len(network.runs) - len(results) - diverged - damaged,
         diverged=diverged,
@@ -105,9 +113,10 @@ def _row(network: Network) -> Row:
         paper=paper,
         paper_best=published.best if published else None,
         paper_std=published.std if published else None,
-        delta=mean - paper if mean is not None and paper is not None and not others else None,
+        delta=round(mean - paper, DIGITS) if mean is not None and paper is not None and not others else None,
         verdict=verdict(errors, paper) if not others or not errors else "not the paper's experiment",
-        experiment=", ".join(map(str, others)) or "the paper's",
+        experiment=", ".join(others) or "the paper's",
+        choices=", ".join(str(difference) for difference in differing if difference.is_open),
         caveat=network.caveat,
         data=network.digest,
         seconds=_mean([result.seconds.get("train", 0.0) / result.side_by_side for result in results.values()]),
@@ -131,20 +140,39 @@ def interval(errors: Sequence[float]) -> tuple[float, float] | None:
     n = len(errors)
     if n < FEW:
         return None
-    half = (T_95[n - FEW] if n - FEW < len(T_95) else 1.96) * stdev(errors) / math.sqrt(n)
+    half = _student(n - 1) * stdev(errors) / math.sqrt(n)
     return fmean(errors) - half, fmean(errors) + half
 
 
+def _student(freedom: int) -> float:
+    """Student's t for a two-sided interval of 95 %, within 0.001; `freedom` of 2 or more.
+
+    Beyond the table by the first terms of the expansion in 1/freedom (Abramowitz and Stegun, 26.7.5).
+    """
+    if freedom - 2 < len(T_95):
+        return T_95[freedom - 2]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
 def verdict(errors: Sequence[float], paper: float | None) -> str:
-    """What the mean of last-step errors says beside the paper's number, which counts as met within 0.2 points."""
+    """What the mean of last-step errors says beside the paper's number, which counts as met within 0.2 points.
+
+    A mean farther off is better or worse only if all of its 95 % interval is.
+    """
     if not errors:
         return "no finished run"
     if paper is None:
         return "the paper prints no number"
-    if len(errors) < FEW:
-        return "too few runs to say"
-    delta = fmean(errors) - paper
-    return "within the paper's spread" if abs(delta) <= TOLERANCE else "better" if delta < 0 else "worse"
+    ends = interval(errors)
+    if ends is None:
+        return FEW_RUNS
+    low, mean, high = (round(error - paper, DIGITS) for error in (ends[0], fmean(errors), ends[1]))
+    if abs(mean) <= TOLERANCE:
+        return "within the paper's spread"
+    if low > TOLERANCE:
+        return "worse"
+    return "better" if high < -TOLERANCE else FEW_RUNS
 
 
 def write(rows: Sequence[Row], folder: Path, *, note: str) -> list[Path]:
@@ -192,7 +220,7 @@ def check(rows: Sequence[Row], *, num_missing: int = 0) -> None:
 
 def _shortcomings(row: Row) -> list[str]:
     found = _lost(row)
-    if row.paper is not None and row.verdict not in ("better", "within the paper's spread"):
+    if row.paper is not None and (row.delta is None or row.delta > TOLERANCE or row.n < FEW):
         found.append(row.verdict)
     return [*found, row.caveat] if row.caveat else found
 
@@ -204,15 +232,16 @@ def _lost(row: Row) -> list[str]:
 
 
 LEGEND = (
-    "Test error of the last step: mean and standard deviation over the runs, and the 95 % interval of the mean by "
-    f"Student's t. The verdict allows {100 * TOLERANCE:.1f} points, about what separates single runs, and wants {FEW} "
-    "runs. The best seed was chosen on the test set, so it is no result. Seconds are of the training clock alone."
+    "Error of the last step: mean and standard deviation over the runs, and the 95 % interval of the mean by Student's "
+    f"t. The verdict allows {100 * TOLERANCE:.1f} points, about what separates single runs, and wants {FEW} runs; a "
+    "mean farther off is better or worse if all of its interval is. The best seed was chosen on the images it was "
+    "tested on, so it is no result. Seconds are of the training clock alone."
 )
 HEADS = (
     "network",
     "parameters",
     "n",
-    "test error, %",
+    "error, %",
     "95 %",
     "best seed",
     "paper",
@@ -221,6 +250,12 @@ HEADS = (
     "s a run",
     "img/s",
 )
+
+
+def heads(rows: Sequence[Row]) -> list[str]:
+    """`HEADS`, the error called by the images that it is of."""
+    held_out = " or ".join(sorted({row.held_out for row in rows}))
+    return [f"{held_out} {head}".strip() if head == HEADS[3] else head for head in HEADS]
 
 
 def cells(row: Row) -> list[str]:
@@ -238,7 +273,7 @@ def cells(row: Row) -> list[str]:
         "" if row.interval is None else f"{100 * row.interval[0]:.2f} to {100 * row.interval[1]:.2f}",
         "" if row.best is None else f"{100 * row.best:.2f} (seed {row.best_seed})",
         paper,
-        "" if row.delta is None else f"{100 * row.delta:+.2f}",
+        "" if row.delta is None else f"{round(100 * row.delta, 2) + 0.0:+.2f}",  # + 0.0: no "-0.00"
         row.verdict + (", but not on the official files" if row.delta is not None and row.caveat else ""),
         "" if row.seconds is None else f"{row.seconds:,.0f}",
         "" if row.images_per_second is None else f"{row.images_per_second:,.0f}",
@@ -248,9 +283,9 @@ def cells(row: Row) -> list[str]:
 def terminal(rows: Sequence[Row]) -> Table:
     """The table for a terminal of 80 columns: what a row comes to."""
     table = Table(box=None, pad_edge=False)
-    kept = [HEADS.index(head) for head in ("network", "n", "test error, %", "95 %", "paper", "verdict")]
+    kept = [HEADS.index(head) for head in ("network", "n", "error, %", "95 %", "paper", "verdict")]
     for k in kept:
-        table.add_column(HEADS[k], justify="left" if k in (kept[0], kept[-1]) else "right")
+        table.add_column(heads(rows)[k], justify="left" if k in (kept[0], kept[-1]) else "right")
     for row in rows:
         shown = cells(row)
         table.add_row(*(shown[k].replace(" (best", "\n(best") for k in kept))
@@ -260,14 +295,19 @@ def terminal(rows: Sequence[Row]) -> Table:
 def markdown(rows: Sequence[Row], *, note: str) -> str:
     """The table as Markdown, with links to its run folders."""
     lines = [f"**{note[0].upper()}{note[1:]}.**", ""] if note else []
-    lines += [f"| {' | '.join(HEADS)} |", f"| --- |{' ---: |' * 7} --- | ---: | ---: |"]
+    lines += [f"| {' | '.join(heads(rows))} |", f"| --- |{' ---: |' * 7} --- | ---: | ---: |"]
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
     lines += ["", LEGEND, ""]
     for row in rows:
-        links = (f"[{Path(run).name}]({quote(run)})" for run in row.runs)
+        links = (f"[{_escaped(Path(run).name)}]({quote(run)})" for run in row.runs)
         machine = f" ({', '.join(row.machines)})" if row.machines else ""
         lines.append(f"- {row.network}{machine}: {', '.join(links)}")
     return "\n".join(lines) + "\n"
+
+
+def _escaped(name: str) -> str:
+    """A folder's name as text of a Markdown link."""
+    return re.sub(r"([\\`*_\[\]|<>])", r"\\\1", name)
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -277,7 +317,7 @@ def _csv(rows: Sequence[Row]) -> str:
     writer.writerow([*names, "interval_low", "interval_high"])
     for row in rows:
         values: list[Any] = [getattr(row, name) for name in names]
-        flat = [" ".join(value) if isinstance(value, tuple) else value for value in values]
+        flat = ["; ".join(value) if isinstance(value, tuple) else value for value in values]
         writer.writerow(["" if value is None else value for value in (*flat, *(row.interval or ("", "")))])
     return text.getvalue()
 
