@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastres.benchreport import Comparison, compare
 
@@ -67,7 +68,9 @@ def table(found: Mapping[str, tuple[float, Comparison]]) -> Table:
         result.add_column(head, justify="right", no_wrap=True)
     for name, (noise, c) in found.items():
         low, high = (f"{100 * (value - 1):+.1f}" for value in (c.low, c.high))
-        result.add_row(name, f"{100 * (c.ratio - 1):+.1f} %", f"{low} to {high} %", f"{100 * noise:.1f} %", c.verdict)
+        result.add_row(
+            Text(name), f"{100 * (c.ratio - 1):+.1f} %", f"{low} to {high} %", f"{100 * noise:.1f} %", c.verdict
+        )
     return result
 
 

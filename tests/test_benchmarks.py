@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import peers, regressions, results_table, throughput
 from benchmarks.baselines import amp, plain, tuned
@@ -137,6 +138,12 @@ def test_slower_is_what_differs_by_more_than_equal_code() -> None:
 def test_tests_that_one_commit_lacks_are_left_out() -> None:
     turn = ({"a": 1.0, "gone": 1.0}, {"a": 1.0, "new": 1.0}, {"a": 1.0, "gone": 1.0})
     assert list(regressions.judge([turn, turn])) == ["a"]
+
+
+def test_the_table_shows_which_of_a_tests_parameters_is_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    turn = ({"test_loader[dali]": 1.0}, {"test_loader[dali]": 1.0}, {"test_loader[dali]": 1.0})
+    Console(width=80).print(regressions.table(regressions.judge([turn] * 3)))
+    assert "test_loader[dali]" in capsys.readouterr().out  # rich takes what is in brackets for a style
 
 
 def test_an_unknown_commit_is_said() -> None:
