@@ -32,11 +32,28 @@ SIGNALLED = (130, 143, -signal.SIGTERM)  # exit codes of a command that was stop
 UNFINISHED = "not all runs are finished"  # what `fastres reproduce` says where its budget ended first
 
 
+# What a first half hour on a GPU is for: whether the fast path is right, how fast it is, and what to mend.
+FIRST = (
+    "ceilings/all",
+    "parity/test_graph_equals_no_graph_in_every_bit",
+    "parity/test_batches_are_right_while_the_host_runs_ahead",
+    "parity/test_steps_wait_for_nothing",
+    "bench/resnet20",
+    "profile/resnet20",
+    "host/resnet20",
+    "switches/resident",
+    "switches/no-combo-kernels",
+    "seeds/resnet20",
+    "bench/resnet110",
+)
+
+
 def all_tasks(setting: Setting) -> list[Task]:
     """The tasks in the order in which they are of use, but for those that cannot run in this setting."""
+    ranks = {name: rank for rank, name in enumerate(FIRST)}
     return [
         task
-        for task in _tasks(setting)
+        for task in sorted(_tasks(setting), key=lambda task: ranks.get(task.name, len(ranks)))
         if not setting.tiny or not (task.needs_gpu or (task.needs_data and not setting.data_dir))
     ]
 

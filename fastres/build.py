@@ -152,7 +152,13 @@ def build_loaders(configs: Sequence[RunConfig], images: ImageSet, mean: Mean, ru
     kind = loader_kind(execution, runtime)
     if kind == "dali":
         dali = DaliLoader(
-            images, first, others=others, num_threads=runtime.threads, ahead=execution.graph_steps, **options
+            images,
+            first,
+            others=others,
+            num_threads=runtime.threads,
+            ahead=execution.graph_steps,
+            compiled=runtime.compile_scope != "none" and runtime.device.type == "cuda",
+            **options,
         )
         return [*dali.seats()]
     if kind == "torchvision":

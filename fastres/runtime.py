@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -105,6 +106,10 @@ def _set_up_cuda(device: torch.device, precision: str, *, deterministic: bool) -
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(deterministic)  # off again, too: a benchmark has cells of both kinds
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (a kernel a tensor, to find bugs)
+    if precision != "tf32":
+        # Inductor warns of any fp32 product; the last layer's is one on purpose.
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
     if deterministic or "torch._inductor.config" in sys.modules:
         import torch._inductor.config as inductor  # seconds, so only where it is wanted
 
@@ -303,10 +308,13 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that runs, with "+" where files differ from it; None for an installed wheel."""
+    """The commit of the source tree that runs, with "+" where files differ from it; None where nothing says.
+
+    A copy without its .git may be told by FASTRES_COMMIT.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("FASTRES_COMMIT")
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
     changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
     return commit and commit + ("+" if changed else "")

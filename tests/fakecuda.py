@@ -22,8 +22,8 @@ class FakeStream:
         self.before: set[Hashable] = set()
         self.clock = 0.0
 
-    def record_event(self) -> frozenset[Hashable]:
-        return frozenset(self.before)
+    def record_event(self) -> "Recorded":
+        return Recorded(self.before)
 
     def wait_event(self, event: frozenset[Hashable]) -> None:
         self.before |= event
@@ -32,6 +32,15 @@ class FakeStream:
         self.wait_event(other.record_event())
 
     def synchronize(self) -> None: ...
+
+
+class Recorded(frozenset[Hashable]):
+    """An event: what comes before it, and whether the device has got there, which it has when it is told so."""
+
+    done = False
+
+    def query(self) -> bool:
+        return self.done
 
 
 @dataclass(frozen=True, eq=False)

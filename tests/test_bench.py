@@ -93,7 +93,7 @@ def test_what_is_timed_is_the_training_step(tmp_path: Path, monkeypatch: pytest.
     one = Bench(cell(tmp_path), make_synthetic(), num_steps=100)
     assert one.run(7) > 0
     parts = one.parts(5)
-    assert taken == list(range(bench.FIRST_STEPS + 12 + 3 * bench.COLD_STEPS))
+    assert taken == list(range(bench.FIRST_STEPS + 12 + 4 * bench.COLD_STEPS))
     assert set(parts) == {*PARTS, "gaps"}
     assert min(parts.values()) > 0
     assert one.run(3) > 0  # the stopwatches are gone

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from fastres.build import build_evaluator, build_loaders, build_net, build_optim
 from fastres.config import RunConfig, make_config, merge
 from fastres.cudagraph import CapturedGraph
 from fastres.data.dali import dali_available
+from fastres.data.plan import EpochPlan
 from fastres.data.synthetic import make_synthetic
 from fastres.data.table import TableLoader
 from fastres.errors import Interrupted
@@ -29,7 +31,14 @@ from tests.runs import assert_same_run
 from tests.test_loop import interrupt_at
 from tests.test_step import assert_compiled_bf16_is_as_exact_as_eager, assert_compiled_is_eager_in_fp64, compiles
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+# torch has notices of its own on a GPU: prototype sync-debug mode, .grad of a tensor that is traced. One is no notice:
+# gradients that are accumulated on another stream than their forward's.
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("error:The AccumulateGrad node's stream"),
+]
 LOADERS = ["resident", pytest.param("dali", marks=pytest.mark.skipif(not dali_available(), reason="DALI is missing"))]
 DETERMINISTIC = {"deterministic": True, "device": "cuda"}
 
@@ -91,8 +100,6 @@ def test_compiled_bf16_is_as_exact_as_eager_bf16(scope: str) -> None:
 def test_batches_on_the_gpu_are_the_cpus(loader: str, precision: str) -> None:
     step, _ = built(config(execution={"loader": loader, "precision": precision, "compile": False, "cuda_graph": False}))
     replica, images = step.replicas[0], make_synthetic()
-    from fastres.data.plan import EpochPlan
-
     plan = EpochPlan(0, len(images.train_images))
     reference = TableLoader(images, plan, batch_size=128, device=torch.device("cpu"), dtype=replica.dtype)
     for k in range(3 * len(images.train_images) // 128 + 2):
@@ -100,6 +107,27 @@ def test_batches_on_the_gpu_are_the_cpus(loader: str, precision: str) -> None:
         counter = torch.tensor([k])
         for ours, theirs in zip(replica.loader.load(counter.cuda()), reference.load(counter), strict=True):
             assert torch.equal(ours.cpu(), theirs), k
+    close(step)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_batches_are_right_while_the_host_runs_ahead(loader: str) -> None:
+    """Nothing is read before the last step is launched, and the device is kept busy: no buffer is reused early."""
+    step, _ = built(config(execution={"loader": loader, "precision": "fp32", "compile": False, "cuda_graph": False}))
+    replica, images, num_steps = step.replicas[0], make_synthetic(), 400
+    weights = torch.randn(128, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    on_gpu, counters = weights.cuda(), torch.arange(num_steps, device="cuda").view(-1, 1)
+    sums, busy = torch.zeros(num_steps, dtype=torch.float64, device="cuda"), torch.randn(4096, 4096, device="cuda")
+    for k in range(num_steps):
+        replica.loader.prepare(k)
+        torch.mm(busy, busy)
+        sums[k] = (replica.loader.load(counters[k])[0].double() * on_gpu).sum()
+    plan = EpochPlan(0, len(images.train_images))
+    reference = TableLoader(images, plan, batch_size=128, device=torch.device("cpu"), dtype=torch.float32)
+    for k, ours in enumerate(sums.tolist()):
+        reference.prepare(k)
+        theirs = float((reference.load(torch.tensor([k]))[0].double() * weights).sum())
+        assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-9), k
     close(step)
 
 
@@ -188,9 +216,12 @@ def test_the_profiler_sees_no_synchronisation_either(loader: str) -> None:
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
         launch_seconds(step, timer, 64, 128)
-    waits = {e.key: e.count for e in seen.key_averages() if "Synchronize" in e.key}
+    events = seen.events()
+    threads = {event.thread for event in events if event.name == "cudaGraphLaunch"}  # DALI's may wait
+    assert len(threads) == 1
+    waits = Counter(event.name for event in events if "Synchronize" in event.name and event.thread in threads)
     assert waits.pop("cudaDeviceSynchronize", 0) <= 1  # the profiler's own, at its end
-    assert waits == {}
+    assert not waits
     close(step)
 
 

@@ -298,11 +298,14 @@ def test_sections_in_the_order_of_use_and_a_task_for_every_gpu_test() -> None:
     tasks = all_tasks(Setting(Path("x")))
     sections = list(dict.fromkeys(task.section for task in tasks))
     assert sections == [
-        "ceilings", "parity", "bench", "host", "evaluation", "start", "switches", "profile", "scaling", "seeds",
+        "ceilings", "parity", "bench", "profile", "host", "switches", "seeds", "evaluation", "start", "scaling",
         "memory", "train", "table6",
     ]  # fmt: skip
     assert len({task.name for task in tasks}) == len(tasks)
-    assert [task.name for task in tasks if task.section == "parity"] == [f"parity/{test}" for test in gpu_tests()]
+    assert [task.name for task in tasks[: len(gpu_tasks.FIRST)]] == list(gpu_tasks.FIRST)
+    # the start of a machine and three calls of nine minutes
+    assert sum(task.seconds for task in tasks[: len(gpu_tasks.FIRST)]) < 30 * 60
+    assert {task.name for task in tasks if task.section == "parity"} == {f"parity/{test}" for test in gpu_tests()}
     assert "test_steps_wait_for_nothing" in gpu_tests()
     names = {task.name for task in tasks}
     assert {f"bench/race_resnet{depth}_{side}" for depth in (20, 56, 110) for side in ("tuned", "tuned_graphs")} < names
@@ -349,7 +352,7 @@ def test_list_is_there_at_once(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert lines[-1] == "False"
-    assert [line.split()[:2] for line in lines[:2]] == [["open", "bench/resnet20"], ["open", "bench/resnet32"]]
+    assert [line.split()[:2] for line in lines[:2]] == [["open", "bench/resnet20"], ["open", "bench/resnet110"]]
     assert lines[-2].split()[1] == "train/resnet20"
 
 

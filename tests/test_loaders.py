@@ -29,7 +29,7 @@ from fastres.data.table import TableLoader
 from fastres.data.torchvision import TorchvisionLoader
 from fastres.errors import MachineError
 from fastres.runtime import Runtime
-from tests.fakecuda import FakeCuda, FakeStream
+from tests.fakecuda import FakeCuda, FakeStream, Recorded
 
 CPU, NUM, BATCH = torch.device("cpu"), 50, 16
 STEPS = 3 * NUM // BATCH + 2  # over three epochs; 16 does not divide 50, so batches straddle their edges
@@ -496,6 +496,51 @@ def test_the_ring_is_ordered_by_events(images: ImageSet, monkeypatch: pytest.Mon
             training.before.add(("step", step))
     assert len(taken) > 2 * dali.RING_RUNS
     loader.close()
+
+
+@needs_dali
+def test_dalis_buffers_are_held_until_their_copy_is_done(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DALI writes a later run into a buffer that was let go, and knows nothing of the stream that copies."""
+    loader = make(DaliLoader, images, steps_per_run=2)
+    cuda, outputs = FakeCuda(monkeypatch), loader._pipeline.outputs
+    loader._side = FakeStream()
+
+    class OnNoStream:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(pipeline, name)
+
+        def outputs(self, cuda_stream: int) -> Any:
+            assert cuda_stream == FakeStream.cuda_stream
+            return outputs()
+
+    pipeline, loader._pipeline = loader._pipeline, OnNoStream()
+    for step in range(0, 12, 2):
+        loader.prepare(step)
+        cuda.current.before.add(("step", step))
+    assert len(loader._held) == 6 + 2  # a run for each, and two ahead: the device has done nothing yet
+    events = [event for event, _ in loader._held]
+    for event in events[:3]:
+        assert isinstance(event, Recorded)
+        event.done = True
+    loader.prepare(12)
+    assert [event for event, _ in loader._held][:-1] == events[3:]
+    loader.close()
+    assert not loader._held
+
+
+@needs_dali
+def test_a_compiled_ring_gives_the_same_batches(images: ImageSet, references: list[Tensor]) -> None:
+    loaders = [make(DaliLoader, images, steps_per_run=2, compiled=compiled) for compiled in (False, True)]
+    for step in range(5):
+        for loader in loaders:
+            loader.prepare(step)
+        (batch, labels), (other, others) = (loader.load(torch.tensor([step])) for loader in loaders)
+        assert torch.equal(batch, references[step])
+        assert torch.equal(batch, other)
+        assert torch.equal(labels, others)
+        assert batch.stride() == other.stride()
+    for loader in loaders:
+        loader.close()
 
 
 @needs_dali

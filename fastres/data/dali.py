@@ -9,7 +9,8 @@ shifted and mirrored by an affine map a frame, zeros outside.
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -19,10 +20,11 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from fastres.data.deviceplan import DevicePlan, decode
+from fastres.data.deviceplan import DevicePlan, decode_index, look_up
 from fastres.data.imageset import IMAGE_SIZE, ImageSet
 from fastres.data.pixels import Floats, pixels
 from fastres.data.plan import PAD, EpochPlan, Samples
+from fastres.data.resident import ONE_KERNEL
 from fastres.errors import MachineError, says_out_of_memory
 
 RUNS_AHEAD = 2  # runs that are asked for before the first of them is taken
@@ -53,6 +55,7 @@ class DaliLoader:
         ahead: Steps that may be prepared before the first of them is launched: those of a graph.
         steps_per_run: Steps in one pipeline run; default: about 4,096 images, of all plans. At least `ahead`, or the
             ring would be filled anew before it is read.
+        compiled: Compile what a step takes from the ring; else each operation is a kernel.
 
     Raises:
         MachineError: DALI is not installed, or does not start.
@@ -74,6 +77,7 @@ class DaliLoader:
         num_threads: int = 2,
         ahead: int = 1,
         steps_per_run: int | None = None,
+        compiled: bool = False,
     ) -> None:
         if not dali_available():
             raise MachineError(
@@ -87,6 +91,10 @@ class DaliLoader:
         self._codes = [DevicePlan(each, batch_size, device) for each in self.plans]
         shape = (RING_RUNS * self.steps_per_run, len(self.plans), batch_size, IMAGE_SIZE, IMAGE_SIZE, 3)
         self._ring = torch.zeros(shape, dtype=dtype, device=device)
+        self._rings = [self._ring[:, place] for place in range(len(self.plans))]
+        self._from_ring: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = _from_ring
+        if compiled:
+            self._from_ring = torch.compile(_from_ring, fullgraph=True, dynamic=False, options=ONE_KERNEL)
         # On which the ring is filled, beside the training.
         self._side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._filled: dict[int, torch.cuda.Event | None] = {}  # runs in the ring, and when their copy is done
@@ -99,7 +107,9 @@ class DaliLoader:
         self._next_run = 0  # the run that will be asked for next
         self._asked: list[int] = []  # runs under way, oldest first
         self._started = False
-        self._frames: Tensor | None = None  # of the run taken last: DALI's buffer, kept until its copy is done
+        # DALI's buffers, oldest first, each with when its copy is done: let go, DALI writes the next run into one, and
+        # knows nothing of our stream.
+        self._held: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
         self._run = -1  # the run that is being used
 
     def prepare(self, step: int) -> None:
@@ -132,9 +142,8 @@ class DaliLoader:
 
     def load_of(self, place: int, counter: Tensor) -> tuple[Tensor, Tensor]:
         """The same for the plan at `place` among all plans."""
-        batch = self._ring[:, place].index_select(0, counter % len(self._ring))[0].permute(0, 3, 1, 2)
-        index, *_ = decode(self._codes[place].load(counter))
-        return (batch if self.channels_last else batch.contiguous()), self._labels.index_select(0, index)
+        batch, labels = self._from_ring(self._rings[place], self._codes[place].codes, self._labels, counter)
+        return (batch if self.channels_last else batch.contiguous()), labels
 
     def seats(self) -> list["Seat"]:
         """A loader for each plan, all fed by this one's pipeline."""
@@ -144,7 +153,7 @@ class DaliLoader:
         """Stop DALI's threads and let go of the data."""
         if self._side:
             self._side.synchronize()  # the last copies read DALI's buffers
-        self._frames = None
+        self._held.clear()
         with contextlib.suppress(MachineError):  # what it was at is of no use any more
             self._drain()
         self._pipeline = None
@@ -162,9 +171,12 @@ class DaliLoader:
         with torch.cuda.stream(self._side):  # does nothing where there is none
             if self._side and used:
                 self._side.wait_event(used)
-            self._frames = self._take()
-            slots.copy_(self._frames.view(slots.shape), non_blocking=True)
-            self._filled[run] = self._side.record_event() if self._side else None
+            while self._held and ((copied := self._held[0][0]) is None or copied.query()):  # type: ignore[no-untyped-call]
+                self._held.popleft()
+            frames = self._take()
+            slots.copy_(frames.view(slots.shape), non_blocking=True)
+            self._filled[run] = copied = self._side.record_event() if self._side else None
+            self._held.append((copied, frames))
 
     def _drain(self) -> None:
         while self._asked:
@@ -213,6 +225,12 @@ class DaliLoader:
         else:
             wrapped = tensors.TensorListCPU(tensor.numpy(), layout=layout)
         self._pipeline.feed_input(name, wrapped)
+
+
+def _from_ring(ring: Tensor, codes: Tensor, labels: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
+    """A plan's batch `(batch, 3, 32, 32)` of the step that `counter` says, and its labels int64 `(batch,)`."""
+    batch = ring.index_select(0, counter % len(ring))[0].permute(0, 3, 1, 2)
+    return batch, labels.index_select(0, decode_index(look_up(codes, counter)))
 
 
 class Seat:

@@ -71,11 +71,15 @@ def encode(samples: Samples) -> npt.NDArray[np.int32]:
     return encoded
 
 
+def decode_index(codes: Tensor) -> Tensor:
+    """The index (int64) of int32 codes, any shape."""
+    return codes.long() & ((1 << INDEX_BITS) - 1)
+
+
 def decode(codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Index, dy, dx (int64) and flip (bool) of int32 codes, any shape."""
-    wide = codes.long()
+    wide, index = codes.long(), decode_index(codes)
     offset = (1 << OFFSET_BITS) - 1
-    index = wide & ((1 << INDEX_BITS) - 1)
     dy = wide >> INDEX_BITS & offset
     dx = wide >> (INDEX_BITS + OFFSET_BITS) & offset
     return index, dy, dx, (wide >> (INDEX_BITS + 2 * OFFSET_BITS)).bool()
