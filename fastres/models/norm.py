@@ -8,6 +8,10 @@ from torch import Tensor, nn
 
 __all__ = ["BatchNorm"]
 
+# Inductor of torch 2.11 takes `_stored` for a view of something else, and gradients come out wrong; of the versions
+# between nothing is known.
+ONE_PASS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
+
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation without torch's counter of batches, over the whole batch or over groups of it.
@@ -36,7 +40,7 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(batch, channels, h, w)` -> the same shape, dtype and layout."""
         if not self.training or self.group in (0, x.shape[0]):
-            if self.training and x.device.type == "cpu" and torch.compiler.is_compiling():
+            if ONE_PASS and self.training and x.device.type == "cpu" and torch.compiler.is_compiling():
                 return self._for_inductor(x)
             return super().forward(x)
         assert self.running_mean is not None
