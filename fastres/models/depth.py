@@ -21,14 +21,11 @@ def check_depth(depth: int, *, imagenet: bool = False) -> None:
     """
     if imagenet:
         if depth not in IMAGENET_BLOCKS:
-            raise InputError(f"depth {depth} is none of the ImageNet networks'; they have {_listed()} layers")
+            known = ", ".join(map(str, IMAGENET_BLOCKS))
+            raise InputError(f"depth {depth} is none of the ImageNet networks'; they have {known} layers")
         return
     if depth >= 8 and (depth - 2) % 6 == 0:
         return
     below = (depth - 2) // 6 * 6 + 2
     nearest = "nearest: 8" if depth < 8 else f"nearest: {below} and {below + 6}"
     raise InputError(f"depth {depth} is not 6n+2; {nearest}")
-
-
-def _listed() -> str:
-    return ", ".join(map(str, IMAGENET_BLOCKS))
