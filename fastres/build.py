@@ -16,6 +16,7 @@ from fastres.data.imageset import ImageSet
 from fastres.evaluator import Evaluator
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.models.imagenet import ImageNetNet, Network
+from fastres.models.norm import BatchNorm
 from fastres.optim import LrSchedule, make_sgd
 from fastres.runtime import Runtime, seeded_generator
 from fastres.step import Loader
@@ -79,7 +80,10 @@ def empty_net(model: cfg.Model, *, num_classes: int) -> Network:
 
 
 def place(net: Network, execution: cfg.Execution, runtime: Runtime) -> Network:
-    """Move a network to its device, its 4-d weights to channels-last where the config says so."""
+    """Move a network to its device, its 4-d weights to channels-last where the config says so; in place."""
+    for module in net.modules():
+        if isinstance(module, BatchNorm):
+            module.native = runtime.native
     layout = torch.channels_last if execution.channels_last else torch.preserve_format
     return net.to(runtime.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
 

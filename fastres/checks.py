@@ -1,6 +1,6 @@
 """What training needs of a machine, looked at one thing at a time; `doctor.py` puts it together.
 
-Nothing is downloaded, trained or written. torch is imported only inside, since it may be what is broken.
+Nothing is downloaded or trained. torch is imported only inside, since it may be what is broken.
 """
 
 import os
@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from fastres import driver
+from fastres import driver, host
 from fastres.errors import FastresError
 
 MIN_TORCH = (2, 11)
@@ -142,11 +142,9 @@ def nvidia_driver() -> Iterable[Finding]:
 
 def cpu() -> Iterable[Finding]:
     """Model, cores, and what `--precision auto` looks at."""
-    from fastres.runtime import bf16_features, cpu_name, num_cores
-
-    features = ", ".join(sorted(bf16_features()))
-    cores = f"{num_cores()} core{'s' if num_cores() > 1 else ''} for as many threads"
-    yield Finding("ok", "CPU", f"{cpu_name()}, {cores}; {features or 'no bf16 units'}")
+    features = ", ".join(sorted(host.bf16_features()))
+    cores = f"{host.num_cores()} core{'s' if host.num_cores() > 1 else ''} for as many threads"
+    yield Finding("ok", "CPU", f"{host.cpu_name()}, {cores}; {features or 'no bf16 units'}")
 
 
 def memory() -> Iterable[Finding]:
@@ -163,15 +161,13 @@ def memory() -> Iterable[Finding]:
 
 
 def compiler() -> Iterable[Finding]:
-    """What torch.compile builds with: a C++ compiler and Python's headers."""
+    """What torch.compile builds with, and fastres its kernels for a CPU: a C++ compiler; Python's headers."""
     import torch
 
-    from fastres.runtime import cpp_compiler
-
-    gpu, found = torch.cuda.is_available(), cpp_compiler()
+    gpu, found = torch.cuda.is_available(), host.cpp_compiler()
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if found is None:
-        why = "none; torch.compile needs one"
+        why = "none; torch.compile and fastres' own CPU kernels need one"
         remedy = "apt-get install g++ (or --no-compile)" if sys.platform == "linux" else "install one, or --no-compile"
         yield Finding("error" if gpu else "note", "compiler", why, remedy, stops=gpu)
     elif not header.exists():
@@ -222,10 +218,10 @@ def dali() -> Iterable[Finding]:
 
 def data(data_dir: Path | None) -> Iterable[Finding]:
     """CIFAR-10, wherever `fastres train` would find it without a network."""
-    from fastres.data.cifar import REMOTE, default_cache_dir, load_cifar10
+    from fastres.data.cifar import REMOTE, load_cifar10
 
     source = data_dir or (Path(os.environ["FASTRES_DATA"]) if os.environ.get("FASTRES_DATA") else None)
-    cached = default_cache_dir() / REMOTE.name
+    cached = host.default_cache_dir() / REMOTE.name
     if source is None and not cached.exists():
         value = f"not here; fastres train downloads it ({REMOTE.num_bytes / 1e6:.0f} MB) into {cached.parent}"
         yield Finding("note", "CIFAR-10", value, "without a network: fastres train --dataset synthetic")
@@ -245,9 +241,8 @@ def data(data_dir: Path | None) -> Iterable[Finding]:
 
 def disk() -> Iterable[Finding]:
     """Room for run folders and for the data cache."""
-    from fastres.data.cifar import default_cache_dir
 
-    for what, folder in (("disk, runs", Path.cwd() / "runs"), ("disk, data cache", default_cache_dir())):
+    for what, folder in (("disk, runs", Path.cwd() / "runs"), ("disk, data cache", host.default_cache_dir())):
         there = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(there).free
         value, runs = f"{free / 1e9:.1f} GB free in {folder}", what == "disk, runs"

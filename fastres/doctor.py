@@ -83,6 +83,8 @@ def _plan() -> str:
     parts = [str(runtime.device), runtime.precision, f"{loader_kind(config.execution, runtime)} loader", compiled]
     if runtime.cuda_graph:
         parts.append("a step as one CUDA graph")
+    if runtime.native:
+        parts.append("fastres' own kernels")
     if runtime.device.type == "cpu":
         parts.append(f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}")
     return ", ".join(parts)

@@ -4,10 +4,8 @@ The only module that sets anything global.
 """
 
 import ctypes
-import functools
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import warnings
@@ -20,8 +18,10 @@ from typing import Any, Literal
 
 import torch
 
+from fastres import host
 from fastres.config import Execution
 from fastres.errors import InputError, MachineError
+from fastres.native.kernels import kernels
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_COMPILATIONS = 128  # of one function
@@ -40,6 +40,7 @@ class Runtime:
     cuda_graph: bool = False
     deterministic: bool = False
     shadow_weights: bool = False
+    native: bool = False
     threads: int = 1  # CPU threads
     notes: tuple[str, ...] = ()  # lines the user should see: a fall-back that was taken
 
@@ -64,10 +65,10 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
     device = _device(execution.device)
     if device.type == "cpu" and execution.device == "auto":
         notes.append("no GPU found: training on the CPU")
-    threads = execution.threads or num_cores()
+    threads = execution.threads or host.num_cores()
     torch.set_num_threads(threads)
     compiled = device.type == "cuda" if execution.compile is None else execution.compile
-    if compiled and not _has_cpp_compiler():  # on a GPU for the launchers that Triton builds
+    if compiled and not host.cpp_compiler():  # on a GPU for the launchers that Triton builds
         raise MachineError(f"--compile on {device.type} needs a C++ compiler; install g++, or use --no-compile")
     if execution.deterministic and execution.compile_mode == "max-autotune":
         raise InputError("--compile-mode max-autotune chooses kernels by timing, which --deterministic rules out")
@@ -77,6 +78,8 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
     shadows = execution.shadow_weights
     if shadows and precision != "bf16":
         raise InputError(f"--shadow-weights are bf16, and the precision here is {precision}; use --precision bf16")
+    native, why_not = _native(execution.native, device)
+    notes += [why_not] if why_not else []
     if device.type == "cpu":
         _keep_freed_memory()
     if device.type == "cuda":
@@ -92,6 +95,7 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
         cuda_graph=device.type == "cuda" and execution.cuda_graph is not False,
         deterministic=execution.deterministic,
         shadow_weights=device.type == "cuda" and precision == "bf16" if shadows is None else shadows,
+        native=native,
         threads=threads,
         notes=tuple(notes),
     )
@@ -129,11 +133,6 @@ def allow_recompilations() -> None:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Autocast to `dtype`, or nothing at all in fp32. Weights stay in fp32 and are cast anew each step."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def num_cores() -> int:
-    """CPU cores this process may use (a container may own fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seeded_generator(seed: int) -> torch.Generator:
@@ -205,14 +204,15 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "dali": _version("nvidia-dali-cuda120") or _version("nvidia-dali-cuda130"),
         "gpu": torch.cuda.get_device_name(runtime.device) if cuda else None,
         "driver": _driver() if cuda else None,
-        "cpu": cpu_name(),
-        "cores": num_cores(),
+        "cpu": host.cpu_name(),
+        "cores": host.num_cores(),
         "threads": runtime.threads,
         "device": str(runtime.device),
         "precision": runtime.precision,
         "compile": runtime.compile_scope,
         "cuda_graph": runtime.cuda_graph,
         "deterministic": runtime.deterministic,
+        "native": runtime.native,
         "platform": platform.platform(),
     }
 
@@ -239,12 +239,26 @@ def _precision(name: str, device: torch.device) -> str:
         raise MachineError("--precision tf32 needs a GPU; use fp32 on the CPU")
     if name != "auto":
         return name
-    return "bf16" if _multiplies_bf16(bf16_features(), amd=_cpu_info("vendor_id") == "AuthenticAMD") else "fp32"
+    return (
+        "bf16" if _multiplies_bf16(host.bf16_features(), amd=host.cpu_info("vendor_id") == "AuthenticAMD") else "fp32"
+    )
 
 
-def bf16_features() -> set[str]:
-    """What the CPU has for bf16, as Linux names it: amx_bf16, avx512_bf16."""
-    return {"amx_bf16", "avx512_bf16"} & set(_cpu_info("flags").split())
+def _native(wanted: bool | None, device: torch.device) -> tuple[bool, str | None]:
+    """Whether to use fastres' own kernels, and what the user should hear where they were not to be had."""
+    if device.type != "cpu":
+        if wanted:
+            raise InputError(f"--native kernels are for a CPU; use --no-native with --device {device}")
+        return False, None
+    if wanted is False:
+        return False, None
+    try:
+        kernels()
+    except MachineError as error:
+        if wanted:
+            raise MachineError(f"--native kernels: {error}") from error
+        return False, f"training without fastres' own CPU kernels, more slowly: {error}"
+    return True, None
 
 
 def _multiplies_bf16(flags: set[str], *, amd: bool) -> bool:
@@ -268,32 +282,6 @@ def _keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(m_mmap_threshold, 1 << 30)
     libc.mallopt(m_trim_threshold, most)
-
-
-def cpp_compiler() -> str | None:
-    """The C++ compiler that torch.compile will find, or None."""
-    names = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
-    return next((found for name in names if (found := shutil.which(name))), None)
-
-
-def _has_cpp_compiler() -> bool:
-    return cpp_compiler() is not None
-
-
-@functools.cache
-def _cpu_info(key: str) -> str:
-    """The first value of a key in Linux's /proc/cpuinfo, or ""."""
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text().splitlines() if path.exists() else []:
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return ""
-
-
-def cpu_name() -> str:
-    """The CPU's model."""
-    return _cpu_info("model name") or platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

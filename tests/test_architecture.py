@@ -19,8 +19,8 @@ MAX_LINES = 350
 # or the whole package; a longer name (models.depth) goes before its package's.
 LAYERS = (
     ("errors",),
-    ("models.depth", "data.imageset", "clock", "driver", "series"),
-    ("configtree",),
+    ("models.depth", "data.imageset", "host", "clock", "driver", "series"),
+    ("configtree", "native"),
     ("config",),
     ("runtime", "optim", "shadow", "models", "data"),
     ("checkpoint", "cudagraph"),

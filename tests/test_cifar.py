@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from fastres.data import cifar, cifar_pickle, download
 from fastres.data.cifar import BATCHES, load_cifar10
 from fastres.errors import InputError, MachineError
+from fastres.host import default_cache_dir
 
 NUM = 10  # images a batch, but in the tests at full size
 FULL = cifar.IMAGES_PER_BATCH
@@ -270,14 +271,14 @@ def test_files_that_cannot_be_read(tmp_path: Path, records: Batches) -> None:
 def test_cache_folder(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cifar.default_cache_dir() == tmp_path / "fastres"
+    assert default_cache_dir() == tmp_path / "fastres"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # "should be considered invalid and ignored", says XDG
-    assert cifar.default_cache_dir() == Path("/home/someone/.cache/fastres")
+    assert default_cache_dir() == Path("/home/someone/.cache/fastres")
     monkeypatch.setenv("FASTRES_CACHE", "~/elsewhere")
-    assert cifar.default_cache_dir() == Path("/home/someone/elsewhere")
+    assert default_cache_dir() == Path("/home/someone/elsewhere")
     monkeypatch.setenv("FASTRES_CACHE", "~nobody.here/x")
     with pytest.raises(MachineError, match="set FASTRES_CACHE"):
-        cifar.default_cache_dir()
+        default_cache_dir()
 
 
 def test_the_cache_comes_before_the_network(binary_tar: Path, monkeypatch: Patch, tmp_path: Path) -> None:

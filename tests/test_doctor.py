@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastres import checks, doctor, driver, runtime
+from fastres import checks, doctor, driver, host, runtime
 from fastres.checks import Finding
 from fastres.cli import run
 from fastres.cli.doctor import plain, table
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The plan sets torch's threads, as training does."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(runtime, "num_cores", lambda: 1)
+    monkeypatch.setattr(host, "num_cores", lambda: 1)
     yield
     torch.set_num_threads(before)
 
@@ -241,11 +241,11 @@ def test_what_the_driver_library_answers(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_compilers(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(runtime, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(host, "cpp_compiler", lambda: None)
     assert (one(checks.compiler()).mark, one(checks.compiler()).stops) == ("note", False)
     gpu((9, 0))
     assert (one(checks.compiler()).mark, one(checks.compiler()).stops) == ("error", True)
-    monkeypatch.setattr(runtime, "cpp_compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(host, "cpp_compiler", lambda: "/usr/bin/g++")
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     assert "Python.h is missing" in one(checks.compiler()).value
     (tmp_path / "Python.h").touch()

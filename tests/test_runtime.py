@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastres import runtime
+from fastres import host
 from fastres.config import Execution
 from fastres.errors import InputError, MachineError
 from fastres.runtime import environment, prepare
@@ -56,7 +56,7 @@ def test_no_gpu_means_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_auto_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch, vendor: str, flags: str, precision: str) -> None:
-    monkeypatch.setattr(runtime, "_cpu_info", {"flags": flags, "vendor_id": vendor}.__getitem__)
+    monkeypatch.setattr(host, "cpu_info", {"flags": flags, "vendor_id": vendor}.__getitem__)
     assert prepare(Execution(device="cpu", threads=1)).precision == precision
     assert prepare(Execution(device="cpu", threads=1, precision="fp16")).precision == "fp16"
 
@@ -103,7 +103,7 @@ def test_what_a_gpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.shutil, "which", lambda _: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(host, "cpp_compiler", lambda: None)
     with pytest.raises(MachineError, match=r"C\+\+ compiler.*--no-compile"):
         prepare(Execution(device="cpu", compile=True, threads=1))
 
@@ -112,7 +112,7 @@ def test_threads() -> None:
     before = torch.get_num_threads()
     try:
         assert prepare(Execution(device="cpu", threads=1)).threads == torch.get_num_threads() == 1
-        assert prepare(Execution(device="cpu")).threads == runtime.num_cores()
+        assert prepare(Execution(device="cpu")).threads == host.num_cores()
     finally:
         torch.set_num_threads(before)
 
@@ -131,6 +131,7 @@ def test_environment_is_json_and_names_the_machine() -> None:
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     code = """
 import resource, torch
+from fastres import host
 from fastres.config import Execution
 from fastres.runtime import prepare
 {prepare}

@@ -155,6 +155,14 @@ def train(
             rich_help_panel=EXECUTION,
         ),
     ] = None,
+    native: Annotated[
+        bool | None,
+        typer.Option(
+            "--native/--no-native",
+            help="fastres' own kernels on a CPU (default: where g++ is there to build them).",
+            rich_help_panel=EXECUTION,
+        ),
+    ] = None,
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--no-channels-last", rich_help_panel=EXECUTION)
     ] = None,
@@ -241,6 +249,7 @@ def train(
             graph_steps=graph_steps,
             deterministic=deterministic,
             shadow_weights=shadow_weights,
+            native=native,
             channels_last=channels_last,
             threads=threads,
             data_dir=None if data_dir is None else str(data_dir),

@@ -18,7 +18,8 @@ import numpy as np
 from fastres.data import cifar_pickle, download
 from fastres.data.cifar_pickle import PIXEL_BYTES
 from fastres.data.imageset import IMAGE_SIZE, Bytes, ImageSet
-from fastres.errors import InputError, MachineError
+from fastres.errors import InputError
+from fastres.host import default_cache_dir
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch")
@@ -88,17 +89,6 @@ def load_cifar10(
         of = "its digest" if train else "the digest of its test images"
         say(f"{source}: not the official CIFAR-10 ({of} is {images.digest}): used, and recorded with the results")
     return images
-
-
-def default_cache_dir() -> Path:
-    """Where a downloaded archive is kept."""
-    try:
-        if folder := os.environ.get("FASTRES_CACHE"):
-            return Path(folder).expanduser()
-        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "fastres"
-    except RuntimeError as error:
-        raise MachineError(f"no cache folder: {error}; set FASTRES_CACHE to one") from error
 
 
 def _find(path: Path, named: str, names: Sequence[str]) -> tuple[Path, Read]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.models.depth import check_depth, num_blocks
+from fastres.models.layer import layer
 from fastres.models.norm import BatchNorm
 
 __all__ = ["CifarNet", "check_depth", "init_he_", "num_parameters"]
@@ -47,12 +48,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, in_channels, h, w)` -> `(batch, channels, h / stride, w / stride)`."""
-        # In place where autograd allows it: batch norm keeps its input, ReLU its output, neither the sum.
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
-        if self.residual:
-            out += shortcut_of(x, self.stride, self.zeros, self.downsample)
-        return F.relu(out, inplace=True)
+        shortcut = shortcut_of(x, self.stride, self.zeros, self.downsample) if self.residual else None
+        return layer(self.conv2, self.bn2, layer(self.conv1, self.bn1, x), shortcut)
 
 
 def zeros_of(num_new: int, pad: Literal["both", "after"]) -> tuple[int, int]:
@@ -136,7 +133,7 @@ class CifarNet(nn.Module):
 
         Under autocast too the logits are fp32: pooling and the fc layer cost next to nothing.
         """
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = layer(self.conv1, self.bn1, images)
         return logits_of(self.layer3(self.layer2(self.layer1(x))), self.fc)
 
 

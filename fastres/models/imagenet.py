@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastres.models.cifar import Block, CifarNet, logits_of, shortcut_of, zeros_of
 from fastres.models.depth import IMAGENET_BLOCKS, check_depth
+from fastres.models.layer import layer
 from fastres.models.norm import BatchNorm
 
 WIDTHS = (64, 128, 256, 512)  # filters of the 3x3 layers at the four map sizes
@@ -52,11 +53,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, in_channels, h, w)` -> `(batch, 4 * width, h / stride, w / stride)`."""
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        out = self.bn3(self.conv3(out))
-        out += shortcut_of(x, self.stride, self.zeros, self.downsample)
-        return F.relu(out, inplace=True)
+        out = layer(self.conv2, self.bn2, layer(self.conv1, self.bn1, x))
+        return layer(self.conv3, self.bn3, out, shortcut_of(x, self.stride, self.zeros, self.downsample))
 
 
 class ImageNetNet(nn.Module):
@@ -115,7 +113,7 @@ class ImageNetNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(batch, 3, h, w)` of the stem's size, any memory format -> logits `(batch, num_classes)`, fp32."""
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = layer(self.conv1, self.bn1, images)
         if self.stem == "large":
             x = F.max_pool2d(x, 3, stride=2, padding=1)
         return logits_of(self.layer4(self.layer3(self.layer2(self.layer1(x)))), self.fc)

@@ -8,10 +8,6 @@ from torch import Tensor, nn
 
 __all__ = ["BatchNorm"]
 
-# Inductor of torch 2.11 takes `_stored` for a view of something else, and gradients come out wrong; of the versions
-# between nothing is known.
-ONE_PASS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
-
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation without torch's counter of batches, over the whole batch or over groups of it.
@@ -31,6 +27,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     _version = 1  # of the state dict: before torch had counters, so that torch's own layer does not miss one in ours
     momentum: float
+    native = False  # whether `layer` may use fastres' own kernels
 
     def __init__(self, channels: int, *, eps: float, momentum: float, group: int = 0) -> None:
         super().__init__(channels, eps=eps, momentum=momentum)
@@ -40,8 +37,6 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(batch, channels, h, w)` -> the same shape, dtype and layout."""
         if not self.training or self.group in (0, x.shape[0]):
-            if ONE_PASS and self.training and x.device.type == "cpu" and torch.compiler.is_compiling():
-                return self._for_inductor(x)
             return super().forward(x)
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -52,18 +47,6 @@ class BatchNorm(nn.BatchNorm2d):
         self.running_mean.lerp_(sum(means[1:], means[0]) / len(means), self.momentum)
         self.running_var.lerp_(sum(variances[1:], variances[0]) / len(means), self.momentum)
         return torch.cat(normed)
-
-    def _for_inductor(self, x: Tensor) -> Tensor:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        around = self.running_mean.clone()  # as it was: it changes below
-        out, mean, variance = _OnePass.apply(x, self.weight, self.bias, around, self.eps)
-        num = x.numel() // x.shape[1]
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (num / (num - 1)), self.momentum)
-        normed: Tensor = out
-        return normed
 
     def _normed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Maps normalised by their own statistics, which are the mean and the unbiased variance of each channel."""
@@ -81,57 +64,3 @@ class BatchNorm(nn.BatchNorm2d):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)  # noqa: SLF001 (past the parent, who adds it)
-
-
-class _OnePass(torch.autograd.Function):
-    """Batch norm in training, written for Inductor on a CPU; its own decomposition is slower there than eager kernels.
-
-    Statistics are sums in one pass, where Inductor's are Welford's, which wait for themselves; of differences from the
-    running mean, without which small variances would drown in large means. Each image is summed on its own first:
-    short sums are plain additions in the generated code, long ones are not. What belongs to a channel is computed once,
-    where Inductor would do it again for every pixel.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, around: Tensor, eps: float) -> tuple[Tensor, ...]:
-        """Normalised maps `(batch, channels, h, w)`, and the batch's mean and biased variance `(channels,)`."""
-        num, maps = x.numel() // x.shape[1], _widened(x)
-        off = maps - _of_channel(around)
-        first, second = _sum(off) / num, _sum(off * off) / num
-        mean = _stored(around + first)
-        variance = _stored((second - first * first).clamp_min(0))
-        rstd = _stored((variance + eps).rsqrt())
-        scale = _stored(weight * rstd)
-        shift = _stored(bias - mean * scale)
-        ctx.save_for_backward(x, mean, rstd, scale)
-        ctx.mark_non_differentiable(mean, variance)
-        return (maps * _of_channel(scale) + _of_channel(shift)).to(x.dtype), mean, variance
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of maps, weight and bias."""
-        x, mean, rstd, scale = ctx.saved_tensors
-        num, maps, grad = x.numel() // x.shape[1], _widened(x), _widened(grads[0])
-        grad_sum, grad_off = _sum(grad), _sum(grad * (maps - _of_channel(mean)))
-        slope = _stored(-scale * rstd * rstd * grad_off / num)
-        offset = _stored(-scale * grad_sum / num - slope * mean)
-        out = grad * _of_channel(scale) + maps * _of_channel(slope) + _of_channel(offset)
-        return out.to(x.dtype), grad_off * rstd, grad_sum, None, None
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _sum(maps: Tensor) -> Tensor:
-    """Over all but the channels."""
-    return _stored(maps.sum((2, 3))).sum(0)
-
-
-def _of_channel(values: Tensor) -> Tensor:
-    return values.view(1, -1, 1, 1)
-
-
-def _stored(values: Tensor) -> Tensor:
-    """The same, which Inductor writes to memory instead of computing it again where it is used: so it treats views."""
-    return values.as_strided(values.shape, values.stride())

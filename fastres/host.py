@@ -1,0 +1,56 @@
+"""The host: cores, CPU, compiler, and the folder for what outlives a run. Nothing here needs torch."""
+
+import functools
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from fastres.errors import MachineError
+
+
+def num_cores() -> int:
+    """CPU cores this process may use (a container may own fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def cpu_info(key: str) -> str:
+    """The first value of a key in Linux's /proc/cpuinfo, or ""."""
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def cpu_name() -> str:
+    """The CPU's model."""
+    return cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def bf16_features() -> set[str]:
+    """What the CPU has for bf16, as Linux names it: amx_bf16, avx512_bf16."""
+    return {"amx_bf16", "avx512_bf16"} & set(cpu_info("flags").split())
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile will find, or None."""
+    names = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def default_cache_dir() -> Path:
+    """A downloaded archive and built kernels: `$FASTRES_CACHE`, `$XDG_CACHE_HOME/fastres` or `~/.cache/fastres`.
+
+    Raises:
+        MachineError: `~` stands for no folder.
+    """
+    try:
+        if folder := os.environ.get("FASTRES_CACHE"):
+            return Path(folder).expanduser()
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "fastres"
+    except RuntimeError as error:
+        raise MachineError(f"no cache folder: {error}; set FASTRES_CACHE to one") from error

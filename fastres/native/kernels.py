@@ -1,0 +1,90 @@
+"""Builds and loads the C++ beside it: kernels for training on a CPU."""
+
+import ctypes
+import functools
+import hashlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch  # before the library is loaded, which then shares torch's OpenMP and its threads
+
+from fastres.errors import MachineError
+from fastres.host import cpu_info, default_cache_dir
+
+FOLDER = Path(__file__).parent
+COMPILER = "g++"  # since torch's OpenMP on Linux is GCC's
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+LANES, COLUMNS = 16, 64  # as in lanes.h and norm.cpp
+DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # of maps, as norm.cpp names them
+
+Kernel = Callable[..., None]
+POINTER, FLOAT, INT64, INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_int
+
+
+class Kernels:
+    """What the C++ has; arguments as there.
+
+    Attributes:
+        norm_forward, norm_backward: By dtype of the maps.
+        conv_weight_grad: None where the CPU has no AVX-512 for bf16, or AMX, by which torch is quicker.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        def kernel(name: str, *types: type) -> Kernel:
+            function = library[name]
+            function.argtypes, function.restype = types, None
+            return function
+
+        self.norm_forward = {
+            dtype: kernel(f"norm_forward_{name}", *[POINTER] * 8, INT64, INT64, FLOAT, FLOAT, INT)
+            for dtype, name in DTYPES.items()
+        }
+        self.norm_backward = {
+            dtype: kernel(f"norm_backward_{name}", *[POINTER] * 8, INT64, INT64, INT) for dtype, name in DTYPES.items()
+        }
+        self.conv_weight_grad: Kernel | None = None
+        if hasattr(library, "conv_weight_grad") and "amx_bf16" not in cpu_info("flags").split():
+            self.conv_weight_grad = kernel("conv_weight_grad", *[POINTER] * 3, *[INT64] * 5, INT)
+
+
+@functools.cache
+def kernels() -> Kernels:
+    """The kernels, built on first use (two seconds) and kept in the cache for the next process.
+
+    Raises:
+        MachineError: This is not Linux, there is no g++, it does not build, or the cache cannot be used.
+    """
+    if platform.system() != "Linux":
+        raise MachineError(f"they are for Linux, and this is {platform.system()}")
+    if (compiler := shutil.which(COMPILER)) is None:
+        raise MachineError("there is no g++; apt-get install g++")
+    sources = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
+    # By all that the result depends on: -march=native makes code for this very CPU, and a home may be on several.
+    made_of = (FLAGS, _run([compiler, "--version"]), platform.machine(), cpu_info("flags"))
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr(made_of).encode()).hexdigest()
+    path = default_cache_dir() / f"native-{key[:16]}.so"
+    try:
+        return Kernels(ctypes.CDLL(str(path)))
+    except OSError:  # not there, or cut off by a power failure
+        pass
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # moved when whole: others may build it as well
+            built = Path(folder) / path.name
+            _run([compiler, *FLAGS, *(str(source) for source in sources if source.suffix == ".cpp"), "-o", str(built)])
+            built.replace(path)
+        return Kernels(ctypes.CDLL(str(path)))
+    except OSError as error:
+        raise MachineError(f"{path.parent}: {error}; set FASTRES_CACHE to another folder") from error
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+        raise MachineError(f"{command[0]} cannot build them: {said}")
+    return done.stdout

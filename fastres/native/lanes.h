@@ -1,0 +1,40 @@
+// Vectors of 16 floats, and of 16 bfloat16 that become floats: GCC's own, which are whatever the machine has.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+constexpr int64_t LANES = 16;
+
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+using Mask = int32_t __attribute__((vector_size(4 * LANES)));
+using bf16 = uint16_t;  // the upper half of a float
+
+template <class V, class T>
+inline V read(const T* from) {
+  V values;
+  std::memcpy(&values, from, sizeof values);
+  return values;
+}
+
+template <class V, class T>
+inline void write(T* to, V values) {
+  std::memcpy(to, &values, sizeof values);
+}
+
+inline Words words(const bf16* from) { return __builtin_convertvector(read<Halves>(from), Words); }
+
+inline Floats load(const float* from) { return read<Floats>(from); }
+inline Floats load(const bf16* from) { return (Floats)(words(from) << 16); }
+
+inline void store(float* to, Floats values) { write(to, values); }
+inline void store(bf16* to, Floats values) {
+  const Words bits = (Words)values;
+  const Words nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
+  write(to, __builtin_convertvector(nearest, Halves));
+}
+
+inline Floats where(Mask mask, Floats values) { return (Floats)((Mask)values & mask); }
