@@ -78,7 +78,7 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
     shadows = execution.shadow_weights
     if shadows and precision != "bf16":
         raise InputError(f"--shadow-weights are bf16, and the precision here is {precision}; use --precision bf16")
-    native, why_not = _native(execution.native, device)
+    native, why_not = _native(execution.native, device, shadows=bool(shadows))
     notes += [why_not] if why_not else []
     if device.type == "cpu":
         _keep_freed_memory()
@@ -244,11 +244,12 @@ def _precision(name: str, device: torch.device) -> str:
     )
 
 
-def _native(wanted: bool | None, device: torch.device) -> tuple[bool, str | None]:
+def _native(wanted: bool | None, device: torch.device, *, shadows: bool) -> tuple[bool, str | None]:
     """Whether to use fastres' own kernels, and what the user should hear where they were not to be had."""
-    if device.type != "cpu":
+    if device.type != "cpu" or shadows:
         if wanted:
-            raise InputError(f"--native kernels are for a CPU; use --no-native with --device {device}")
+            other = f"--device {device}" if device.type != "cpu" else "--shadow-weights"
+            raise InputError(f"--native kernels are for fp32 weights on a CPU; use --no-native with {other}")
         return False, None
     if wanted is False:
         return False, None

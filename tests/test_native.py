@@ -239,6 +239,21 @@ def test_a_network_learns_with_them_as_with_torchs() -> None:
     assert losses[0] < 2
 
 
+def test_a_bf16_gradient_is_as_exact_as_torchs() -> None:
+    images, labels = randn(32, 3, 32, 32, seed=1), torch.arange(32) % 10
+
+    def gradient(precision: str, *, use: bool, dtype: torch.dtype) -> Tensor:
+        net = build_net(make_config(model={"depth": 14}), Runtime(CPU, precision, native=use), num_classes=10)
+        with torch.autocast("cpu", BF16, enabled=precision == "bf16"):
+            loss = F.cross_entropy(net.to(dtype)(images.to(BF16 if precision == "bf16" else dtype)), labels)
+        loss.backward()
+        return torch.cat([p.grad.flatten().double() for p in net.parameters() if p.grad is not None])
+
+    expected = gradient("fp32", use=False, dtype=torch.float64)
+    by_torch, ours = ((gradient("bf16", use=use, dtype=FP32) - expected).norm() for use in (False, True))
+    assert 0 < ours <= 1.05 * by_torch
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_they_are_what_they_are_eager() -> None:
@@ -289,6 +304,8 @@ def test_where_they_are_used() -> None:
     assert prepare(Execution(device="cpu", threads=1)).native
     assert prepare(Execution(device="cpu", threads=1, compile=True)).native
     assert not prepare(Execution(device="cpu", threads=1, native=False)).native
+    shadows = Execution(device="cpu", threads=1, precision="bf16", shadow_weights=True)
+    assert not prepare(shadows).native  # its weights are bf16
     for use in (False, True):
         net = build_net(make_config(), Runtime(CPU, "fp32", native=use), num_classes=10)
         assert {module.native for module in net.modules() if isinstance(module, BatchNorm)} == {use}
@@ -299,7 +316,9 @@ def test_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastres.runtime._set_up_cuda", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert not prepare(Execution(threads=1)).native
-    with pytest.raises(InputError, match=r"--native kernels are for a CPU.*--no-native with --device cuda:0"):
+    with pytest.raises(
+        InputError, match=r"--native kernels are for fp32 weights on a CPU; use --no-native with --device cuda:0"
+    ):
         prepare(Execution(threads=1, native=True))
 
 
