@@ -78,7 +78,7 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
     shadows = execution.shadow_weights
     if shadows and precision != "bf16":
         raise InputError(f"--shadow-weights are bf16, and the precision here is {precision}; use --precision bf16")
-    native, why_not = _native(execution.native, device, shadows=bool(shadows))
+    native, why_not = _native(execution, device, precision)
     notes += [why_not] if why_not else []
     if device.type == "cpu":
         _keep_freed_memory()
@@ -244,12 +244,18 @@ def _precision(name: str, device: torch.device) -> str:
     )
 
 
-def _native(wanted: bool | None, device: torch.device, *, shadows: bool) -> tuple[bool, str | None]:
+def _native(execution: Execution, device: torch.device, precision: str) -> tuple[bool, str | None]:
     """Whether to use fastres' own kernels, and what the user should hear where they were not to be had."""
-    if device.type != "cpu" or shadows:
+    wanted = execution.native
+    others = {
+        f"--device {device}": device.type != "cpu",
+        f"--precision {precision}": precision not in ("fp32", "bf16"),
+        "--shadow-weights": bool(execution.shadow_weights),  # which are bf16
+        "--no-channels-last": not execution.channels_last,
+    }
+    if against := [flag for flag, given in others.items() if given]:
         if wanted:
-            other = f"--device {device}" if device.type != "cpu" else "--shadow-weights"
-            raise InputError(f"--native kernels are for fp32 weights on a CPU; use --no-native with {other}")
+            raise InputError(f"--native kernels do not go with {against[0]}; use --no-native, or leave that out")
         return False, None
     if wanted is False:
         return False, None

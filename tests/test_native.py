@@ -1,9 +1,11 @@
 """native/: fastres' own CPU kernels against the same arithmetic in float64, how they are built, where they are used."""
 
 import itertools
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from fastres.build import build_net
 from fastres.config import Execution, make_config
-from fastres.errors import InputError, MachineError
+from fastres.errors import InputError, MachineError, says_out_of_memory
 from fastres.models.layer import layer
 from fastres.models.norm import BatchNorm
 from fastres.native import kernels as native
@@ -198,7 +200,10 @@ def test_what_is_not_finite_stays_so(value: float, dtype: torch.dtype) -> None:
     assert found["running mean"].isfinite().logical_not().all()
 
 
-OTHERS = ["evaluation", "groups", "NCHW", "float64", "float32 under autocast", "24 channels", "one value"]
+OTHERS = [
+    "evaluation", "groups", "NCHW", "float64", "float32 under autocast", "24 channels", "one value", "dilation",
+    "strided statistics",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("what", OTHERS)
@@ -210,6 +215,10 @@ def test_what_the_kernels_do_not_take_is_torchs(what: str) -> None:
         conv, norm = make(16, 24 if what == "24 channels" else 16, use=use)
         norm.group = 2 if what == "groups" else 0
         norm.train(what != "evaluation")
+        if what == "dilation":
+            conv.dilation = conv.padding = (2, 2)
+        if what == "strided statistics":
+            norm.running_mean = torch.zeros(16, 2)[:, 0]
         if what == "float64":
             conv.double()
             norm.double()
@@ -282,33 +291,69 @@ def test_built_once_and_built_again_where_damaged(cache: Path, monkeypatch: pyte
     assert len(commands) == 2
     native.kernels.cache_clear()
     native.kernels()
-    assert [command[-1] for command in commands[2:]] == ["--version"]
-    damaged = cache / "after a power failure" / path.name
-    damaged.parent.mkdir()
-    damaged.touch()
-    monkeypatch.setenv("FASTRES_CACHE", str(damaged.parent))
-    native.kernels.cache_clear()
-    native.kernels()
-    assert damaged.stat().st_size == path.stat().st_size
+    assert len(commands) == 3  # only asked what it would build for
+    whole = path.read_bytes()
+    for k, damaged in enumerate((whole[: len(whole) // 2], whole[:-5_000] + bytes(5_000))):
+        folder = cache / str(k)  # a library that is loaded must not change
+        folder.mkdir()
+        (folder / path.name).write_bytes(damaged)
+        monkeypatch.setenv("FASTRES_CACHE", str(folder))
+        native.kernels.cache_clear()
+        native.kernels()
+        assert (folder / path.name).read_bytes() == whole
 
 
 def test_another_cpu_has_kernels_of_its_own(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     native.kernels()
-    monkeypatch.setattr(native, "cpu_info", lambda _: "fpu sse2")
+    run_command = native._run
+    monkeypatch.setattr(
+        native, "_run", lambda command: run_command(command) + "#define __SSE9__ 1" * ("-dM" in command)
+    )
     native.kernels.cache_clear()
     native.kernels()
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_cpu_without_avx512_has_shorter_vectors(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("for x86")
+    x, grad = (randn(5, 32, 8, 8, seed=seed, dtype=BF16) for seed in (1, 2))
+    expected = run(make(32, 32), x, None, grad)
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-march=x86-64"))
+    native.kernels.cache_clear()
+    assert native.kernels().conv_weight_grad is None
+    found = run(make(32, 32), x, None, grad)
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 2 * LAST_DIGIT[BF16] * value.norm(), name
+
+
+def test_where_memory_runs_out_it_is_said_in_torchs_words() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        native._check(1)
+    assert says_out_of_memory(caught.value)
 
 
 def test_where_they_are_used() -> None:
     assert prepare(Execution(device="cpu", threads=1)).native
     assert prepare(Execution(device="cpu", threads=1, compile=True)).native
     assert not prepare(Execution(device="cpu", threads=1, native=False)).native
-    shadows = Execution(device="cpu", threads=1, precision="bf16", shadow_weights=True)
-    assert not prepare(shadows).native  # its weights are bf16
     for use in (False, True):
         net = build_net(make_config(), Runtime(CPU, "fp32", native=use), num_classes=10)
         assert {module.native for module in net.modules() if isinstance(module, BatchNorm)} == {use}
+
+
+NOT_WITH: list[tuple[str, dict[str, Any]]] = [
+    ("--precision fp16", {"precision": "fp16"}),
+    ("--shadow-weights", {"precision": "bf16", "shadow_weights": True}),
+    ("--no-channels-last", {"channels_last": False}),
+]
+
+
+@pytest.mark.parametrize(("flag", "how"), NOT_WITH)
+def test_what_they_do_not_go_with(flag: str, how: dict[str, Any]) -> None:
+    assert not prepare(Execution(device="cpu", threads=1, **how)).native
+    with pytest.raises(InputError, match=f"--native kernels do not go with {flag}; use --no-native"):
+        prepare(Execution(device="cpu", threads=1, native=True, **how))
 
 
 def test_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,9 +361,7 @@ def test_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastres.runtime._set_up_cuda", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert not prepare(Execution(threads=1)).native
-    with pytest.raises(
-        InputError, match=r"--native kernels are for fp32 weights on a CPU; use --no-native with --device cuda:0"
-    ):
+    with pytest.raises(InputError, match="--native kernels do not go with --device cuda:0"):
         prepare(Execution(threads=1, native=True))
 
 
@@ -332,6 +375,13 @@ def other_system(monkeypatch: pytest.MonkeyPatch, _: Path) -> str:
     return "they are for Linux, and this is Darwin"
 
 
+def broken_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
+    (folder / "g++").write_text("#!/no/such/interpreter")
+    (folder / "g++").chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda _: str(folder / "g++"))
+    return r"g\+\+ cannot be run: .*No such file"
+
+
 def no_header(monkeypatch: pytest.MonkeyPatch, _: Path) -> str:
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-include", "no-such-header.h"))
     return r"g\+\+ cannot build them: .*error: no-such-header.h: No such file"
@@ -343,7 +393,7 @@ def no_cache(_: pytest.MonkeyPatch, folder: Path) -> str:
     return "set FASTRES_CACHE to another folder"
 
 
-@pytest.mark.parametrize("lacks", [no_compiler, other_system, no_header, no_cache])
+@pytest.mark.parametrize("lacks", [no_compiler, other_system, broken_compiler, no_header, no_cache])
 def test_what_cannot_be_built_is_said_and_done_without(
     lacks: Callable[[pytest.MonkeyPatch, Path], str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

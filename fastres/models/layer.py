@@ -18,7 +18,7 @@ def layer(conv: nn.Conv2d, norm: BatchNorm, x: Tensor, add: Tensor | None = None
 
     In training with `norm.native` it is one operation, which calls neither module, so that their hooks do not run. It
     is as exact as torch's, but not the same in every bit: sums run in another order, bfloat16 is rounded once instead
-    of after each part, and gradients of bfloat16 weights are not rounded at all.
+    of after each part, and gradients of bfloat16 weights are not rounded at all. It can be differentiated once.
 
     Args:
         conv: Without bias.
@@ -41,13 +41,20 @@ def layer(conv: nn.Conv2d, norm: BatchNorm, x: Tensor, add: Tensor | None = None
 
 def _fits(conv: nn.Conv2d, norm: BatchNorm, x: Tensor, add: Tensor | None) -> bool:
     """Whether native/norm.cpp, which asks nothing, can take these."""
+    if conv.bias is not None or conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+        return False
+    if isinstance(conv.padding, str):
+        return False
     channels, columns = conv.out_channels, max(conv.out_channels, COLUMNS)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else conv.weight.dtype
     shape = _result_shape(conv, x)
+    of_channels = norm.weight, norm.bias, norm.running_mean, norm.running_var
     return (
         x.dtype == dtype
         and dtype in DTYPES
-        and conv.weight.dtype == norm.weight.dtype == torch.float32
+        and conv.weight.dtype == torch.float32
+        and all(t is not None and t.dtype == torch.float32 for t in of_channels)
+        and all(t is not None and t.shape == (channels,) and t.is_contiguous() for t in of_channels)
         and norm.group in (0, len(x))
         and columns % min(channels, COLUMNS) == math.prod(shape) % columns == 0
         and math.prod(shape) > channels  # torch says best what is wrong with one value
@@ -57,7 +64,7 @@ def _fits(conv: nn.Conv2d, norm: BatchNorm, x: Tensor, add: Tensor | None) -> bo
 
 
 def _result_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
-    padding = [int(pad) for pad in conv.padding]  # torch knows strings as well
+    padding = [pad if isinstance(pad, int) else 0 for pad in conv.padding]  # torch has words as well, which we have not
     sizes = zip(x.shape[2:], padding, conv.kernel_size, conv.stride, strict=True)
     return len(x), conv.out_channels, *((size + 2 * pad - kernel) // stride + 1 for size, pad, kernel, stride in sizes)
 
@@ -81,16 +88,18 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, maps, kept, out = ctx.saved_tensors
+        x, maps = _channels_last(x), _channels_last(maps)  # as they were, but for hooks on what is saved
+        out = None if out is None else _channels_last(out)
         grads = torch.ops.fastres.norm_relu_backward(_channels_last(grad), maps, out, kept)
         grad_maps, grad_scale, grad_shift, grad_add = grads
-        grad_x, grad_weight, native = None, None, _weight_grad_fits(weight, x, ctx.stride, ctx.padding)
-        if native:
-            grad_weight = torch.ops.fastres.conv3x3_weight_grad(grad_maps, x, weight)
-        wanted = ctx.needs_input_grad[0], not native, False
-        if any(wanted):
-            args = ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, wanted
+        grad_x, grad_weight = None, None
+        for_x, for_weight, *_ = ctx.needs_input_grad
+        if for_weight and _weight_grad_fits(weight, x, ctx.stride, ctx.padding):
+            grad_weight, for_weight = torch.ops.fastres.conv3x3_weight_grad(grad_maps, x, weight), False
+        if for_x or for_weight:
+            args = ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (for_x, for_weight, False)
             grad_x, by_torch, _ = torch.ops.aten.convolution_backward(grad_maps, x, weight, None, *args)
-            grad_weight = grad_weight if native else by_torch.float()
+            grad_weight = by_torch.float() if for_weight else grad_weight
         return grad_x, grad_weight, grad_scale, grad_shift, None if out is None else grad_add, *[None] * 6
 
 

@@ -1,18 +1,22 @@
 // Gradient of the weights of a 3x3 convolution of stride 1 with padding 1, bfloat16 in and float out, for CPUs that
-// multiply bfloat16 by AVX-512. `kernels.py` builds it, `models/layer.py` calls it.
+// multiply bfloat16 by AVX-512. `kernels.py` builds it, `ops.py` calls it.
 //
 // For each of the nine taps it is a matrix product, channels in x channels out, summed over all pixels. The instruction
 // takes two pixels at once, which must lie side by side in a word: so a band of rows is first copied as pairs of
-// pixels, both those that begin at even and those that begin at odd columns, since taps shift by one. A band fits the
-// first cache, where all taps find it. Sums over images are in 16 groups, joined in one order whatever the threads.
+// pixels, both those that begin at even and those that begin at odd columns, since taps shift by one. Of 16 channels
+// a band fits the first cache, where all taps find it. Sums over images are in 16 groups, for as many threads at most,
+// and joined in one order whatever the threads.
 
 #ifdef __AVX512BF16__
 
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
+#include <vector>
 
 #include "lanes.h"
 
@@ -76,6 +80,7 @@ class Group {
       : shape(shape), band(shape), pairs(shape.width / 2), ins(shape.in / LANES), outs(shape.out / LANES) {
     const int64_t size = band.images * (ins * (band.even + band.odd) + outs * band.grad);
     buffer.reset((uint32_t*)std::aligned_alloc(64, size * sizeof(uint32_t)));
+    if (!buffer) throw std::bad_alloc();
     even = buffer.get(), odd = even + ins * band.images * band.even, grads = odd + ins * band.images * band.odd;
   }
 
@@ -155,18 +160,21 @@ class Group {
 }  // namespace
 
 // x: [image][row][column][channel in]; grad: the same with channels out; grad_weight: [channel out][tap][channel in].
-// Channels are multiples of 16, the width is even.
-extern "C" void conv_weight_grad(const bf16* x, const bf16* grad, float* grad_weight, int64_t images, int64_t height,
-                                 int64_t width, int64_t in, int64_t out, int threads) {
+// Channels are multiples of 16, the width is even. Gives 0, or 1 where memory ran out.
+extern "C" int conv_weight_grad(const bf16* x, const bf16* grad, float* grad_weight, int64_t images, int64_t height,
+                                int64_t width, int64_t in, int64_t out, int threads) try {
   const Shape shape{images, height, width, in, out};
   const int64_t size = TAPS * in * out, each = (images + GROUPS - 1) / GROUPS;
   const std::unique_ptr<float[]> sums(new float[GROUPS * size]);
+  threads = std::min<int>(threads, GROUPS);
+  std::vector<Group> groups;  // a thread's; no memory is asked for by a thread
+  for (int k = 0; k < threads; k++) groups.emplace_back(shape);
 #pragma omp parallel num_threads(threads)
   {
-    Group group(shape);
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < GROUPS; k++)
-      group.sum(x, grad, std::min(images, k * each), std::min(images, (k + 1) * each), &sums[k * size]);
+      groups[omp_get_thread_num()].sum(x, grad, std::min(images, k * each), std::min(images, (k + 1) * each),
+                                       &sums[k * size]);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < size; i++) {
       float sum = 0;
@@ -177,6 +185,9 @@ extern "C" void conv_weight_grad(const bf16* x, const bf16* grad, float* grad_we
       grad_weight[(of_out * TAPS + tap) * in + of_in] = sum;
     }
   }
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
 }
 
 #endif

@@ -3,12 +3,14 @@
 import ctypes
 import functools
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch  # before the library is loaded, which then shares torch's OpenMP and its threads
 
@@ -18,7 +20,8 @@ from fastres.host import cpu_info, default_cache_dir
 FOLDER = Path(__file__).parent
 COMPILER = "g++"  # since torch's OpenMP on Linux is GCC's
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-LANES, COLUMNS = 16, 64  # as in lanes.h and norm.cpp
+LANES, COLUMNS = 16, 64  # as in conv.cpp and norm.cpp
+DIGEST_BYTES = hashlib.sha256().digest_size
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # of maps, as norm.cpp names them
 
 Kernel = Callable[..., None]
@@ -36,7 +39,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         def kernel(name: str, *types: type) -> Kernel:
             function = library[name]
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype, function.errcheck = types, INT, _check
             return function
 
         self.norm_forward = {
@@ -63,27 +66,57 @@ def kernels() -> Kernels:
     if (compiler := shutil.which(COMPILER)) is None:
         raise MachineError("there is no g++; apt-get install g++")
     sources = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
-    # By all that the result depends on: -march=native makes code for this very CPU, and a home may be on several.
-    made_of = (FLAGS, _run([compiler, "--version"]), platform.machine(), cpu_info("flags"))
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr(made_of).encode()).hexdigest()
+    # By all that the result depends on: the compiler and, by -march=native, this very CPU. A home may be on several.
+    macros = _run([compiler, *FLAGS, "-dM", "-E", "-x", "c++", "/dev/null"])
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr((FLAGS, macros)).encode()).hexdigest()
     path = default_cache_dir() / f"native-{key[:16]}.so"
     try:
-        return Kernels(ctypes.CDLL(str(path)))
-    except OSError:  # not there, or cut off by a power failure
-        pass
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # moved when whole: others may build it as well
-            built = Path(folder) / path.name
-            _run([compiler, *FLAGS, *(str(source) for source in sources if source.suffix == ".cpp"), "-o", str(built)])
-            built.replace(path)
+        if not _is_whole(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # moved when whole: others may build it too
+                built = Path(folder) / path.name
+                _run(
+                    [
+                        compiler,
+                        *FLAGS,
+                        *(str(source) for source in sources if source.suffix == ".cpp"),
+                        "-o",
+                        str(built),
+                    ]
+                )
+                code = built.read_bytes()
+                built.write_bytes(code + hashlib.sha256(code).digest())
+                built.replace(path)
         return Kernels(ctypes.CDLL(str(path)))
     except OSError as error:
         raise MachineError(f"{path.parent}: {error}; set FASTRES_CACHE to another folder") from error
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a library is there and ends in its own digest: to load one that is cut off would end the process."""
+    content = path.read_bytes() if path.exists() else b""
+    return len(content) > DIGEST_BYTES and hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
+
+
+def _check(result: Any, *_: Any) -> Any:
+    """Of ctypes: a kernel gives 0, or 1 where memory ran out."""
+    if result:
+        raise RuntimeError("fastres' kernels can't allocate memory")
+    return result
+
+
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """What a command prints.
+
+    Raises:
+        MachineError: It cannot be run, or fails.
+    """
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, env={**os.environ, "LC_ALL": "C"}
+        )
+    except OSError as error:
+        raise MachineError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
         raise MachineError(f"{command[0]} cannot build them: {said}")

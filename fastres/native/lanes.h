@@ -1,11 +1,18 @@
-// Vectors of 16 floats, and of 16 bfloat16 that become floats: GCC's own, which are whatever the machine has.
+// Vectors of floats, and of as many bfloat16 that become floats. They are GCC's own, for any machine; of the length that
+// this one has, since longer ones are slow.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));

@@ -1,5 +1,5 @@
 // Batch norm, the addition of a shortcut and ReLU as one pass over memory each way (and one before it for the sums),
-// where torch makes three; for CPUs. `kernels.py` builds it, `models/layer.py` calls it.
+// where torch makes three; for CPUs. `kernels.py` builds it, `ops.py` calls it.
 //
 // Maps are channels last, float or bfloat16, seen as a table of max(channels, 64) columns, which a channel has one or
 // several of. A tile is 64 columns of 64 rows: few enough for the first cache, and the same whatever the threads, so
@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <new>
 #include <vector>
 
 #include "lanes.h"
@@ -46,15 +47,19 @@ struct Tile {
 struct PerColumn {
   std::vector<float> values;
   explicit PerColumn(const Table& table) : values(table.columns) {}
+  PerColumn(const Table& table, const float* of_channels) : values(table.columns) {
+    for (int64_t c = 0; c < table.channels; c++) set(table, c, of_channels[c]);
+  }
   void set(const Table& table, int64_t channel, float value) {
     for (int64_t column = channel; column < table.columns; column += table.channels) values[column] = value;
   }
 };
 
-struct Four {
+// A row of a tile.
+struct Row {
   Floats of[VECTORS];
-  Four() : of{} {}
-  explicit Four(const float* from) {
+  Row() : of{} {}
+  explicit Row(const float* from) {
     for (int v = 0; v < VECTORS; v++) of[v] = load(from + v * LANES);
   }
   void write(float* to) const {
@@ -65,7 +70,7 @@ struct Four {
 // Mean and squared deviations of each tile's columns; by Chan, Golub and LeVeque, 1983, they are joined.
 template <class T>
 void moments(const T* x, const Tile& tile, float* means, float* squares) {
-  Four mean, square;
+  Row mean, square;
   for (int64_t k = tile.begin; k < tile.end; k += tile.step)
     for (int v = 0; v < VECTORS; v++) mean.of[v] += load(x + k + v * LANES);
   for (int v = 0; v < VECTORS; v++) mean.of[v] /= tile.rows;
@@ -78,14 +83,17 @@ void moments(const T* x, const Tile& tile, float* means, float* squares) {
   square.write(squares + tile.partial);
 }
 
+// Of every channel, from those of the tiles. `columns` is room for two numbers a column.
 void join(const Table& table, const std::vector<float>& means, const std::vector<float>& squares, double* mean,
-          double* square) {
+          double* square, double* columns) {
   const int64_t n = table.columns;
-  std::vector<double> all(n), off(n);
+  double *all = columns, *off = columns + n;
+  std::fill_n(columns, 2 * n, 0.0);
+  std::fill_n(mean, table.channels, 0.0);
+  std::fill_n(square, table.channels, 0.0);
   const auto height = [&](int64_t i) { return (double)std::min(ROWS, table.rows - i * ROWS); };
   for (int64_t i = 0; i < table.tiles; i++)
     for (int64_t c = 0; c < n; c++) all[c] += height(i) * means[i * n + c];
-  for (int64_t c = 0; c < table.channels; c++) mean[c] = 0;
   for (int64_t c = 0; c < n; c++) mean[c % table.channels] += all[c] / table.values_a_channel();
   for (int64_t c = 0; c < n; c++) all[c] = mean[c % table.channels];
   for (int64_t i = 0; i < table.tiles; i++)
@@ -93,7 +101,6 @@ void join(const Table& table, const std::vector<float>& means, const std::vector
       const double away = means[i * n + c] - all[c];
       off[c] += squares[i * n + c] + height(i) * away * away;
     }
-  for (int64_t c = 0; c < table.channels; c++) square[c] = 0;
   for (int64_t c = 0; c < n; c++) square[c % table.channels] += off[c];
 }
 
@@ -106,14 +113,14 @@ void forward(const T* x, const T* add, const float* weight, const float* bias, f
   const int64_t tiles = table.tiles * (table.columns / COLUMNS);
   std::vector<float> means(table.tiles * table.columns), squares(means.size());
   PerColumn mean(table), scale(table), shift(table);
+  std::vector<double> exact(channels), square(channels), room(2 * table.columns);  // no memory is asked for by a thread
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < tiles; i++) moments(x, Tile(table, i), means.data(), squares.data());
 #pragma omp single
     {
-      std::vector<double> exact(channels), square(channels);
-      join(table, means, squares, exact.data(), square.data());
+      join(table, means, squares, exact.data(), square.data(), room.data());
       const double count = table.values_a_channel();
       for (int64_t c = 0; c < channels; c++) {
         const float rstd = 1 / std::sqrt(square[c] / count + eps);
@@ -129,7 +136,7 @@ void forward(const T* x, const T* add, const float* weight, const float* bias, f
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < tiles; i++) {
       const Tile tile(table, i);
-      const Four means(&mean.values[tile.column]), scales(&scale.values[tile.column]), shifts(&shift.values[tile.column]);
+      const Row means(&mean.values[tile.column]), scales(&scale.values[tile.column]), shifts(&shift.values[tile.column]);
       for (int64_t k = tile.begin; k < tile.end; k += tile.step)
         for (int v = 0; v < VECTORS; v++) {
           const int64_t at = k + v * LANES;
@@ -150,17 +157,16 @@ void backward(const T* grad, const T* x, const T* y, const float* kept, T* grad_
   const int64_t tiles = table.tiles * (table.columns / COLUMNS), n = table.columns;
   std::vector<float> sums(table.tiles * n), dots(sums.size());
   const float *rstd = kept + channels, *scaled = kept + 2 * channels;
-  PerColumn mean(table), scale(table), shift(table), slope(table), offset(table);
-  PerColumn* columns[] = {&mean, nullptr, &scale, &shift};
-  for (int k = 0; k < 4; k++)
-    for (int64_t c = 0; columns[k] && c < channels; c++) columns[k]->set(table, c, kept[k * channels + c]);
+  const PerColumn mean(table, kept), scale(table, scaled), shift(table, kept + 3 * channels);
+  PerColumn slope(table), offset(table);
+  std::vector<double> sum_of(n), dot_of(n);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < tiles; i++) {
       const Tile tile(table, i);
-      const Four means(&mean.values[tile.column]), scales(&scale.values[tile.column]), shifts(&shift.values[tile.column]);
-      Four sum, dot;
+      const Row means(&mean.values[tile.column]), scales(&scale.values[tile.column]), shifts(&shift.values[tile.column]);
+      Row sum, dot;
       for (int64_t k = tile.begin; k < tile.end; k += tile.step)
         for (int v = 0; v < VECTORS; v++) {
           const int64_t at = k + v * LANES;
@@ -176,7 +182,7 @@ void backward(const T* grad, const T* x, const T* y, const float* kept, T* grad_
     }
 #pragma omp single
     {
-      std::vector<double> sum(n), dot(n);
+      double *sum = sum_of.data(), *dot = dot_of.data();
       for (int64_t i = 0; i < table.tiles; i++)
         for (int64_t c = 0; c < n; c++) sum[c] += sums[i * n + c], dot[c] += dots[i * n + c];
       for (int64_t c = channels; c < n; c++) sum[c % channels] += sum[c], dot[c % channels] += dot[c];
@@ -191,8 +197,8 @@ void backward(const T* grad, const T* x, const T* y, const float* kept, T* grad_
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < tiles; i++) {
       const Tile tile(table, i);
-      const Four means(&mean.values[tile.column]), scales(&scale.values[tile.column]), shifts(&shift.values[tile.column]);
-      const Four slopes(&slope.values[tile.column]), offsets(&offset.values[tile.column]);
+      const Row means(&mean.values[tile.column]), scales(&scale.values[tile.column]), shifts(&shift.values[tile.column]);
+      const Row slopes(&slope.values[tile.column]), offsets(&offset.values[tile.column]);
       for (int64_t k = tile.begin; k < tile.end; k += tile.step)
         for (int v = 0; v < VECTORS; v++) {
           const int64_t at = k + v * LANES;
@@ -207,16 +213,23 @@ void backward(const T* grad, const T* x, const T* y, const float* kept, T* grad_
 
 }  // namespace
 
+// Each gives 0, or 1 where memory ran out.
 #define FOR(T)                                                                                                        \
-  extern "C" void norm_forward_##T(const T* x, const T* add, const float* weight, const float* bias,                    \
-                                 float* running_mean, float* running_var, T* y, float* kept, int64_t numel,           \
-                                 int64_t channels, float eps, float momentum, int threads) {                          \
+  extern "C" int norm_forward_##T(const T* x, const T* add, const float* weight, const float* bias,                   \
+                                  float* running_mean, float* running_var, T* y, float* kept, int64_t numel,          \
+                                  int64_t channels, float eps, float momentum, int threads) try {                     \
     forward(x, add, weight, bias, running_mean, running_var, y, kept, numel, channels, eps, momentum, threads);       \
+    return 0;                                                                                                         \
+  } catch (const std::bad_alloc&) {                                                                                   \
+    return 1;                                                                                                         \
   }                                                                                                                   \
-  extern "C" void norm_backward_##T(const T* grad, const T* x, const T* y, const float* kept, T* grad_x, T* grad_add,   \
-                                  float* grad_weight, float* grad_bias, int64_t numel, int64_t channels,              \
-                                  int threads) {                                                                      \
+  extern "C" int norm_backward_##T(const T* grad, const T* x, const T* y, const float* kept, T* grad_x, T* grad_add,  \
+                                   float* grad_weight, float* grad_bias, int64_t numel, int64_t channels,             \
+                                   int threads) try {                                                                 \
     backward(grad, x, y, kept, grad_x, grad_add, grad_weight, grad_bias, numel, channels, threads);                   \
+    return 0;                                                                                                         \
+  } catch (const std::bad_alloc&) {                                                                                   \
+    return 1;                                                                                                         \
   }
 
 FOR(float)
