@@ -1,7 +1,7 @@
 """Is this commit slower than another one? Both run `test_speed.py` on this machine, in turns.
 
     scripts/bench-compare main~5
-    scripts/bench-compare main~5 --rounds 7 -k "step or loader"
+    scripts/bench-compare main~5 --rounds 10 -k "step or loader"
 
 A round is base, here, base again: the two runs of the base show how far equal code differs on this machine today, and a
 test counts as slower only where it differs by more. Each commit runs its own `test_speed.py`; tests that only one of
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastres.benchreport import Comparison, compare
+from fastres.benchreport import LEAST_ROUNDS, Comparison, compare
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST = 0.02  # differences below it are never called slower: 99 % intervals of a few rounds miss now and then
@@ -78,9 +78,11 @@ def main() -> None:
     """Compare the working tree with a commit."""
     parser = argparse.ArgumentParser(description="Speed of this tree against another commit, in turns")
     parser.add_argument("base", help="a commit")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help=f"default and least {LEAST_ROUNDS}")
     parser.add_argument("-k", dest="words", help="which tests, as pytest's -k")
     args = parser.parse_args()
+    if args.rounds < LEAST_ROUNDS:
+        parser.error(f"--rounds is {args.rounds}; a 99 % interval needs {LEAST_ROUNDS}")
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "base"
         added = subprocess.run(
@@ -89,7 +91,7 @@ def main() -> None:
             text=True,
         )
         if added.returncode != 0:
-            raise SystemExit(f"bench-compare: {args.base}: {added.stderr.strip().splitlines()[-1]}")
+            parser.error(f"{args.base}: {added.stderr.strip().splitlines()[-1]}")
         try:
             rounds = []
             for turn in range(args.rounds):

@@ -131,7 +131,7 @@ def test_part(benchmark: BenchmarkFixture, resident: Bench, part: str) -> None:
 
 @pytest.mark.benchmark(group="step")
 def test_whole_step(benchmark: BenchmarkFixture, resident: Bench) -> None:
-    timed(benchmark, lambda: resident.run(1), num_images=BATCH_SIZE)
+    timed(benchmark, lambda: resident.timed(1), num_images=BATCH_SIZE)
 
 
 @pytest.mark.benchmark(group="checkpoint")

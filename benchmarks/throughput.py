@@ -23,7 +23,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from fastres.errors import InputError
+from fastres.errors import FastresError
 from fastres.models.depth import check_depth
 
 BASELINES = ("plain", "amp", "tuned", "tuned_graphs")
@@ -218,14 +218,18 @@ def main() -> None:
     against = args.against.split(",")
     if unknown := set(against) - set(BASELINES):
         parser.error(f"--against: there is no {unknown.pop()!r}; there are {', '.join(BASELINES)}")
+    for flag, number in (("--rounds", args.rounds), ("--steps", args.steps)):
+        if number < 1:
+            parser.error(f"{flag} is {number}; it must be 1 or more")
     try:
         check_depth(args.depth)
-    except InputError as error:
-        parser.error(f"--depth: {error}")
+        environment = _environment(flags, args.depth)
+    except (FastresError, TypeError) as error:
+        parser.error(str(error))
     passed = ["--data-dir", str(args.data_dir), "--depth", str(args.depth), "--steps", str(args.steps)]
     passed += [f"--set={item}" for item in args.set]
     race = compare(passed, against, args.rounds, args.steps)
-    kept = {**race, "depth": args.depth, "execution": flags, "environment": _environment(flags, args.depth)}
+    kept = {**race, "depth": args.depth, "execution": flags, "environment": environment}
     print(json.dumps(kept, indent=1))
 
 

@@ -274,7 +274,7 @@ def measure(
             "schema": SCHEMA,
             "environment": environment(benches[0].runtime) | nvml.clocks(benches[0].runtime.device),
             "ceilings": {precision: dataclasses.asdict(value) for precision, value in ceilings.items()},
-            "cells": [_as_json(timing, cell) for timing, cell in zip(timings, cells, strict=True)],
+            "cells": [_as_json(timing, bench) for timing, bench in zip(timings, benches, strict=True)],
         }
     return timings, report
 
@@ -282,24 +282,36 @@ def measure(
 def _alive(cells: Sequence[Cell], stack: contextlib.ExitStack, say: Callable[[str], None]) -> Iterator[Bench]:
     """Each cell, warmed up; closed with the stack. Equal data sets are loaded once."""
     images: dict[Any, ImageSet] = {}
+    told = set[str]()
     for cell in cells:
         key = (cell.config.data, cell.config.execution.data_dir)
         if key not in images:
             images[key] = load_images(cell.config.data, cell.config.execution, say=say)
         say(f"warming up {cell.label}")
         bench = Bench(cell, images[key])
+        for note in bench.runtime.notes:
+            if note not in told:
+                say(note)
+                told.add(note)
         stack.callback(bench.close)
         yield bench
 
 
-def _as_json(timing: Timing, cell: Cell) -> dict[str, Any]:
-    low, high = timing.spread()
+def _as_json(timing: Timing, bench: Bench) -> dict[str, Any]:
+    (low, high), cell, runtime = timing.spread(), bench.cell, bench.runtime
     return {
         "label": timing.label,
         "config": cell.config.to_dict(),
         "digest": cell.config.digest,
         "frozen": cell.frozen,
         "num_replicas": cell.num_replicas,
+        "resolved": {  # what "auto" came to
+            "device": str(runtime.device),
+            "precision": runtime.precision,
+            "compile": runtime.compile_scope,
+            "cuda_graph": runtime.cuda_graph,
+            "native": runtime.native,
+        },
         "images_per_second": timing.images_per_second,
         "step_seconds": {"median": timing.step_seconds, "p5": low, "p95": high, "n": len(timing.seconds)},
         "chunks": timing.seconds,

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastres.parts import PARTS
 Report = dict[str, Any]
 MACHINE = ("gpu", "driver", "cpu", "cores", "threads", "platform")  # keys of the environment that must be equal
 CELL = {"label", "config", "step_seconds", "chunks"}  # keys of a cell that a comparison reads
+PROFILE_TOLERANCE = 0.03  # of the profiled pass: off the unmodified step's time, a fraction
 RESAMPLINGS = 2_000
 LEAST_ROUNDS = 8  # of a comparison: all of fewer can lie on one side by chance more often than 1 time in 100
 
@@ -55,7 +57,8 @@ def tables(report: Report) -> Group:
         )
         whole = sum(cell["profiled_pass"].values())
         parts = (f"{100 * cell['profiled_pass'][name] / whole:.1f}" for name in names)
-        shares.add_row(cell["label"], *parts, f"{cell['profiled_over_step']:.2f}")
+        off = abs(cell["profiled_over_step"] - 1) > PROFILE_TOLERANCE
+        shares.add_row(cell["label"], *parts, f"{cell['profiled_over_step']:.2f}{'*' if off else ''}")
     where = Text("Where the step goes, % of a separate, profiled pass (x step: over the unmodified)", style="bold")
     return Group("", Text(_machine(report), style="bold"), fast, "", where, shares, "")
 
@@ -77,16 +80,22 @@ def footnote(report: Report) -> str:
         + (f", graph launch {1e6 * c['launch_seconds']:.1f} us" if c["launch_seconds"] else "")
         for precision, c in report["ceilings"].items()
     )
+    off = any(abs(cell["profiled_over_step"] - 1) > PROFILE_TOLERANCE for cell in report["cells"])
+    note = f"\n*: more than {PROFILE_TOLERANCE:.0%} off the step's own time; read the parts with care." if off else ""
     return (
         f"Medians of {rounds} rounds of the unmodified step, cells in turns, after compilation and first steps.\n"
-        f"x floor: over the least time that arithmetic and memory traffic need here, as measured now: {ceilings}."
+        f"x floor: over the least time that arithmetic and memory traffic need here, as measured now: {ceilings}.{note}"
     )
 
 
 def write_json(report: Report, path: Path) -> None:
     """Write a report, whole or not at all. Raises MachineError where it cannot be written."""
-    text, temporary = json.dumps(report, indent=1) + "\n", path.with_name(f".{path.name}.tmp")
+    text, path = json.dumps(report, indent=1) + "\n", _target(path)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
+        if _is_device(path):
+            path.write_text(text, encoding="utf-8")
+            return
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
@@ -99,12 +108,25 @@ def check_place(path: Path) -> None:
     """Raise where no file can be written at `path`: better before the measurement than after it."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a file in it")
+    if _is_device(path):
+        return
+    path = _target(path)
     probe = path.with_name(f".{path.name}.tmp")
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise disk_error(error, path.parent, 0) from error
+
+
+def _is_device(path: Path) -> bool:
+    """Whether it is a pipe, a terminal or the like, which is written to and never replaced."""
+    return path.exists() and not path.is_file()
+
+
+def _target(path: Path) -> Path:
+    """What a link points to, which stays a link."""
+    return path.resolve() if path.is_symlink() and not _is_device(path) else path
 
 
 def read_json(path: Path) -> Report:
@@ -119,19 +141,25 @@ def read_json(path: Path) -> Report:
         raise InputError(f"{path} cannot be read: {error}; write one with: fastres bench --json {path}") from error
     if not isinstance(report, dict) or not {"schema", "environment", "cells"} <= report.keys():
         raise InputError(f"{path} is not a benchmark report; write one with: fastres bench --json FILE")
-    if report["schema"] != SCHEMA:
+    if type(report["schema"]) is not int or report["schema"] != SCHEMA:
         raise InputError(f"{path} has schema {report['schema']!r}, this fastres reads {SCHEMA}; measure it again")
     cells = report["cells"]
     if not isinstance(report["environment"], dict) or not isinstance(cells, list) or not all(map(_is_cell, cells)):
-        raise InputError(f"{path} is damaged: a cell lacks one of {', '.join(sorted(CELL))}; measure it again")
+        raise InputError(f"{path} is damaged: a cell has no sound {', '.join(sorted(CELL))}; measure it again")
     return report
 
 
 def _is_cell(cell: Any) -> bool:
     """Whether it has what a comparison reads, and a time for each round."""
-    if not isinstance(cell, dict) or not cell.keys() >= CELL or not isinstance(cell["chunks"], list):
+    if not isinstance(cell, dict) or not cell.keys() >= CELL:
         return False
-    return bool(cell["chunks"]) and all(isinstance(value, float) and value > 0 for value in cell["chunks"])
+    label, config, chunks = cell["label"], cell["config"], cell["chunks"]
+    if not isinstance(label, str) or not isinstance(config, dict) or not isinstance(chunks, list) or not chunks:
+        return False
+    recipe = config.get("recipe")
+    if not isinstance(config.get("model"), dict) or not isinstance(recipe, dict) or "batch_size" not in recipe:
+        return False
+    return all(isinstance(value, float) and 0 < value < math.inf for value in chunks)
 
 
 def draw(report: Report, path: Path) -> None:
@@ -158,7 +186,8 @@ def draw(report: Report, path: Path) -> None:
     inside = [f" {rate:,.0f}  ({cell['over_floor']:.1f}x the floor)" for rate, cell in zip(rates, cells, strict=True)]
     axes.bar_label(bars, inside, label_type="edge", padding=6, fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="images a second (median, 5th to 95th percentile)", xlim=(0, 1.45 * max(rates)))
+    furthest = max(rate + above for rate, above in zip(rates, spread[1], strict=True))  # the labels come behind it
+    axes.set(xlabel="images a second (median, 5th to 95th percentile)", xlim=(0, 1.45 * furthest))
     axes.set_title(_machine(report), fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     try:
@@ -250,6 +279,18 @@ def compare_reports(a: Report, b: Report) -> dict[str, Comparison]:
             )
         check_rounds(min(len(x["chunks"]), len(y["chunks"])))
     return {x["label"]: compare(x["chunks"], y["chunks"], paired=False) for x, y in common}
+
+
+def remarks(a: Report, b: Report) -> list[str]:
+    """What to know of two compared reports: cells that only one has, and cells that ran otherwise."""
+    ours, theirs = ({cell["label"]: cell for cell in report["cells"]} for report in (a, b))
+    lines = [f"only in the first report: {label}" for label in ours if label not in theirs]
+    lines += [f"only in the second report: {label}" for label in theirs if label not in ours]
+    for label in ours.keys() & theirs.keys():
+        one, other = (cell.get("resolved") or {} for cell in (ours[label], theirs[label]))
+        unlike = [f"{key} {one[key]} and {other[key]}" for key in one if key in other and one[key] != other[key]]
+        lines += [f"{label} ran otherwise: {', '.join(unlike)}"] * bool(unlike)
+    return lines
 
 
 def _work(cell: dict[str, Any]) -> dict[str, Any]:

@@ -325,4 +325,4 @@ def _output(command: list[str]) -> str | None:
 
 def interactive() -> bool:
     """Whether stdout is a terminal that a live display can be drawn on."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"

@@ -6,14 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import peers, regressions, results_table, throughput
+from benchmarks import peers, regressions, results_table, test_speed, throughput
 from benchmarks.baselines import amp, plain, tuned
 from fastres.config import RunConfig
 from fastres.data.imageset import ImageSet
@@ -135,6 +136,31 @@ def test_slower_is_what_differs_by_more_than_equal_code() -> None:
     assert regressions.judge(rounds_of([1, 1, 1], [0.9] * 3, [1, 1, 1]))["t"][1].verdict == "faster"
 
 
+def test_a_round_of_the_whole_step_is_one_step() -> None:
+    """`Bench.run` takes one more before its clock, but not before pytest-benchmark's."""
+
+    class Counted:
+        steps = 0
+
+        def run(self, num_steps: int) -> None:
+            self.steps += 1 + num_steps
+
+        def timed(self, num_steps: int) -> None:
+            self.steps += num_steps
+
+    once = SimpleNamespace(pedantic=lambda function, **_: function(), stats=None)
+    resident = Counted()
+    test_speed.test_whole_step(cast("Any", once), cast("Any", resident))
+    assert resident.steps == 1
+
+
+def test_too_few_rounds_for_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["bench-compare", "main", "--rounds", "7"])
+    with pytest.raises(SystemExit) as caught:
+        regressions.main()
+    assert caught.value.code == 2
+
+
 def test_tests_that_one_commit_lacks_are_left_out() -> None:
     turn = ({"a": 1.0, "gone": 1.0}, {"a": 1.0, "new": 1.0}, {"a": 1.0, "gone": 1.0})
     assert list(regressions.judge([turn, turn])) == ["a"]
@@ -149,7 +175,7 @@ def test_the_table_shows_which_of_a_tests_parameters_is_meant(capsys: pytest.Cap
 def test_an_unknown_commit_is_said() -> None:
     command = [sys.executable, "-m", "benchmarks.regressions", "no-such-commit"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "no-such-commit" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -3,6 +3,7 @@
 import copy
 import errno
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ from rich.console import Console
 
 from fastres import bench, scaling
 from fastres.bench import SCHEMA
-from fastres.benchreport import compare, compare_reports, draw, read_json, tables, write_json
+from fastres.benchreport import (
+    check_place,
+    compare,
+    compare_reports,
+    draw,
+    footnote,
+    read_json,
+    tables,
+    write_json,
+)  # fmt: skip
 from fastres.cells import Cell
 from fastres.cli import run
 from fastres.errors import InputError, MachineError, OutOfMemory
@@ -62,8 +72,9 @@ def test_the_report_has_what_readers_count_on(report: Report) -> None:
         assert set(cell) == {
             "label", "config", "digest", "frozen", "images_per_second", "step_seconds", "chunks", "compile_seconds",
             "peak_memory", "floor_seconds", "over_floor", "profiled_pass", "profiled_over_step", "joules_per_image",
-            "joules_per_paper_run", "num_replicas",
+            "joules_per_paper_run", "num_replicas", "resolved",
         }  # fmt: skip
+        assert cell["resolved"]["precision"] == "fp32"
         whole = cell["step_seconds"]["median"]
         assert set(cell["profiled_pass"]) == {*PARTS, "gaps"}
         assert cell["profiled_over_step"] > 0
@@ -124,6 +135,36 @@ def test_a_report_that_does_not_fit_leaves_the_one_before(
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_links_and_devices_stay_what_they_are(report: Report, tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "target.json", tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    check_place(link)
+    check_place(pipe)
+    write_json(report, link)
+    assert link.is_symlink()
+    assert read_json(target) == report
+    with os.fdopen(os.open(pipe, os.O_RDWR), "rb", buffering=0) as end:
+        write_json({"schema": 1}, pipe)
+        assert json.loads(end.read(100)) == {"schema": 1}
+    assert pipe.is_fifo()
+
+
+def test_a_cell_of_which_the_profiled_pass_took_otherwise_is_marked(report: Report) -> None:
+    for off, marked in ((1.02, False), (0.96, True)):
+        for cell in report["cells"]:
+            cell["profiled_over_step"] = off
+        assert (f"{off:.2f}*" in rendered(report)) == marked
+        assert ("*: more than 3% off" in footnote(report)) == marked
+
+
+def test_labels_of_a_wide_spread_are_in_the_chart(report: Report, tmp_path: Path) -> None:
+    for cell in report["cells"]:
+        cell["step_seconds"]["p5"] = cell["step_seconds"]["median"] / 4
+    draw(report, tmp_path / "chart.svg")
+    assert (tmp_path / "chart.svg").read_text().count("x the floor)") == len(report["cells"])
+
+
 def test_json_on_stdout_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", *TINY, "--loader", "none", "--json", "-"]) == 0
     out = capsys.readouterr().out
@@ -177,6 +218,23 @@ def test_compare_files_and_fail(report: Report, tmp_path: Path, capsys: pytest.C
     assert run(["bench", "--compare", str(a), str(b), "--fail-if-slower", "5%"]) == 6
     assert "ResNet8 resident by 10.0 % or more" in capsys.readouterr().err
     assert run(["bench", "--compare", str(b), str(a), "--fail-if-slower", "0"]) == 0
+
+
+def test_a_cell_that_only_one_report_has_is_named(
+    report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for cell in report["cells"]:
+        cell["chunks"] = [0.01] * 8
+    fewer = copy.deepcopy(report)
+    lost = fewer["cells"].pop()["label"]
+    fewer["cells"][0]["resolved"]["native"] = "no"
+    paths = [str(saved(report, tmp_path / "a.json")), str(saved(fewer, tmp_path / "b.json"))]
+    assert run(["bench", "--compare", *paths]) == 0
+    printed = capsys.readouterr().out
+    assert f"only in the first report: {lost}" in printed
+    assert "ran otherwise: native " in printed
+    assert run(["bench", "--compare", *paths, "--fail-if-slower", "1%"]) == 2
+    assert "--fail-if-slower needs the same cells" in capsys.readouterr().err
 
 
 def test_configs_are_compared_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,9 +407,18 @@ def test_no_gpu_asked_for_by_name(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 REPORT = '{"schema": 1, "environment": {}, "cells": %s}'
-CHUNKS = '[{"label": "a", "config": {}, "step_seconds": {}, "chunks": %s}]'
+SOUND = '{"model": {}, "recipe": {"batch_size": 8}}'
+CELL = '[{"label": %s, "config": %s, "step_seconds": {}, "chunks": %s}]'
+CHUNKS = CELL % ('"a"', SOUND, "%s")
 NO_REPORTS = ["", "[]", "{}", '{"schema": 99, "environment": {}, "cells": []}', "\x00", "[" * 100_000]
-NO_REPORTS += [REPORT % cells for cells in ("1", "[1]", "[{}]", *(CHUNKS % c for c in ("1", "[]", "[null]", "[-1.0]")))]
+NO_REPORTS += [
+    REPORT % cells
+    for cells in ("1", "[1]", "[{}]", *(CHUNKS % c for c in ("1", "[]", "[null]", "[-1.0]", "[Infinity]")))
+]
+NO_REPORTS += [
+    REPORT % (CELL % found) for found in (('["a"]', SOUND, "[0.1]"), ('"a"', "{}", "[0.1]"), ('"a"', "[]", "[0.1]"))
+]
+NO_REPORTS += ['{"schema": true, "environment": {}, "cells": []}']
 
 
 @pytest.mark.parametrize("content", NO_REPORTS)
@@ -359,6 +426,6 @@ def test_files_that_are_no_reports(content: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
     with pytest.raises(
-        InputError, match=r"a\.json (cannot be read|is not a benchmark report|has schema 99|is damaged)"
+        InputError, match=r"a\.json (cannot be read|is not a benchmark report|has schema (99|True)|is damaged)"
     ):
         read_json(path)

@@ -236,13 +236,16 @@ def _compare(
     """A against B: two reports as they are, or two configs timed in turns."""
     a, b = paths
     if {a.suffix, b.suffix} == {".json"}:
-        from fastres.benchreport import compare_reports, read_json
+        from fastres.benchreport import compare_reports, read_json, remarks
 
         if json_ or plot:
             raise InputError("--json and --plot write what was measured; two reports are only compared")
-        found = compare_reports(read_json(a), read_json(b))
-        for label, comparison in found.items():
-            print(comparison.line(label))
+        reports = read_json(a), read_json(b)
+        found, notes = compare_reports(*reports), remarks(*reports)
+        for line in (*(comparison.line(label) for label, comparison in found.items()), *notes):
+            print(line)
+        if limit is not None and any(note.startswith("only in") for note in notes):
+            raise InputError("--fail-if-slower needs the same cells in both reports; measure both with equal flags")
     elif {a.suffix, b.suffix} == {".toml"}:
         configs = [read_config(path) for path in paths]
         from fastres.cells import Cell
