@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastres.benchreport import short
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
 BLOCK = re.compile(r"(?<=<!-- results: drawn by scripts/results-table -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
@@ -39,7 +41,7 @@ def render(paths: Iterable[Path]) -> str:
 def _machine(result: Result, date: str) -> str:
     env = result["environment"]
     driver = f", driver {env['driver']}" if env.get("driver") else ""
-    commit = f", commit {env['commit'][:9]}" if env.get("commit") else ""
+    commit = f", commit {short(env['commit'])}" if env.get("commit") else ""
     where = env["gpu"] or f"{env['cpu']}, {env['threads']} cores"
     chosen = dict.fromkeys(cell["config"]["execution"]["precision"] for cell in result.get("cells", ()))  # as asked
     precision = " and ".join(chosen) if len(chosen) > 1 else env["precision"]

@@ -23,7 +23,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from fastres.errors import FastresError
+from fastres.errors import FastresError, InputError
 from fastres.models.depth import check_depth
 
 BASELINES = ("plain", "amp", "tuned", "tuned_graphs")
@@ -223,9 +223,12 @@ def main() -> None:
             parser.error(f"{flag} is {number}; it must be 1 or more")
     try:
         check_depth(args.depth)
+    except InputError as error:
+        parser.error(f"--depth: {error}")
+    try:
         environment = _environment(flags, args.depth)
-    except (FastresError, TypeError) as error:
-        parser.error(str(error))
+    except FastresError as error:
+        parser.error(f"--set: {error}")
     passed = ["--data-dir", str(args.data_dir), "--depth", str(args.depth), "--steps", str(args.steps)]
     passed += [f"--set={item}" for item in args.set]
     race = compare(passed, against, args.rounds, args.steps)

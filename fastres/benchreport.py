@@ -198,8 +198,13 @@ def draw(report: Report, path: Path) -> None:
 
 def _machine(report: Report) -> str:
     env = report["environment"]
-    commit = f", commit {env['commit'][:9]}" if env.get("commit") else ""
+    commit = f", commit {short(env['commit'])}" if env.get("commit") else ""
     return f"{env['gpu'] or env['cpu']}, {env['threads']} CPU threads, torch {env['torch']}{commit}"
+
+
+def short(commit: str) -> str:
+    """Nine digits of a commit, and the "+" of a tree that differs from it."""
+    return commit[:9] + "+" * commit.endswith("+")
 
 
 def _milliseconds(seconds: float) -> str:

@@ -135,6 +135,14 @@ def test_a_report_that_does_not_fit_leaves_the_one_before(
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_tree_that_differs_from_its_commit_is_told_from_it(report: Report) -> None:
+    report = copy.deepcopy(report)
+    for commit, differs in (("0123456789abcdef", False), ("0123456789abcdef+", True)):
+        report["environment"]["commit"] = commit
+        assert "commit 012345678" in rendered(report)
+        assert ("commit 012345678+" in rendered(report)) == differs
+
+
 def test_links_and_devices_stay_what_they_are(report: Report, tmp_path: Path) -> None:
     target, link, pipe = tmp_path / "target.json", tmp_path / "link.json", tmp_path / "pipe"
     link.symlink_to(target)
@@ -151,6 +159,7 @@ def test_links_and_devices_stay_what_they_are(report: Report, tmp_path: Path) ->
 
 
 def test_a_cell_of_which_the_profiled_pass_took_otherwise_is_marked(report: Report) -> None:
+    report = copy.deepcopy(report)
     for off, marked in ((1.02, False), (0.96, True)):
         for cell in report["cells"]:
             cell["profiled_over_step"] = off
@@ -159,6 +168,7 @@ def test_a_cell_of_which_the_profiled_pass_took_otherwise_is_marked(report: Repo
 
 
 def test_labels_of_a_wide_spread_are_in_the_chart(report: Report, tmp_path: Path) -> None:
+    report = copy.deepcopy(report)
     for cell in report["cells"]:
         cell["step_seconds"]["p5"] = cell["step_seconds"]["median"] / 4
     draw(report, tmp_path / "chart.svg")
@@ -223,6 +233,7 @@ def test_compare_files_and_fail(report: Report, tmp_path: Path, capsys: pytest.C
 def test_a_cell_that_only_one_report_has_is_named(
     report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    report = copy.deepcopy(report)
     for cell in report["cells"]:
         cell["chunks"] = [0.01] * 8
     fewer = copy.deepcopy(report)
