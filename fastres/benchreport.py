@@ -22,7 +22,7 @@ from fastres.errors import InputError
 from fastres.parts import PARTS
 
 Report = dict[str, Any]
-MACHINE = ("gpu", "driver", "cpu", "cores", "threads", "platform")  # keys of the environment that must be equal
+MACHINE = ("gpu", "driver", "cpu", "cpu_id", "cores", "threads", "platform")  # of the environment: must be equal
 CELL = {"label", "config", "step_seconds", "chunks"}  # keys of a cell that a comparison reads
 PROFILE_TOLERANCE = 0.03  # of the profiled pass: off the unmodified step's time, a fraction
 RESAMPLINGS = 2_000
@@ -268,7 +268,8 @@ def compare_reports(a: Report, b: Report) -> dict[str, Comparison]:
         InputError: The machines differ, there is no common cell, or one is other work in B, or too short.
     """
     ours, theirs = a["environment"], b["environment"]
-    other = [f"{key}: {ours.get(key)} and {theirs.get(key)}" for key in MACHINE if ours.get(key) != theirs.get(key)]
+    keys = [key for key in MACHINE if key != "cpu_id" or {key} <= ours.keys() & theirs.keys()]  # the first had none
+    other = [f"{key}: {ours.get(key)} and {theirs.get(key)}" for key in keys if ours.get(key) != theirs.get(key)]
     if other:
         raise InputError(f"the reports come from different machines ({'; '.join(other)}); measure both on one machine")
     chunks = {cell["label"]: cell for cell in a["cells"]}

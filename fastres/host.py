@@ -30,6 +30,11 @@ def cpu_name() -> str:
     return cpu_info("model name") or platform.processor() or platform.machine()
 
 
+def cpu_id() -> str:
+    """Family, model and stepping, which tell CPUs apart that a virtual machine gives one name; "" where unknown."""
+    return "/".join(filter(None, map(cpu_info, ("cpu family", "model", "stepping"))))
+
+
 def bf16_features() -> set[str]:
     """What the CPU has for bf16, as Linux names it: amx_bf16, avx512_bf16."""
     return {"amx_bf16", "avx512_bf16"} & set(cpu_info("flags").split())

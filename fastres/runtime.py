@@ -205,6 +205,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(runtime.device) if cuda else None,
         "driver": _driver() if cuda else None,
         "cpu": host.cpu_name(),
+        "cpu_id": host.cpu_id(),
         "cores": host.num_cores(),
         "threads": runtime.threads,
         "device": str(runtime.device),

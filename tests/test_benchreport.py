@@ -201,7 +201,7 @@ def test_unpaired_rounds_are_drawn_apart() -> None:
     assert compare(a, b, paired=False).verdict == "no difference"
 
 
-@pytest.mark.parametrize("key", ["cpu", "gpu", "cores"])
+@pytest.mark.parametrize("key", ["cpu", "cpu_id", "gpu", "cores"])
 def test_other_machines_are_refused(report: Report, key: str) -> None:
     other = copy.deepcopy(report)
     other["environment"][key] = "another"
@@ -376,6 +376,8 @@ BAD = {
     "--depth 21": "21",
     "--depth twenty": "write numbers as 20,56",
     "--depth ,": "must name at least one",
+    "--depth ''": "must name at least one",
+    "--loader ''": "must name at least one",
     "--batch-size 0": "batch_size is 0",
     "--precision fp8": "fp8",
     "--compile maybe": "auto, on, off, both",
@@ -393,6 +395,7 @@ BAD = {
     "--trace x.json": "--trace does nothing beside a table; --profile writes a trace",
     "--compare a.toml b.toml --depth 56": "--depth does nothing beside --compare; the two configs say",
     "--compare a.json b.json --json c.json": "two reports are only compared",
+    "--compare a.json b.json --rounds 9": "--rounds does nothing beside two reports",
     "--compare a.json b.toml": "two configs (.toml) or two reports (.json)",
     "--compare a.json b.json": "a.json cannot be read",
     "--compare a.toml b.toml": "a.toml cannot be read",
@@ -405,7 +408,7 @@ def test_bad_input(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(["bench", *line.split()]) == 2
+    assert run(["bench", *shlex.split(line)]) == 2
     err = capsys.readouterr().err
     assert BAD[line] in err
     assert err.count("\n") <= 2

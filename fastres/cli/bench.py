@@ -31,6 +31,7 @@ CELLS = ("depth", "arch", "batch_size", "loader", "precision", "compile_", "grap
 DATA_AND_MACHINE = ("dataset", "data_dir", "device", "threads")
 IDLE = {
     "compare": (*CELLS, *DATA_AND_MACHINE, "trace"),  # both sides say themselves what they are
+    "reports": (*CELLS, *DATA_AND_MACHINE, "trace", "rounds", "seconds"),  # which were measured before
     "profile": ("rounds", "seconds", "json_", "plot", "fail_if_slower"),
     "scaling": ("rounds", "seconds", "trace", "fail_if_slower"),
     "": ("trace",),
@@ -108,7 +109,8 @@ def bench(
         raise InputError("--fail-if-slower needs --compare A B")
     limit = None if fail_if_slower is None else parse_percent("--fail-if-slower", fail_if_slower)
     mode = "compare" if compare else "profile" if profile else "scaling" if scaling else ""
-    _refuse_idle(ctx, mode)
+    of_reports = compare is not None and all(path.suffix == ".json" for path in compare)
+    _refuse_idle(ctx, "reports" if of_reports else mode)
     base = make_config(
         model={"arch": arch},
         data={"dataset": "cifar10" if data_dir else dataset},
@@ -119,12 +121,12 @@ def bench(
         ),
     )
     switches: dict[str, Any] = {
-        "depth": parse_list("--depth", depth, int) if depth else None,
+        "depth": None if depth is None else parse_list("--depth", depth, int),
         "batch_size": parse_list("--batch-size", batch_size, int),
         "precision": parse_list("--precision", precision, str),
         "compile": _switch("--compile", compile_),
         "graph": _switch("--graph", graph),
-        "loader": parse_list("--loader", loader, str) if loader else None,
+        "loader": None if loader is None else parse_list("--loader", loader, str),
         "deterministic": _switch("--deterministic", deterministic, ("off", "on", "both"))[::-1],  # off first
     }
     if unknown := [name for name in switches["loader"] or () if name not in LOADERS]:
@@ -160,7 +162,7 @@ def _refuse_idle(ctx: typer.Context, mode: str) -> None:
     flags = {param.name: param.opts[0] for param in ctx.command.params}
     if idle := [flags[name] for name in IDLE[mode] if _given(ctx, name)]:
         instead = {"compare": "the two configs say what is timed", "": "--profile writes a trace"}
-        beside = f"--{mode}" if mode else "a table"
+        beside = "two reports" if mode == "reports" else f"--{mode}" if mode else "a table"
         raise InputError(f"{idle[0]} does nothing beside {beside}; {instead.get(mode, 'leave it out')}")
 
 
