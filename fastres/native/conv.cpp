@@ -55,8 +55,8 @@ void pair_up(const bf16* row, int64_t width, int64_t channels, uint32_t* even, u
 }
 
 // The band's sums of one tap between 16 channels and 16, added to what is there.
-void add_products(const uint32_t* x, int64_t x_row, int64_t x_image, const uint32_t* grad, const Band& band, int64_t images,
-                  int64_t pairs, float* sums) {
+void add_products(const uint32_t* x, int64_t x_row, int64_t x_image, const uint32_t* grad, const Band& band,
+                  int64_t images, int64_t pairs, float* sums) {
   __m512 sum[LANES];
   for (int i = 0; i < LANES; i++) sum[i] = _mm512_loadu_ps(sums + i * LANES);
   for (int64_t image = 0; image < images; image++)
@@ -131,7 +131,8 @@ class Group {
     const auto fetch = [&](const bf16* from, int64_t channels, int64_t call) {
       const char* start = (const char*)(from + next * channels);
       const int64_t bytes = pixels * channels * sizeof(bf16);
-      for (int64_t k = bytes * call / calls / 64 * 64; k < bytes * (call + 1) / calls; k += 64) __builtin_prefetch(start + k);
+      for (int64_t k = bytes * call / calls / 64 * 64; k < bytes * (call + 1) / calls; k += 64)
+        __builtin_prefetch(start + k);
     };
     int64_t call = 0;
     for (int64_t out = 0; out < outs; out++)

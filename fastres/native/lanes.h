@@ -1,5 +1,5 @@
-// Vectors of floats, and of as many bfloat16 that become floats. They are GCC's own, for any machine; of the length that
-// this one has, since longer ones are slow.
+// Vectors of floats, and of as many bfloat16 that become floats. They are GCC's own, for any machine, and of the length
+// that this one has, since longer ones are slow.
 
 #pragma once
 

@@ -23,7 +23,10 @@ Floats relu(Floats values) { return where(~(values < 0), values); }  // NaN stay
 struct Table {
   int64_t channels, columns, rows, tiles;  // tiles: one below the other
   Table(int64_t numel, int64_t channels)
-      : channels(channels), columns(std::max(channels, COLUMNS)), rows(numel / columns), tiles((rows + ROWS - 1) / ROWS) {}
+      : channels(channels),
+        columns(std::max(channels, COLUMNS)),
+        rows(numel / columns),
+        tiles((rows + ROWS - 1) / ROWS) {}
   int64_t values_a_channel() const { return rows * (columns / channels); }
 };
 
@@ -105,7 +108,7 @@ void join(const Table& table, const std::vector<float>& means, const std::vector
 }
 
 // y = relu((x - mean) * rstd * weight + bias + add). `kept`: mean, rstd, rstd * weight and bias of each channel, for
-// `backward`. The mean goes off first: of a large one and a small variance nothing is lost.
+// `backward`. The mean goes off first: beside a large one less is lost of a small variance.
 template <class T>
 void forward(const T* x, const T* add, const float* weight, const float* bias, float* running_mean, float* running_var,
              T* y, float* kept, int64_t numel, int64_t channels, float eps, float momentum, int threads) {
@@ -136,7 +139,8 @@ void forward(const T* x, const T* add, const float* weight, const float* bias, f
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < tiles; i++) {
       const Tile tile(table, i);
-      const Row means(&mean.values[tile.column]), scales(&scale.values[tile.column]), shifts(&shift.values[tile.column]);
+      const Row means(&mean.values[tile.column]), scales(&scale.values[tile.column]);
+      const Row shifts(&shift.values[tile.column]);
       for (int64_t k = tile.begin; k < tile.end; k += tile.step)
         for (int v = 0; v < VECTORS; v++) {
           const int64_t at = k + v * LANES;
@@ -148,8 +152,8 @@ void forward(const T* x, const T* add, const float* weight, const float* bias, f
   }
 }
 
-// Gradients of all that went in. `y` and `grad_add` are null where nothing was added: what ReLU let through is then seen
-// in x, which is read anyway.
+// Gradients of all that went in. `y` and `grad_add` are null where nothing was added: what ReLU let through is then
+// seen in x, which is read anyway.
 template <class T>
 void backward(const T* grad, const T* x, const T* y, const float* kept, T* grad_x, T* grad_add, float* grad_weight,
               float* grad_bias, int64_t numel, int64_t channels, int threads) {
@@ -165,7 +169,8 @@ void backward(const T* grad, const T* x, const T* y, const float* kept, T* grad_
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < tiles; i++) {
       const Tile tile(table, i);
-      const Row means(&mean.values[tile.column]), scales(&scale.values[tile.column]), shifts(&shift.values[tile.column]);
+      const Row means(&mean.values[tile.column]), scales(&scale.values[tile.column]);
+      const Row shifts(&shift.values[tile.column]);
       Row sum, dot;
       for (int64_t k = tile.begin; k < tile.end; k += tile.step)
         for (int v = 0; v < VECTORS; v++) {
@@ -197,7 +202,8 @@ void backward(const T* grad, const T* x, const T* y, const float* kept, T* grad_
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < tiles; i++) {
       const Tile tile(table, i);
-      const Row means(&mean.values[tile.column]), scales(&scale.values[tile.column]), shifts(&shift.values[tile.column]);
+      const Row means(&mean.values[tile.column]), scales(&scale.values[tile.column]);
+      const Row shifts(&shift.values[tile.column]);
       const Row slopes(&slope.values[tile.column]), offsets(&offset.values[tile.column]);
       for (int64_t k = tile.begin; k < tile.end; k += tile.step)
         for (int v = 0; v < VECTORS; v++) {
