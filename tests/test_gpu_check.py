@@ -279,7 +279,8 @@ def test_the_tar_has_all_text_and_few_weights(tmp_path: Path) -> None:
 def test_a_sections_reports_become_one(tmp_path: Path) -> None:
     files = Files(tmp_path)
     for k, name in enumerate(("resnet20", "resnet110", "race")):
-        cell = {"label": name, "config": {}, "chunks": [0.1], "step_seconds": {"median": 0.1}}
+        config = {"model": {}, "recipe": {"batch_size": 8}}
+        cell = {"label": name, "config": config, "chunks": [0.1], "step_seconds": {"median": 0.1}}
         report = {"schema": 1, "environment": {"gpu": "x"}, "cells": [cell]}
         files.done(
             Task(f"bench/{name}", 1, lambda _: {}), report if name != "race" else {"ratios": {}}, {"seconds": 1.0}
