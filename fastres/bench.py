@@ -235,6 +235,8 @@ def measure(
     """
     with contextlib.ExitStack() as stack:
         benches = list(_alive(cells, stack, say))
+        for note in dict.fromkeys(note for bench in benches for note in bench.runtime.notes):  # each once
+            say(note)
         first = [bench.run(FIRST_STEPS) for bench in benches]
         lengths = [bench.whole_periods(chunk_seconds / step) for bench, step in zip(benches, first, strict=True)]
         round_seconds = (1 + PROFILED) * sum(length * step for length, step in zip(lengths, first, strict=True))
@@ -282,17 +284,12 @@ def measure(
 def _alive(cells: Sequence[Cell], stack: contextlib.ExitStack, say: Callable[[str], None]) -> Iterator[Bench]:
     """Each cell, warmed up; closed with the stack. Equal data sets are loaded once."""
     images: dict[Any, ImageSet] = {}
-    told = set[str]()
     for cell in cells:
         key = (cell.config.data, cell.config.execution.data_dir)
         if key not in images:
             images[key] = load_images(cell.config.data, cell.config.execution, say=say)
         say(f"warming up {cell.label}")
         bench = Bench(cell, images[key])
-        for note in bench.runtime.notes:
-            if note not in told:
-                say(note)
-                told.add(note)
         stack.callback(bench.close)
         yield bench
 

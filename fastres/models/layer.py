@@ -53,8 +53,10 @@ def _fits(conv: nn.Conv2d, norm: BatchNorm, x: Tensor, add: Tensor | None) -> bo
         x.dtype == dtype
         and dtype in DTYPES
         and conv.weight.dtype == torch.float32
-        and all(t is not None and t.dtype == torch.float32 for t in of_channels)
-        and all(t is not None and t.shape == (channels,) and t.is_contiguous() for t in of_channels)
+        and all(
+            t is not None and t.dtype == torch.float32 and t.shape == (channels,) and t.is_contiguous()
+            for t in of_channels
+        )
         and norm.group in (0, len(x))
         and columns % min(channels, COLUMNS) == math.prod(shape) % columns == 0
         and math.prod(shape) > channels  # torch says best what is wrong with one value
@@ -64,7 +66,7 @@ def _fits(conv: nn.Conv2d, norm: BatchNorm, x: Tensor, add: Tensor | None) -> bo
 
 
 def _result_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
-    padding = [pad if isinstance(pad, int) else 0 for pad in conv.padding]  # torch has words as well, which we have not
+    padding = [int(pad) for pad in conv.padding]
     sizes = zip(x.shape[2:], padding, conv.kernel_size, conv.stride, strict=True)
     return len(x), conv.out_channels, *((size + 2 * pad - kernel) // stride + 1 for size, pad, kernel, stride in sizes)
 
