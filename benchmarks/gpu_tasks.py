@@ -41,8 +41,7 @@ FIRST = (
     "bench/resnet20",
     "profile/resnet20",
     "host/resnet20",
-    "switches/resident",
-    "switches/no-combo-kernels",
+    "switches/kernels",
     "seeds/resnet20",
     "bench/resnet110",
 )
@@ -79,10 +78,10 @@ def _tasks(setting: Setting) -> Iterator[Task]:
         for depth in (20, 56, 110):
             name = f"peers/{owner}_resnet{depth}"
             yield Task(name, 130 + depth, partial(timing.peer, depth=depth, checkout=checkout), needs_gpu=True)
-    for switch in timing.SWITCHES:
-        seconds = 240 if switch == "max-autotune" else 90
-        run = partial(timing.switched, switch=switch)
-        yield Task(f"switches/{switch}", seconds, run, needs_gpu=switch in timing.GPU_SWITCHES)
+    for group, switches in timing.SWITCHES.items():
+        seconds = 240 if group == "max-autotune" else 60 + 15 * len(switches)
+        run = partial(timing.switched, group=group)
+        yield Task(f"switches/{group}", seconds, run, needs_gpu=group in timing.GPU_SWITCHES)
     for depth in (20, 110):
         yield Task(f"profile/resnet{depth}", 60 + depth, partial(timing.profile, depth=depth))
     for depth in (20, 110):

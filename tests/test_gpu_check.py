@@ -9,6 +9,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from time import monotonic
 from typing import Any
 
@@ -425,7 +426,7 @@ def task_named(name: str, setting: Setting) -> Task:
 
 REPORTED = {
     "bench/resnet20": ["ResNet8 resident", "ResNet8 frozen batch"],
-    "switches/eager": ["default", "eager"],
+    "switches/path": ["default", "eager", "no-compile", "no-graph", "no-channels-last"],
     "scaling/resnet20_from_32": ["ResNet8 batch 32"],
     "seeds/resnet20": ["ResNet8 x1", "ResNet8 x2"],
 }
@@ -442,9 +443,11 @@ def test_tasks_that_report(name: str, tiny: Setting) -> None:
         assert cells["ResNet8 x2"]["images_per_second"] == pytest.approx(2 * 8 / step)
         ratio = cells["ResNet8 x2"]["floor_seconds"] / cells["ResNet8 x1"]["floor_seconds"]
         assert ratio == pytest.approx(2)
-    if name == "switches/eager":
-        assert found["words"].startswith("eager: ")
-        assert found["comparison"].keys() == {"ratio", "low", "high", "verdict"}
+    if name == "switches/path":
+        assert [line.partition(": ")[0] for line in found["words"]] == REPORTED[name][1:]
+        rounds = zip(cells["default"]["chunks"], cells["no-graph"]["chunks"], strict=True)
+        ratio = median(other / default for default, other in rounds)
+        assert found["comparisons"]["no-graph"]["ratio"] == pytest.approx(ratio)
 
 
 def test_ceilings_profile_and_memory(tiny: Setting) -> None:
