@@ -24,7 +24,8 @@ from typing import Any
 
 SOURCE = Path(__file__).with_name("nodriver.c")
 MULTIPROCESSORS = 132
-LIBRARY_CALL = re.compile(r"(?:extern_kernels\.(\w+)|torch\.ops\.aten\.(\w+)\.\w+)\(")
+LIBRARY_CALL = re.compile(r"(?:extern_kernels\.(\w+)|torch\.ops\.(?:aten|fastres)\.(\w+)\.\w+)\(")
+TWICE = ("convolution_backward", "norm_backward")  # launches a call
 KERNEL_LAUNCH = re.compile(r"^\s+(?:triton_\w+)\.run\(", re.MULTILINE)
 
 
@@ -45,8 +46,9 @@ def count_code(code: str) -> Count:
     """The launches in a wrapper that Inductor generated."""
     body = code[code.index("def call(") :]
     library = dict(collections.Counter(one or other for one, other in LIBRARY_CALL.findall(body)))
-    if "convolution_backward" in library:
-        library["convolution_backward"] *= 2  # of the input and of the weight; `whole_step` knows the first layer
+    for name in TWICE:  # of the convolution's input and of its weight; `whole_step` knows the first layer
+        if name in library:
+            library[name] *= 2
     return Count(len(KERNEL_LAUNCH.findall(body)), library)
 
 
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--scope", choices=["whole", "blocks"], default="whole", help="what is compiled at once")
     parser.add_argument("--no-shadows", action="store_true", help="cast the weights in every step instead")
+    parser.add_argument("--no-native", action="store_true", help="cuDNN's and Inductor's kernels instead of our own")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -64,7 +67,8 @@ def main() -> None:
         from benchmarks.lowering import whole_step
 
         for depth in args.depth.split(","):
-            print(json.dumps(whole_step(int(depth), args.batch_size, args.scope, shadows=not args.no_shadows)))
+            how = {"shadows": not args.no_shadows, "native": not args.no_native}
+            print(json.dumps(whole_step(int(depth), args.batch_size, args.scope, **how)))
         return
     for line in run_inside([arg for arg in sys.argv[1:] if arg != "--json"]):
         print(json.dumps(line) if args.json else _in_words(line))

@@ -87,7 +87,7 @@ def believe_in_a_gpu() -> None:
     torch._C._conv_determine_backend_memory_format = memory_format
 
 
-def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool) -> dict[str, Any]:
+def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool, native: bool) -> dict[str, Any]:
     """The launches of one step of `step.Replica` in bf16, fed by the resident loader, by part.
 
     Args:
@@ -95,6 +95,7 @@ def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool) -> dic
         batch_size: Images.
         scope: "whole" or "blocks": what is compiled at once.
         shadows: bf16 copies of the convolutions' weights, or casts in every step.
+        native: fastres' own kernels, or cuDNN and Inductor.
     """
     believe_in_a_gpu()
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -102,10 +103,14 @@ def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool) -> dic
     from fastres import shadow, step
     from fastres.data import resident
     from fastres.models.cifar import CifarNet
+    from fastres.models.norm import BatchNorm
 
     cuda, bf16, int64 = torch.device("cuda"), torch.bfloat16, torch.int64
     with torch.device("meta"):
         net = CifarNet(depth)
+    for module in net.modules():
+        if isinstance(module, BatchNorm):
+            module.native = native
     with FakeTensorMode() as mode:
         _materialise(net, shadows=shadows)
         counter = torch.zeros(1, dtype=int64, device=cuda)
@@ -129,7 +134,7 @@ def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool) -> dic
             parts |= lower(mode, predict, images, labels, net=net, options=options)
         else:
             parts |= _blocks(mode, net, batch_size, options)
-        parts["backward"] -= 1  # the images need no gradient
+        parts["backward"] -= not native  # the images need no gradient
         parameters = list(net.parameters())
         if shadows:
             convs = sum(p.numel() for p in parameters if p.ndim == 4)
@@ -145,7 +150,7 @@ def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool) -> dic
             parts["update"] += sum(-(-count // 128) for count in _kinds(parameters))  # torch.cat: 128 tensors a launch
         else:
             parts["update"] = 2 + -(-len(parameters) // 48)  # the rate, looked up and stored; the fused SGD's pieces
-    return {"depth": depth, "scope": scope, "shadows": shadows, "launches": sum(parts.values()), "parts": parts}
+    return {"depth": depth, "scope": scope, "shadows": shadows, "native": native, "launches": sum(parts.values()), "parts": parts}
 
 
 def _kinds(parameters: list[nn.Parameter]) -> tuple[int, int]:

@@ -83,7 +83,7 @@ def place(net: Network, execution: cfg.Execution, runtime: Runtime) -> Network:
     """Move a network to its device, its 4-d weights to channels-last where the config says so; in place."""
     for module in net.modules():
         if isinstance(module, BatchNorm):
-            module.native = runtime.native
+            module.native = runtime.native and runtime.device.type == "cpu"
     layout = torch.channels_last if execution.channels_last else torch.preserve_format
     return net.to(runtime.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
 

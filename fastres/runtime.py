@@ -4,6 +4,7 @@ The only module that sets anything global.
 """
 
 import ctypes
+import importlib.util
 import os
 import platform
 import subprocess
@@ -247,11 +248,11 @@ def _precision(name: str, device: torch.device) -> str:
 
 def _native(execution: Execution, device: torch.device, precision: str) -> tuple[bool, str | None]:
     """Whether to use fastres' own kernels, and what the user should hear where they were not to be had."""
-    wanted = execution.native
+    wanted, gpu = execution.native, device.type == "cuda"
     others = {
-        f"--device {device}": device.type != "cpu",
-        f"--precision {precision}": precision not in ("fp32", "bf16"),
-        "--shadow-weights": bool(execution.shadow_weights),  # which are bf16
+        f"--precision {precision}": precision != "bf16" if gpu else precision not in ("fp32", "bf16"),
+        "--no-shadow-weights": gpu and execution.shadow_weights is False,  # they read the shadows
+        "--shadow-weights": bool(execution.shadow_weights) and not gpu,  # which are bf16
         "--no-channels-last": not execution.channels_last,
     }
     if against := [flag for flag, given in others.items() if given]:
@@ -260,12 +261,23 @@ def _native(execution: Execution, device: torch.device, precision: str) -> tuple
         return False, None
     if wanted is False:
         return False, None
+    if gpu:
+        return _triton(wanted)
     try:
         kernels()
     except MachineError as error:
         if wanted:
             raise MachineError(f"--native kernels: {error}") from error
         return False, f"training without fastres' own CPU kernels, more slowly: {error}"
+    return True, None
+
+
+def _triton(wanted: bool | None) -> tuple[bool, str | None]:
+    """The same on a GPU; Triton comes with torch where it exists."""
+    if importlib.util.find_spec("triton") is None:
+        if wanted:
+            raise MachineError("--native kernels need Triton, which this torch came without; use --no-native")
+        return False, "training without fastres' own GPU kernels, more slowly: torch came without Triton"
     return True, None
 
 

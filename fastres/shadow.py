@@ -43,15 +43,20 @@ class ShadowedSgd:
         self.shadows.copy_(self._pieces[0].weights)
 
     @torch.no_grad()
-    def step(self, lrs: Tensor, counter: Tensor) -> None:
+    def step(self, lrs: Tensor, counter: Tensor, done: tuple[Tensor, Tensor] | None = None) -> None:
         """Update with the learning rate that stands at `counter`, and leave no gradients behind.
 
         Args:
             lrs: float32 `(steps,)`.
             counter: int64 `(1,)`.
+            done: Gradients that are in one piece already, of the convolutions and of the first of the others.
         """
         leaves: tuple[list[Tensor], ...] = (list(self.leaves.values()), list(self._others))
-        grads = [_flat([_gradient(leaf) for leaf in group]) for group in leaves]
+        if done:
+            late = [_gradient(leaf) for leaf in leaves[1] if leaf.grad is not None]
+            grads = [done[0], torch.cat([done[1], *map(torch.flatten, late)])]
+        else:
+            grads = [_flat([_gradient(leaf) for leaf in group]) for group in leaves]
         pieces = [(p.weights, p.velocities, g, p.decay) for p, g in zip(self._pieces, grads, strict=True)]
         self._update(*pieces, self.shadows, lrs, counter, self._momentum)
         for leaf in (*leaves[0], *leaves[1]):

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from fastres import optim
 from fastres.cudagraph import WARM_UP_CALLS, Capture, Replay
+from fastres.fusednet import FusedNet
 from fastres.runtime import Runtime, allow_recompilations, autocast
 from fastres.shadow import ShadowedSgd
 
@@ -98,7 +99,10 @@ class Replica:
         self._scaled: list[Tensor] = []  # velocities that have the learning rate inside
         if optimizer.param_groups[0]["lr_in_velocity"]:
             self._scaled = list(optim.momentum_buffers(net, optimizer).values())
-        self._predict, self._record = _predict, _record
+        self._fused: FusedNet | None = None  # made for the first batch
+        self._fuse = runtime.native and self.device.type == "cuda"
+        self._maps: Tensor | None = None  # of its last forward
+        self._predict, self._predict_maps, self._record = _predict, _predict_maps, _record
         if runtime.compile_scope != "none":
             allow_recompilations()
         options = compile_options(self.device, runtime.compile_mode)
@@ -106,8 +110,9 @@ class Replica:
             compile_blocks(net, options)
         elif runtime.compile_scope == "whole":
             self._predict = torch.compile(_predict, fullgraph=True, dynamic=False, options=options)
-        if runtime.compile_scope != "none" and self.device.type == "cuda":  # one launch instead of four
+        if runtime.compile_scope != "none" and self.device.type == "cuda":  # a few launches instead of a dozen
             self._record = torch.compile(_record, fullgraph=True, dynamic=False)
+            self._predict_maps = torch.compile(_predict_maps, fullgraph=True, dynamic=False, options=options)
 
     def set_lrs(self, lr_at: Callable[[int], float], start: int = 0) -> None:
         """Fill the tables of learning rates from 0-based step `start` on; takes part from the next step launched."""
@@ -125,18 +130,28 @@ class Replica:
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy `()`, fp32 (fp64 for an fp64 network), and the number of wrong answers, int32 `()`."""
+        if self._fuse and not self._fused and self._sgd:
+            self._fused = FusedNet.of(self.net, self._sgd.leaves, len(images))
+            self._fuse = self._fused is not None
+        if self._fused:
+            self._maps = self._fused.forward(images).requires_grad_()
+            return self._predict_maps(self._maps, self._fused.fc.weight, self._fused.fc.bias, labels)
         return self._predict(self.net, self._sgd.leaves if self._sgd else {}, images, labels, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients into `.grad`, which the last update left empty."""
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if self._fused and self._maps is not None and self._maps.grad is not None:
+            self._fused.backward(self._maps.grad)
+            self._maps = None
 
     def update(self) -> None:
         """SGD on the fp32 weights, with the learning rate that stands at the counter."""
         if self._scaled:
             optim.scale_velocities(self._scaled, self.lr_ratios.index_select(0, self.counter))
         if self._sgd:
-            self._sgd.step(self.lrs, self.counter)
+            done = (self._fused.weight_grads, self._fused.norm_grads) if self._fused else None
+            self._sgd.step(self.lrs, self.counter, done)
             return
         optim.set_lr(self.optimizer, self.lrs.index_select(0, self.counter))
         self.scaler.step(self.optimizer)
@@ -275,6 +290,15 @@ def _predict(
     """`weights` stand in for the network's own of the same names."""
     with autocast(images.device, dtype):
         logits = functional_call(net, weights, (images,)) if weights else net(images)
+    return _judged(logits, labels)
+
+
+def _predict_maps(maps: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from the last block's maps on, as `models.cifar.logits_of` does it."""
+    return _judged(F.linear(maps.float().mean(dim=(2, 3)), weight, bias), labels)
+
+
+def _judged(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     wrong = logits.detach().argmax(dim=1) != labels  # in the forward, where it costs no kernel of its own
     return F.cross_entropy(logits, labels), wrong.sum(dtype=torch.int32)
 

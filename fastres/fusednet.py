@@ -1,0 +1,241 @@
+"""A CIFAR network in training on a GPU, forward and backward, by the kernels of `native/gpu_*.py`.
+
+cuDNN's kernels for 16 to 64 channels take two thirds of a step on an H200, several times what the maps' bytes need, and
+autograd's pieces can't share a pass over memory. Here a layer is two launches forward, convolution and norm, and two
+backward, which carry along what neighbours need: the norm's sums, the shortcut and its gradient.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastres.models.cifar import WIDTHS, Block, CifarNet
+from fastres.models.norm import BatchNorm
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched."""
+
+    block: int  # pixels a tile
+    programs: int  # at most
+    warps: int = 4
+    stages: int = 1  # of the loop's pipeline
+    span: int = 0  # as in `gpu_kernels.convolved`
+
+
+class Launches(NamedTuple):
+    """Those of a layer, tuned on an H200 at batch 128 (docs/LOG.md)."""
+
+    conv: Launch
+    norm: Launch
+    norm_grad: Launch
+    weights: Launch  # of a convolution's gradients, the one of its weights, and with `warps` for both
+    source: Launch
+
+
+# By channels: 16 at 32x32 pixels, 32 at 16x16, 64 at 8x8.
+LAUNCHES = {
+    16: Launches(
+        Launch(256, 1024, 4, 2), Launch(128, 264), Launch(128, 264), Launch(128, 128, 4, 2), Launch(128, 512, 4, 3)
+    ),
+    32: Launches(
+        Launch(256, 1024, 4, 4), Launch(64, 264), Launch(64, 264), Launch(64, 64, 4, 2), Launch(128, 256, 4, 3)
+    ),
+    64: Launches(
+        Launch(64, 264, 4, 4), Launch(64, 1056), Launch(64, 1056), Launch(64, 32, 4, 3), Launch(64, 128, 4, 3)
+    ),
+}
+FIRST, FIRST_GRAD = Launch(256, 1024), Launch(128, 256, 4, 2)
+SUMS = Launch(64, 528)  # of the last layer's norm
+ADD_UP, ADD_UP_ROWS = Launch(256, 0), 16  # weights a program, and shares at a time
+
+
+class Split(NamedTuple):
+    """Pixels shared out to programs."""
+
+    block: int  # pixels a tile
+    tiles: int  # a program
+    programs: int
+    launch: Launch  # by which they are
+
+
+def split(pixels: int, launch: Launch) -> Split:
+    """As many programs as allowed, all with the same number of tiles."""
+    block = launch.block
+    while pixels % block:
+        block //= 2
+    tiles = pixels // block
+    each = next(n for n in range(1, tiles + 1) if tiles % n == 0 and tiles // n <= launch.programs)
+    return Split(block, each, tiles // each, launch)
+
+
+class _Layer:
+    """A convolution, its norm, and how they are launched."""
+
+    def __init__(self, weight: Tensor, norm: BatchNorm, side: int, stride: int, batch_size: int) -> None:
+        self.weight, self.norm, self.side, self.stride = weight, norm, side, stride
+        self.num, self.channels = weight.shape[:2]  # of target and source
+        self.pixels = batch_size * side**2
+        self.first = self.channels not in WIDTHS
+        how = LAUNCHES[self.num]
+        self.conv = split(self.pixels, FIRST if self.first else how.conv)
+        self.weights = split(self.pixels, FIRST_GRAD if self.first else how.weights)
+        self.source = split(self.pixels * stride**2, how.source)
+        self.norm_forward, self.norm_backward = split(self.pixels, how.norm), split(self.pixels, how.norm_grad)
+        self.begins = -1  # of the shortcut that ends here: the layer whose result it takes
+        self.ends = -1  # of the shortcut that takes what this layer is given
+        self.pad = 0  # zero channels before the shortcut's own
+
+
+class FusedNet:
+    """Training passes of a network on batches of one size.
+
+    Args:
+        net: On a GPU; its running statistics move.
+        weights: bfloat16, of the convolutions, by parameter name, channels last; read in each pass.
+        batch_size: Images.
+
+    Attributes:
+        fc: The network's last layer, which is left to others.
+        weight_grads: float32: of all convolutions, one after the other, as they lie in memory.
+        norm_grads: float32: of scale and shift of all norms, one after the other.
+    """
+
+    def __init__(self, net: CifarNet, weights: Mapping[str, Tensor], batch_size: int) -> None:
+        self.fc, device = net.fc, net.fc.weight.device
+        self.layers = [_Layer(weights["conv1.weight"], net.bn1, 32, 1, batch_size)]
+        for name, block in net.named_modules():
+            if isinstance(block, Block):
+                side = self.layers[-1].side // block.stride
+                for number, norm, stride in ((1, block.bn1, block.stride), (2, block.bn2, 1)):
+                    layer = _Layer(weights[f"{name}.conv{number}.weight"], norm, side, stride, batch_size)
+                    self.layers.append(layer)
+                if block.residual:
+                    end = len(self.layers) - 1
+                    self.layers[end].begins, self.layers[end].pad = end - 2, block.zeros[0]
+                    self.layers[end - 1].ends = end
+        sizes = [layer.weight.numel() for layer in self.layers]
+        self.weight_grads = torch.zeros(sum(sizes), device=device)
+        self.norm_grads = torch.zeros(2 * sum(layer.num for layer in self.layers), device=device)
+        counts = [size * layer.weights.programs for size, layer in zip(sizes, self.layers, strict=True)]
+        self._shares = torch.zeros(sum(counts), device=device)
+        rows = []
+        for k, (size, layer) in enumerate(zip(sizes, self.layers, strict=True)):
+            start, place = sum(counts[:k]), sum(sizes[:k])
+            rows += [[start, layer.weights.programs, size, at, place] for at in range(0, size, ADD_UP.block)]
+        self._table = torch.tensor(rows, dtype=torch.int32, device=device)
+        # Each kernel is launched before the one ahead is done, and waits for it inside: `gpu_kernels.begin`.
+        self._early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of each layer: maps, result, statistics
+
+    @classmethod
+    def of(cls, net: nn.Module, weights: Mapping[str, Tensor], batch_size: int) -> "FusedNet | None":
+        """The passes of a network for which there are kernels: 3x3 layers, and shortcuts without weights; else None."""
+        if not isinstance(net, CifarNet) or net.bn1.group not in (0, batch_size):
+            return None
+        blocks = [module for module in net.modules() if isinstance(module, Block)]
+        return cls(net, weights, batch_size) if all(block.downsample is None for block in blocks) else None
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `(batch, 3, 32, 32)` -> the last block's maps `(batch, 64, 8, 8)`, both bfloat16 and channels last."""
+        conv, norms = _kernels()
+        self._kept, self._images, source = [], images, images
+        for layer in self.layers:
+            num, side, norm, how = layer.num, layer.side, layer.norm, layer.conv
+            maps, out = (_maps(images, num, side) for _ in range(2))
+            shares, kept = self._shares.new_empty((how.programs, 2, num)), self._shares.new_empty((4, num))
+            self._launch(
+                conv.conv3x3, how.programs, how.launch,
+                source, layer.weight, maps, shares, side, side, layer.channels, num, layer.stride, how.launch.span,
+                how.block, how.tiles, how.launch.stages,
+            )  # fmt: skip
+            share_pixels, how = layer.pixels // how.programs, layer.norm_forward
+            begins = self._kept[layer.begins][1] if layer.begins >= 0 else None
+            self._launch(
+                norms.norm_forward, how.programs, how.launch,
+                maps, shares, maps if begins is None else begins, norm.weight, norm.bias, norm.running_mean,
+                norm.running_var, out, kept, norm.eps, norm.momentum, side, side, num,
+                0 if begins is None else begins.shape[1], layer.pad, len(shares), _power(len(shares)), share_pixels,
+                how.block, how.tiles,
+            )  # fmt: skip
+            self._kept.append((maps, out, kept))
+            source = out
+        return source
+
+    @torch.no_grad()
+    def backward(self, grad: Tensor) -> None:
+        """Fill `weight_grads` and `norm_grads`.
+
+        Args:
+            grad: Of what `forward` gave, which must have been the last call.
+        """
+        conv, norms = _kernels()
+        grads: list[Tensor | None] = [None] * len(self.layers)  # of each layer's result
+        grads[-1] = grad = grad.contiguous(memory_format=torch.channels_last)
+        maps, out, kept = self._kept[-1]
+        how, num = split(self.layers[-1].pixels, SUMS), maps.shape[1]
+        norm_shares = kept.new_empty((how.programs, 2, num))
+        self._launch(
+            norms.norm_sums, how.programs, how.launch, grad, maps, out, kept, norm_shares, num, how.block, how.tiles
+        )
+        at_norm, at_share = len(self.norm_grads), len(self._shares)
+        for k in reversed(range(len(self.layers))):
+            layer = self.layers[k]
+            num, side, how, weights = layer.num, layer.side, layer.norm_backward, layer.weights
+            maps, out, kept = self._kept[k]
+            grad_maps, at_norm = torch.empty_like(maps), at_norm - 2 * num
+            self._launch(
+                norms.norm_backward, how.programs, how.launch,
+                grads[k], maps, out, kept, norm_shares, grad_maps, self.norm_grads[at_norm:],
+                self.norm_grads[at_norm + num :], num, len(norm_shares), _power(len(norm_shares)), layer.pixels,
+                how.block, how.tiles,
+            )  # fmt: skip
+            at_share -= weights.programs * layer.weight.numel()
+            shares = self._shares[at_share:]
+            if layer.first:
+                self._launch(
+                    conv.first_weight_grad, weights.programs, weights.launch,
+                    grad_maps, self._images, shares, side, side, layer.channels, num,
+                    weights.block, weights.tiles, weights.launch.stages,
+                )  # fmt: skip
+                continue
+            below, source, below_kept = self._kept[k - 1]
+            grads[k - 1] = grad_source = torch.empty_like(source)
+            own, end = layer.source, layer.ends
+            norm_shares = kept.new_empty((own.programs, 2, layer.channels))
+            over = (grads[end], self._kept[end][1]) if end >= 0 else (grad_maps, grad_maps)
+            self._launch(
+                conv.conv3x3_grads, 3 * weights.programs + own.programs, weights.launch,
+                grad_maps, source, layer.weight, grad_source, shares, below, below_kept, norm_shares, *over,
+                side, side, layer.channels, num, layer.stride, self.layers[end].num if end >= 0 else 0,
+                self.layers[end].pad if end >= 0 else 0, weights.programs,
+                weights.launch.span, weights.block, weights.tiles, weights.launch.stages,
+                own.launch.span if layer.stride == 1 else 0, own.block, own.tiles, own.launch.stages,
+            )  # fmt: skip
+        self._launch(
+            conv.add_up, len(self._table), ADD_UP, self._shares, self.weight_grads, self._table, ADD_UP_ROWS,
+            ADD_UP.block,
+        )  # fmt: skip
+        self._kept = []
+
+    def _launch(self, kernel: Any, programs: int, launch: Launch, *args: Any) -> None:
+        early = {"launch_pdl": True} if self._early else {}
+        kernel[programs,](*args, self._early, num_warps=launch.warps, **early)
+
+
+def _kernels() -> tuple[Any, Any]:
+    from fastres.native import gpu_kernels, gpu_norm  # Triton, a second
+
+    return gpu_kernels, gpu_norm
+
+
+def _maps(like: Tensor, channels: int, side: int) -> Tensor:
+    return like.new_empty((len(like), side, side, channels)).permute(0, 3, 1, 2)
+
+
+def _power(number: int) -> int:
+    """The least power of 2 that is no less."""
+    return 1 << (number - 1).bit_length()
