@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from fastres.steptimer import StepTimer
 
 REPLICAS = (1, 2, 4, 5, 8)
-HOST_STEPS = 200  # about so many are launched without waiting for the device
+STEPS = 200  # about so many are timed at a time
+BURST = 20  # launched without waiting for the device: the driver's queue holds some thirty graphs
 POLL_SECONDS = 0.02  # how exactly a start is timed
 STOP_SECONDS = 60.0  # that a training may take to save when it is told to stop
 
@@ -125,7 +126,7 @@ def host(setting: Setting, depth: int) -> Result:
             alive.append((bench, StepTimer(bench.runtime.device)))
         for turn in range(rounds):
             for bench, timer in alive if turn % 2 == 0 else reversed(alive):
-                steps = 4 if setting.tiny else bench.whole_periods(HOST_STEPS)
+                steps = 4 if setting.tiny else bench.whole_periods(STEPS)
                 seen[bench.cell.label].append(_launched(bench, timer, steps))
     rows = list[Result]()
     frozen = [step for step, _, _ in seen[cells[-1].label]]
@@ -151,11 +152,15 @@ def _launched(bench: "Bench", timer: "StepTimer", num_steps: int) -> tuple[float
     """Seconds of a step: as a benchmark times it, of the host that launches it, and of the device by the timer."""
     from fastres.runtime import synchronize
 
-    step = bench.run(num_steps)
-    launch = launch_seconds(bench.step, timer, bench.done, bench.done + num_steps)
-    bench.done += num_steps
-    synchronize(bench.runtime.device)
-    return step, launch / num_steps, sum(timer.collect()) / num_steps
+    step, stop = bench.run(num_steps), bench.done + num_steps
+    launch = on_device = 0.0
+    while bench.done < stop:
+        until = min(stop, bench.done + BURST)
+        launch += launch_seconds(bench.step, timer, bench.done, until)
+        bench.done = until
+        synchronize(bench.runtime.device)
+        on_device += sum(timer.collect())
+    return step, launch / num_steps, on_device / num_steps
 
 
 def launch_seconds(step: "TrainStep", timer: "StepTimer", start: int, stop: int) -> float:
@@ -198,7 +203,7 @@ def evaluation(setting: Setting, depth: int) -> Result:
     test = build_evaluator(bench.replica.net, config, images, images.mean_image(), bench.runtime)
     step_seconds, seconds = list[float](), list[float]()
     for _ in range(rounds + 1):
-        step_seconds.append(bench.run(4 if setting.tiny else bench.whole_periods(HOST_STEPS)))
+        step_seconds.append(bench.run(4 if setting.tiny else bench.whole_periods(STEPS)))
         bench.run(FIRST_STEPS)
         began = perf_counter()
         tested = test()  # waits for the device

@@ -24,8 +24,7 @@ from typing import Any
 
 SOURCE = Path(__file__).with_name("nodriver.c")
 MULTIPROCESSORS = 132
-LIBRARY_CALL = re.compile(r"(?:extern_kernels\.(\w+)|torch\.ops\.(?:aten|fastres)\.(\w+)\.\w+)\(")
-TWICE = ("convolution_backward", "norm_backward")  # launches a call
+LIBRARY_CALL = re.compile(r"(?:extern_kernels\.(\w+)|torch\.ops\.aten\.(\w+)\.\w+)\(")
 KERNEL_LAUNCH = re.compile(r"^\s+(?:triton_\w+)\.run\(", re.MULTILINE)
 
 
@@ -46,9 +45,8 @@ def count_code(code: str) -> Count:
     """The launches in a wrapper that Inductor generated."""
     body = code[code.index("def call(") :]
     library = dict(collections.Counter(one or other for one, other in LIBRARY_CALL.findall(body)))
-    for name in TWICE:  # of the convolution's input and of its weight; `whole_step` knows the first layer
-        if name in library:
-            library[name] *= 2
+    if "convolution_backward" in library:
+        library["convolution_backward"] *= 2  # of the input and of the weight; `whole_step` knows the first layer
     return Count(len(KERNEL_LAUNCH.findall(body)), library)
 
 

@@ -103,14 +103,10 @@ def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool, native
     from fastres import shadow, step
     from fastres.data import resident
     from fastres.models.cifar import CifarNet
-    from fastres.models.norm import BatchNorm
 
     cuda, bf16, int64 = torch.device("cuda"), torch.bfloat16, torch.int64
     with torch.device("meta"):
         net = CifarNet(depth)
-    for module in net.modules():
-        if isinstance(module, BatchNorm):
-            module.native = native
     with FakeTensorMode() as mode:
         _materialise(net, shadows=shadows)
         counter = torch.zeros(1, dtype=int64, device=cuda)
@@ -126,7 +122,9 @@ def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool, native
             "log": lower(mode, step._record, counter, *log, *tables)["forward"],
         }
         options = step.compile_options(cuda, "default") or {}
-        if scope == "whole":
+        if native:
+            parts |= _fused(mode, net, images, labels, options)
+        elif scope == "whole":
 
             def predict(*batch: Tensor) -> Any:
                 return step._predict(net, {}, *batch, bf16)
@@ -134,9 +132,9 @@ def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool, native
             parts |= lower(mode, predict, images, labels, net=net, options=options)
         else:
             parts |= _blocks(mode, net, batch_size, options)
-        parts["backward"] -= not native  # the images need no gradient
+        parts["backward"] -= 0 if native else 1  # the images need no gradient
         parameters = list(net.parameters())
-        if shadows:
+        if shadows or native:
             convs = sum(p.numel() for p in parameters if p.ndim == 4)
             sizes = (convs, sum(p.numel() for p in parameters) - convs)
             pieces = [[torch.zeros(n, device=cuda) for _ in range(4)] for n in sizes]
@@ -147,10 +145,12 @@ def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool, native
 
             flat = (*pieces[0], *pieces[1], torch.zeros(convs, dtype=bf16, device=cuda), tables[0], counter)
             parts["update"] = lower(mode, update, *flat, options={"combo_kernels": True})["forward"]
-            parts["update"] += sum(-(-count // 128) for count in _kinds(parameters))  # torch.cat: 128 tensors a launch
+            pieces_of = [1] if native else _kinds(parameters)  # torch.cat: 128 tensors a launch
+            parts["update"] += sum(-(-count // 128) for count in pieces_of)
         else:
             parts["update"] = 2 + -(-len(parameters) // 48)  # the rate, looked up and stored; the fused SGD's pieces
-    return {"depth": depth, "scope": scope, "shadows": shadows, "native": native, "launches": sum(parts.values()), "parts": parts}
+    how = {"depth": depth, "scope": scope, "shadows": shadows, "native": native}
+    return {**how, "launches": sum(parts.values()), "parts": parts}
 
 
 def _kinds(parameters: list[nn.Parameter]) -> tuple[int, int]:
@@ -171,6 +171,25 @@ def _materialise(net: nn.Module, *, shadows: bool) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.zeros(buffer.shape, device="cuda")
+
+
+def _fused(mode: Any, net: Any, images: Tensor, labels: Tensor, options: Any) -> dict[str, int]:
+    """fastres' own kernels, and what is compiled behind them."""
+    from fastres import fusednet, step
+
+    count = [0]
+
+    def launch(*_: Any) -> None:
+        count[0] += 1
+
+    fusednet._launch = launch
+    weights = {name: parameter.detach() for name, parameter in net.named_parameters() if parameter.ndim == 4}
+    fused = fusednet.FusedNet(net, weights, len(images))
+    maps = fused.forward(images)
+    forward, count[0] = count[0], 0
+    fused.backward(torch.zeros_like(maps))
+    head = lower(mode, step._predict_maps, maps.requires_grad_(), net.fc.weight, net.fc.bias, labels, options=options)
+    return {"forward": forward + head["forward"], "backward": count[0] + head["backward"]}
 
 
 def _blocks(mode: Any, net: Any, batch_size: int, options: Any) -> dict[str, int]:

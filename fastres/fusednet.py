@@ -22,7 +22,6 @@ class Launch(NamedTuple):
     programs: int  # at most
     warps: int = 4
     stages: int = 1  # of the loop's pipeline
-    span: int = 0  # as in `gpu_kernels.convolved`
 
 
 class Launches(NamedTuple):
@@ -38,14 +37,12 @@ class Launches(NamedTuple):
 # By channels: 16 at 32x32 pixels, 32 at 16x16, 64 at 8x8.
 LAUNCHES = {
     16: Launches(
-        Launch(256, 1024, 4, 2), Launch(128, 264), Launch(128, 264), Launch(128, 128, 4, 2), Launch(128, 512, 4, 3)
+        Launch(256, 264, 4, 3), Launch(128, 264), Launch(128, 264), Launch(128, 88, 4, 3), Launch(256, 512, 4, 3)
     ),
     32: Launches(
         Launch(256, 1024, 4, 4), Launch(64, 264), Launch(64, 264), Launch(64, 64, 4, 2), Launch(128, 256, 4, 3)
     ),
-    64: Launches(
-        Launch(64, 264, 4, 4), Launch(64, 1056), Launch(64, 1056), Launch(64, 32, 4, 3), Launch(64, 128, 4, 3)
-    ),
+    64: Launches(Launch(64, 264, 4, 4), Launch(64, 528), Launch(64, 264), Launch(64, 32, 4, 3), Launch(64, 128, 4, 3)),
 }
 FIRST, FIRST_GRAD = Launch(256, 1024), Launch(128, 256, 4, 2)
 SUMS = Launch(64, 528)  # of the last layer's norm
@@ -84,6 +81,7 @@ class _Layer:
         self.weights = split(self.pixels, FIRST_GRAD if self.first else how.weights)
         self.source = split(self.pixels * stride**2, how.source)
         self.norm_forward, self.norm_backward = split(self.pixels, how.norm), split(self.pixels, how.norm_grad)
+        self.span = _power(3 * self.channels) if self.channels < 64 else 0
         self.begins = -1  # of the shortcut that ends here: the layer whose result it takes
         self.ends = -1  # of the shortcut that takes what this layer is given
         self.pad = 0  # zero channels before the shortcut's own
@@ -125,9 +123,7 @@ class FusedNet:
         for k, (size, layer) in enumerate(zip(sizes, self.layers, strict=True)):
             start, place = sum(counts[:k]), sum(sizes[:k])
             rows += [[start, layer.weights.programs, size, at, place] for at in range(0, size, ADD_UP.block)]
-        self._table = torch.tensor(rows, dtype=torch.int32, device=device)
-        # Each kernel is launched before the one ahead is done, and waits for it inside: `gpu_kernels.begin`.
-        self._early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self._table = torch.tensor(rows, dtype=torch.int32).to(device)
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of each layer: maps, result, statistics
 
     @classmethod
@@ -147,14 +143,14 @@ class FusedNet:
             num, side, norm, how = layer.num, layer.side, layer.norm, layer.conv
             maps, out = (_maps(images, num, side) for _ in range(2))
             shares, kept = self._shares.new_empty((how.programs, 2, num)), self._shares.new_empty((4, num))
-            self._launch(
+            _launch(
                 conv.conv3x3, how.programs, how.launch,
-                source, layer.weight, maps, shares, side, side, layer.channels, num, layer.stride, how.launch.span,
+                source, layer.weight, maps, shares, side, side, layer.channels, num, layer.stride,
                 how.block, how.tiles, how.launch.stages,
             )  # fmt: skip
             share_pixels, how = layer.pixels // how.programs, layer.norm_forward
             begins = self._kept[layer.begins][1] if layer.begins >= 0 else None
-            self._launch(
+            _launch(
                 norms.norm_forward, how.programs, how.launch,
                 maps, shares, maps if begins is None else begins, norm.weight, norm.bias, norm.running_mean,
                 norm.running_var, out, kept, norm.eps, norm.momentum, side, side, num,
@@ -178,7 +174,7 @@ class FusedNet:
         maps, out, kept = self._kept[-1]
         how, num = split(self.layers[-1].pixels, SUMS), maps.shape[1]
         norm_shares = kept.new_empty((how.programs, 2, num))
-        self._launch(
+        _launch(
             norms.norm_sums, how.programs, how.launch, grad, maps, out, kept, norm_shares, num, how.block, how.tiles
         )
         at_norm, at_share = len(self.norm_grads), len(self._shares)
@@ -187,7 +183,7 @@ class FusedNet:
             num, side, how, weights = layer.num, layer.side, layer.norm_backward, layer.weights
             maps, out, kept = self._kept[k]
             grad_maps, at_norm = torch.empty_like(maps), at_norm - 2 * num
-            self._launch(
+            _launch(
                 norms.norm_backward, how.programs, how.launch,
                 grads[k], maps, out, kept, norm_shares, grad_maps, self.norm_grads[at_norm:],
                 self.norm_grads[at_norm + num :], num, len(norm_shares), _power(len(norm_shares)), layer.pixels,
@@ -196,7 +192,7 @@ class FusedNet:
             at_share -= weights.programs * layer.weight.numel()
             shares = self._shares[at_share:]
             if layer.first:
-                self._launch(
+                _launch(
                     conv.first_weight_grad, weights.programs, weights.launch,
                     grad_maps, self._images, shares, side, side, layer.channels, num,
                     weights.block, weights.tiles, weights.launch.stages,
@@ -207,23 +203,23 @@ class FusedNet:
             own, end = layer.source, layer.ends
             norm_shares = kept.new_empty((own.programs, 2, layer.channels))
             over = (grads[end], self._kept[end][1]) if end >= 0 else (grad_maps, grad_maps)
-            self._launch(
+            _launch(
                 conv.conv3x3_grads, 3 * weights.programs + own.programs, weights.launch,
                 grad_maps, source, layer.weight, grad_source, shares, below, below_kept, norm_shares, *over,
                 side, side, layer.channels, num, layer.stride, self.layers[end].num if end >= 0 else 0,
                 self.layers[end].pad if end >= 0 else 0, weights.programs,
-                weights.launch.span, weights.block, weights.tiles, weights.launch.stages,
-                own.launch.span if layer.stride == 1 else 0, own.block, own.tiles, own.launch.stages,
+                layer.span, weights.block, weights.tiles, weights.launch.stages,
+                own.block, own.tiles, own.launch.stages,
             )  # fmt: skip
-        self._launch(
+        _launch(
             conv.add_up, len(self._table), ADD_UP, self._shares, self.weight_grads, self._table, ADD_UP_ROWS,
             ADD_UP.block,
         )  # fmt: skip
         self._kept = []
 
-    def _launch(self, kernel: Any, programs: int, launch: Launch, *args: Any) -> None:
-        early = {"launch_pdl": True} if self._early else {}
-        kernel[programs,](*args, self._early, num_warps=launch.warps, **early)
+
+def _launch(kernel: Any, programs: int, launch: Launch, *args: Any) -> None:
+    kernel[programs,](*args, num_warps=launch.warps)
 
 
 def _kernels() -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ LAYERS = (
     ("configtree", "native"),
     ("config",),
     ("runtime", "optim", "shadow", "models", "data"),
-    ("checkpoint", "cudagraph"),
+    ("checkpoint", "cudagraph", "fusednet"),
     ("evaluator",),
     ("rundir",),
     ("console", "curves"),

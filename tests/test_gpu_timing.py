@@ -67,7 +67,7 @@ def test_the_hosts_numbers_are_of_all_rounds(tiny: Setting, monkeypatch: pytest.
     def launched(bench: Stub, _timer: StepTimer, num_steps: int) -> tuple[float, float, float]:
         bench.turn += 1
         slow = 2 if bench.turn > 5 else 1  # the machine gets slower
-        assert num_steps == gpu_timing.HOST_STEPS
+        assert num_steps == gpu_timing.STEPS
         return slow * (0.75 if bench.cell.frozen else 1.0), 14e-6 if bench.turn == 1 else 4e-6, 1e-3
 
     monkeypatch.setattr("fastres.bench.Bench", Stub)

@@ -20,7 +20,7 @@ lowered = pytest.mark.skipif(
     ("depth", "scope", "limit"), [(20, "whole", 200), (110, "blocks", 1_190), (110, "whole", 1_100)]
 )
 def test_launches_of_a_step(depth: int, scope: str, limit: int) -> None:
-    (count,) = run_inside(["--depth", str(depth), "--scope", scope])
+    (count,) = run_inside(["--depth", str(depth), "--scope", scope, "--no-native"])
     parts = count["parts"]
     assert set(parts) == {"load", "forward", "backward", "update", "log"}
     convolutions = depth - 1
@@ -33,8 +33,20 @@ def test_launches_of_a_step(depth: int, scope: str, limit: int) -> None:
 
 @lowered
 @pytest.mark.timeout(300)
+def test_launches_of_a_step_by_our_own_kernels() -> None:
+    """Convolution and norm of each layer, twice each way; then what is compiled: head, images, update and log."""
+    for count in run_inside(["--depth", "20,110"]):
+        layers, parts = count["depth"] - 1, count["parts"]
+        assert 2 * layers < parts["forward"] <= 2 * layers + 4
+        assert 2 * layers + 2 < parts["backward"] <= 2 * layers + 8  # the last norm's sums, and the weights'
+        assert parts["update"] <= 3
+        assert count["launches"] == sum(parts.values()) <= 4 * layers + 17
+
+
+@lowered
+@pytest.mark.timeout(300)
 def test_shadows_save_kernels() -> None:
-    without, with_them = (run_inside(["--depth", "8", *more])[0] for more in (["--no-shadows"], []))
+    without, with_them = (run_inside(["--depth", "8", "--no-native", *more])[0] for more in (["--no-shadows"], []))
     for part in ("forward", "backward"):  # Inductor joins the casts, but not all of them
         assert with_them["parts"][part] < without["parts"][part]
 

@@ -356,15 +356,6 @@ def test_what_they_do_not_go_with(flag: str, how: dict[str, Any]) -> None:
         prepare(Execution(device="cpu", threads=1, native=True, **how))
 
 
-def test_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastres.runtime._device", lambda _: torch.device("cuda", 0))
-    monkeypatch.setattr("fastres.runtime._set_up_cuda", lambda *_, **__: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert not prepare(Execution(threads=1)).native
-    with pytest.raises(InputError, match="--native kernels do not go with --device cuda:0"):
-        prepare(Execution(threads=1, native=True))
-
-
 def no_compiler(monkeypatch: pytest.MonkeyPatch, _: Path) -> str:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     return r"there is no g\+\+; apt-get install g\+\+"

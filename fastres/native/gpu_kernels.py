@@ -11,18 +11,6 @@ kernel adds up all shares by itself, in one order: quicker than a kernel between
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-
-@triton.jit
-def begin(EARLY: tl.constexpr):
-    """Where a kernel is launched before the one ahead of it is done (sm_90 and later): wait for that, allow the next.
-
-    https://docs.nvidia.com/cuda/cuda-c-programming-guide/#programmatic-dependent-launch-and-synchronization
-    """
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -36,47 +24,28 @@ def pixels_of(tile, BLOCK: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constex
 def convolved(
     source, weight, column, row, image,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr,
-    TRANSPOSED: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The convolution at BLOCK pixels, or the gradient of its input (`TRANSPOSED`), (BLOCK, N).
 
-    Args:
-        HEIGHT, WIDTH: Of the source's maps.
-        SPAN: 0: nine products of K terms; else three of 3 K terms, one for each row of weights, the least power of 2
-            that is no less than 3 K. Only of stride 1 where transposed.
+    `HEIGHT` and `WIDTH` are those of the source's maps.
     """
-    n = tl.arange(0, N)
+    k, n = tl.arange(0, K), tl.arange(0, N)
     acc = tl.zeros([BLOCK, N], tl.float32)
-    if SPAN:
-        k = tl.arange(0, SPAN)
-        c = column[:, None] * STRIDE - 1 + (k // K)[None, :]
-        there = (c >= 0) & (c < WIDTH) & (k < 3 * K)[None, :]
-        for tap_row in tl.range(3, num_stages=STAGES):
-            r = row + 1 - tap_row if TRANSPOSED else row * STRIDE + tap_row - 1
-            at = ((image * HEIGHT + r) * WIDTH + column * STRIDE - 1) * K
-            inside = there & ((r >= 0) & (r < HEIGHT))[:, None]
-            taken = tl.load(source + at[:, None] + k[None, :], mask=inside, other=0.0)
-            if TRANSPOSED:
-                at_weight = (k % K * (9 * N) + (2 - k // K) * N)[:, None] + tap_row * 3 * N + n[None, :]
-            else:
-                at_weight = n[None, :] * (9 * K) + tap_row * 3 * K + k[:, None]
-            acc = tl.dot(taken, tl.load(weight + at_weight, mask=(k < 3 * K)[:, None], other=0.0), acc)
-    else:
-        k = tl.arange(0, K)
-        for tap in tl.range(9, num_stages=STAGES):
-            if TRANSPOSED:
-                r, c = row + 1 - tap // 3, column + 1 - tap % 3
-                inside = (r >= 0) & (c >= 0) & (r % STRIDE == 0) & (c % STRIDE == 0)
-                r, c = r // STRIDE, c // STRIDE
-                at_weight = k[:, None] * (9 * N) + tap * N + n[None, :]
-            else:
-                r, c = row * STRIDE + tap // 3 - 1, column * STRIDE + tap % 3 - 1
-                inside = (r >= 0) & (c >= 0)
-                at_weight = n[None, :] * (9 * K) + tap * K + k[:, None]
-            inside = inside & (r < HEIGHT) & (c < WIDTH)
-            at = ((image * HEIGHT + r) * WIDTH + c) * K
-            taken = tl.load(source + at[:, None] + k[None, :], mask=inside[:, None], other=0.0)
-            acc = tl.dot(taken, tl.load(weight + at_weight), acc)
+    for tap in tl.range(9, num_stages=STAGES):
+        if TRANSPOSED:
+            r, c = row + 1 - tap // 3, column + 1 - tap % 3
+            inside = (r >= 0) & (c >= 0) & (r % STRIDE == 0) & (c % STRIDE == 0)
+            r, c = r // STRIDE, c // STRIDE
+            at_weight = k[:, None] * (9 * N) + tap * N + n[None, :]
+        else:
+            r, c = row * STRIDE + tap // 3 - 1, column * STRIDE + tap % 3 - 1
+            inside = (r >= 0) & (c >= 0)
+            at_weight = n[None, :] * (9 * K) + tap * K + k[:, None]
+        inside = inside & (r < HEIGHT) & (c < WIDTH)
+        at = ((image * HEIGHT + r) * WIDTH + c) * K
+        taken = tl.load(source + at[:, None] + k[None, :], mask=inside[:, None], other=0.0)
+        acc = tl.dot(taken, tl.load(weight + at_weight), acc)
     return acc
 
 
@@ -94,15 +63,12 @@ def windows(source, column, row, image, k, HEIGHT: tl.constexpr, WIDTH: tl.const
 def conv3x3(
     source, weight, target, shares,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A convolution; shares of the mean of what is stored and of the sum of squared differences from the share's mean.
 
-    Args:
-        HEIGHT, WIDTH: Of the target's maps.
-        SPAN: As in `convolved`; where 9 K channels are at most 32, all of it is one product.
+    `HEIGHT` and `WIDTH` are those of the target's maps. Where 9 K channels are at most 32, all of it is one product.
     """
-    begin(EARLY)
     program = tl.program_id(0)
     n = tl.arange(0, N)
     mean = tl.zeros([N], tl.float32)
@@ -115,7 +81,7 @@ def conv3x3(
             acc = tl.dot(windows(source, column, row, image, k, HEIGHT, WIDTH, K), w)
         else:
             acc = convolved(
-                source, weight, column, row, image, HEIGHT * STRIDE, WIDTH * STRIDE, K, N, STRIDE, False, SPAN,
+                source, weight, column, row, image, HEIGHT * STRIDE, WIDTH * STRIDE, K, N, STRIDE, False,
                 BLOCK, STAGES,
             )  # fmt: skip
         stored = acc.to(target.dtype.element_ty)
@@ -167,7 +133,11 @@ def weight_share(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr,
     SPAN: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program's share of the gradient of one row of a convolution's weights; `SPAN` as in `convolved`."""
+    """A program's share of the gradient of one row of a convolution's weights.
+
+    SPAN: 0: three products, K terms each; else one, the least power of 2 that is no less than 3 K, which is quicker
+    where K is small.
+    """
     n = tl.arange(0, N)
     at_share = shares + program * (9 * K * N) + n[None, :] * (9 * K) + tap_row * (3 * K)
     if SPAN:
@@ -211,8 +181,7 @@ def conv3x3_grads(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr,
     OVER: tl.constexpr, PAD: tl.constexpr, PROGRAMS: tl.constexpr,
     SPAN: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
-    OWN_SPAN: tl.constexpr, OWN_BLOCK: tl.constexpr, OWN_TILES: tl.constexpr, OWN_STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
+    OWN_BLOCK: tl.constexpr, OWN_TILES: tl.constexpr, OWN_STAGES: tl.constexpr,
 ):  # fmt: skip
     """All that a convolution has to say backwards: the first 3 PROGRAMS for its weights, the others for its source.
 
@@ -227,7 +196,6 @@ def conv3x3_grads(
             them; OVER = 0: none did.
         OWN_...: Of the programs for the source.
     """
-    begin(EARLY)
     program = tl.program_id(0)
     if program < 3 * PROGRAMS:
         weight_share(
@@ -244,9 +212,7 @@ def conv3x3_grads(
             pixel, column, row, image = pixels_of(
                 program * OWN_TILES + tile, OWN_BLOCK, HEIGHT * STRIDE, WIDTH * STRIDE
             )
-            acc = convolved(
-                grad, weight, column, row, image, HEIGHT, WIDTH, N, K, STRIDE, True, OWN_SPAN, OWN_BLOCK, OWN_STAGES
-            )
+            acc = convolved(grad, weight, column, row, image, HEIGHT, WIDTH, N, K, STRIDE, True, OWN_BLOCK, OWN_STAGES)
             if OVER:
                 acc += shortcut_grad(
                     over_grad, over_out, pixel, column, row, image, k, HEIGHT * STRIDE, WIDTH * STRIDE, K, OVER, PAD
@@ -266,10 +232,9 @@ def conv3x3_grads(
 def first_weight_grad(
     grad, source, shares,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Shares of the gradient of the weights of a convolution of stride 1, where 9 K channels are at most 32."""
-    begin(EARLY)
     program = tl.program_id(0)
     k, n = tl.arange(0, 32), tl.arange(0, N)
     acc = tl.zeros([32, N], tl.float32)
@@ -282,12 +247,11 @@ def first_weight_grad(
 
 
 @triton.jit
-def add_up(shares, result, table, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def add_up(shares, result, table, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Sum shares of many layers. A program's row of the table: place of its first share, shares, their size, results.
 
     A program makes BLOCK results in a row, those that lie within its layer.
     """
-    begin(EARLY)
     table += tl.program_id(0) * 5
     start, num_shares, size, first, place = (
         tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3), tl.load(table + 4),

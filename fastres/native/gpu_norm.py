@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from fastres.native.gpu_kernels import begin, pixels_of, shortcut
+from fastres.native.gpu_kernels import pixels_of, shortcut
 
 
 @triton.jit
@@ -14,7 +14,6 @@ def norm_forward(
     maps, shares, add, scale, shift, running_mean, running_var, out, kept, eps, momentum,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, ADD: tl.constexpr, PAD: tl.constexpr,
     PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """ReLU(norm(maps) + shortcut); the running statistics move.
 
@@ -23,7 +22,6 @@ def norm_forward(
         add: What the shortcut begins with, of ADD channels, which are less than N where the map shrinks; 0: none.
         kept: Becomes mean, one over the standard deviation, that times scale, and shift.
     """
-    begin(EARLY)
     program = tl.program_id(0)
     n = tl.arange(0, N)
     there = (tl.arange(0, ROWS) < PROGRAMS)[:, None]
@@ -58,10 +56,9 @@ def norm_forward(
 @triton.jit
 def norm_sums(
     grad, maps, out, kept, shares,
-    N: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Shares of the gradients of shift and scale, in this order; `grad` is that of `out`."""
-    begin(EARLY)
     program = tl.program_id(0)
     n = tl.arange(0, N)
     mean, rstd = tl.load(kept + n)[None, :], tl.load(kept + N + n)[None, :]
@@ -81,10 +78,9 @@ def norm_sums(
 def norm_backward(
     grad, maps, out, kept, shares, grad_maps, grad_scale, grad_shift,
     N: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of maps, scale and shift, by shares of PROGRAMS programs. COUNT: pixels in all."""
-    begin(EARLY)
     program = tl.program_id(0)
     n = tl.arange(0, N)
     there = (tl.arange(0, ROWS) < PROGRAMS)[:, None]

@@ -1,0 +1,200 @@
+"""fusednet.py without a GPU: its kernels by Triton's interpreter and compiled for an H200, and the step around them."""
+
+import collections
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastres import step
+from fastres.config import Execution, make_config
+from fastres.errors import InputError, MachineError
+from fastres.fusednet import FusedNet, Launch, split
+from fastres.models.cifar import CifarNet
+from fastres.models.imagenet import ImageNetNet
+from fastres.runtime import Runtime, prepare
+from fastres.shadow import ShadowedSgd
+from tests.interpreted import CASES
+from tests.test_shadow import everything, make
+from tests.test_step import one_thread  # noqa: F401 (a fixture for the whole file)
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this torch came without Triton")
+
+
+def told_by(module: str, **environment: str) -> Any:
+    """What a module of the tests prints, in a process of its own."""
+    # Triton 3.9 warns that its default for fused multiply-adds will change: to the same choice on a GPU, which is fine.
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.{module}"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@needs_triton
+@pytest.mark.timeout(300)
+def test_a_step_is_what_float64_says() -> None:
+    found = told_by("interpreted", TRITON_INTERPRET="1")
+    assert found.keys() == CASES.keys()
+    for case, distances in found.items():
+        assert len(distances) == 1 + 5 * (
+            CASES[case][0] - 1
+        )  # maps; weights, scale, shift and statistics of each layer
+        assert max(distances.values()) < 5e-6, (case, max(distances, key=distances.__getitem__))
+
+
+@needs_triton
+@pytest.mark.timeout(300)
+def test_kernels_compile_for_an_h200(tmp_path: Path) -> None:
+    launched = told_by("for_h200", TRITON_CACHE_DIR=str(tmp_path))
+    counts = collections.Counter(launch["kernel"] for launch in launched)
+    layers = 19 + 7  # of the two networks
+    assert counts == {
+        "conv3x3": layers,
+        "norm_forward": layers,
+        "norm_sums": 2,
+        "norm_backward": layers,
+        "conv3x3_grads": layers - 2,
+        "first_weight_grad": 2,
+        "add_up": 2,
+    }
+    assert max(launch["shared"] for launch in launched) <= 232_448  # bytes that a program can have there
+
+
+class Double:
+    """A FusedNet that computes nothing by itself: torch does, by autocast."""
+
+    def __init__(self, net: nn.Module, weights: Mapping[str, Tensor], batch_size: int) -> None:
+        self.net, self.weights, self.batch_size = net, weights, batch_size
+        assert isinstance(net.fc, nn.Linear)
+        self.fc = net.fc
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert len(images) == self.batch_size
+        norms = {n: p for n, p in self.net.named_parameters() if p.ndim == 1 and not n.startswith("fc")}
+        convs = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
+        last = dict(self.net.named_modules())["layer3"]
+        with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+            hook = last.register_forward_hook(lambda _module, _inputs, maps: setattr(self, "maps", maps))
+            functional_call(self.net, convs, (images,))
+        hook.remove()
+        self.leaves = [*convs.values(), *norms.values()], len(convs)
+        return self.maps.detach()
+
+    maps: Tensor
+
+    def backward(self, grad: Tensor) -> None:
+        leaves, num_convs = self.leaves
+        grads = torch.autograd.grad(self.maps, leaves, grad)
+        self.weight_grads = torch.cat([g.float().as_strided((g.numel(),), (1,)) for g in grads[:num_convs]])
+        self.norm_grads = torch.cat(grads[num_convs:])
+
+
+def test_the_step_around_it_is_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients in one piece, in the weights' own order, and the head's beside them."""
+    plain, fused = make(shadows=True), make(shadows=True)
+    monkeypatch.setattr(FusedNet, "of", Double)
+    fused._fuse = True
+    for replica in (plain, fused):
+        for _ in range(10):
+            replica.step()
+    assert isinstance(fused._fused, Double)
+    assert plain._fused is None
+    for (name, ours), theirs in zip(everything(fused).items(), everything(plain).values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_network_that_does_not_fit_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, other = make(shadows=True), make(shadows=True)
+    monkeypatch.setattr(FusedNet, "of", lambda *_: None)
+    other._fuse = True
+    for replica in (plain, other):
+        for _ in range(3):
+            replica.step()
+    assert not other._fuse
+    for (name, ours), theirs in zip(everything(other).items(), everything(plain).values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(
+    ("net", "fits"),
+    [
+        (CifarNet(8), True),
+        (CifarNet(8, residual=False), True),
+        (CifarNet(8, norm_batch=32), True),  # the whole batch
+        (CifarNet(8, norm_batch=16), False),
+        (CifarNet(8, shortcut="B"), False),
+        (ImageNetNet(18), False),
+    ],
+    ids=["ResNet", "PlainNet", "norm over the batch", "norm over half of it", "projections", "ImageNet's"],
+)
+def test_networks_that_fit(net: nn.Module, fits: bool) -> None:
+    weights = {name: p.detach().bfloat16() for name, p in net.named_parameters() if p.ndim == 4}
+    assert (FusedNet.of(net, weights, 32) is not None) == fits
+
+
+@pytest.mark.parametrize("pixels", [64, 192, 448, 3136, 8192, 131_072, 64 * 997])
+def test_pixels_are_shared_out_evenly(pixels: int) -> None:
+    for launch in (Launch(256, 264), Launch(64, 1024), Launch(128, 1)):
+        block, tiles, programs, _ = split(pixels, launch)
+        assert block * tiles * programs == pixels
+        assert programs <= launch.programs
+        assert 64 <= block <= launch.block
+        assert block & (block - 1) == 0
+
+
+def some_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastres.runtime._device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr("fastres.runtime._set_up_cuda", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+
+def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    some_gpu(monkeypatch)
+    assert prepare(Execution(threads=1)).native
+    assert not prepare(Execution(threads=1, native=False)).native
+
+
+@pytest.mark.parametrize(
+    ("flag", "how"),
+    [
+        ("--precision fp32", {"precision": "fp32"}),
+        ("--precision fp16", {"precision": "fp16"}),
+        ("--no-shadow-weights", {"shadow_weights": False}),
+        ("--no-channels-last", {"channels_last": False}),
+    ],
+)
+def test_what_it_does_not_go_with(flag: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    some_gpu(monkeypatch)
+    assert not prepare(Execution(threads=1, **how)).native
+    with pytest.raises(InputError, match=f"--native kernels do not go with {flag}; use --no-native"):
+        prepare(Execution(threads=1, native=True, **how))
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    some_gpu(monkeypatch)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    runtime = prepare(Execution(threads=1))
+    assert not runtime.native
+    assert "training without fastres' own GPU kernels, more slowly: torch came without Triton" in runtime.notes
+    with pytest.raises(MachineError, match="need Triton, which this torch came without; use --no-native"):
+        prepare(Execution(threads=1, native=True))
+
+
+def test_on_a_cpu_nothing_is_fused() -> None:
+    replica = make(shadows=True)
+    assert isinstance(replica._sgd, ShadowedSgd)
+    assert not replica._fuse
+    assert not step.Replica(
+        replica.net, replica.optimizer, replica.loader, Runtime(torch.device("cpu"), "bf16", native=True), num_steps=5
+    )._fuse
+    assert make_config().execution.native is None
