@@ -14,6 +14,7 @@ from fastres.config import RunConfig
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
 from fastres.evaluator import Evaluator
+from fastres.fusednet import Inference, fits
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.models.imagenet import ImageNetNet, Network
 from fastres.models.norm import BatchNorm
@@ -185,8 +186,9 @@ def build_evaluators(
     """
     batches = list(_plain_batches(config, images, mean, runtime, train=train))
     capture = CapturedGraph if runtime.cuda_graph else None
-    num_classes = len(images.class_names)
-    return [Evaluator(net, batches, num_classes=num_classes, dtype=runtime.dtype, capture=capture) for net in nets]
+    how: dict[str, Any] = {"num_classes": len(images.class_names), "dtype": runtime.dtype, "capture": capture}
+    fused = runtime.native and runtime.device.type == "cuda"
+    return [Evaluator(net, batches, forward=Inference(net) if fused and fits(net) else None, **how) for net in nets]
 
 
 def build_evaluator(net: nn.Module, config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime) -> Evaluator:

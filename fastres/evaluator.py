@@ -1,6 +1,6 @@
 """Testing a network: loss, and what was answered for each class."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,7 @@ class Evaluator:
         batches: Images `(batch, 3, 32, 32)` and labels int64 `(batch,)`, on the same device; any sizes.
         num_classes: Logits.
         dtype: Precision of the activations; loss and answers are taken from fp32 logits.
+        forward: Gives the network's logits in its stead; default: the network, under autocast.
         capture: `cudagraph.CapturedGraph`: the first call captures all batches as one graph. None: launched one by one.
     """
 
@@ -53,9 +54,10 @@ class Evaluator:
         *,
         num_classes: int,
         dtype: torch.dtype,
+        forward: Callable[[Tensor], Tensor] | None = None,
         capture: Capture | None = None,
     ) -> None:
-        self.net, self.num_classes, self.dtype = net, num_classes, dtype
+        self.net, self.num_classes, self.dtype, self._forward = net, num_classes, dtype, forward
         self._batches = list(batches)
         if not self._batches:
             raise ValueError("no batches to evaluate")
@@ -81,13 +83,19 @@ class Evaluator:
         counts = self._confusion.view(self.num_classes, -1).tolist()  # host sync: the evaluation's one read
         return Evaluation(float(self._loss_sum) / sum(map(sum, counts)), counts)
 
+    def _logits(self, images: Tensor) -> Tensor:
+        if self._forward:
+            return self._forward(images)
+        with autocast(images.device, self.dtype):
+            logits: Tensor = self.net(images)
+        return logits
+
     def _launch(self) -> None:
         self._loss_sum.zero_()
         self._confusion.zero_()
         with eager():
             for images, labels in self._batches:
-                with autocast(images.device, self.dtype):
-                    logits = self.net(images)
+                logits = self._logits(images)
                 self._loss_sum.add_(F.cross_entropy(logits, labels, reduction="sum"))
                 answers = labels * self.num_classes + logits.argmax(dim=1)
                 # not bincount, which asks the device for its length

@@ -6,12 +6,12 @@ backward, which carry along what neighbours need: the norm's sums, the shortcut 
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from fastres.models.cifar import WIDTHS, Block, CifarNet
+from fastres.models.cifar import WIDTHS, Block, CifarNet, logits_of
 from fastres.models.norm import BatchNorm
 
 
@@ -87,6 +87,26 @@ class _Layer:
         self.pad = 0  # zero channels before the shortcut's own
 
 
+def fits(net: nn.Module) -> TypeGuard[CifarNet]:
+    """Whether there are kernels for a network: 3x3 layers of the paper's widths, and shortcuts without weights."""
+    return isinstance(net, CifarNet) and all(
+        block.downsample is None for block in net.modules() if isinstance(block, Block)
+    )
+
+
+def _layers(net: CifarNet, weights: Mapping[str, Tensor], batch_size: int) -> list[_Layer]:
+    layers = [_Layer(weights["conv1.weight"], net.bn1, 32, 1, batch_size)]
+    for name, block in net.named_modules():
+        if isinstance(block, Block):
+            side = layers[-1].side // block.stride
+            for number, norm, stride in ((1, block.bn1, block.stride), (2, block.bn2, 1)):
+                layers.append(_Layer(weights[f"{name}.conv{number}.weight"], norm, side, stride, batch_size))
+            if block.residual:
+                end = len(layers) - 1
+                layers[end].begins, layers[end].pad, layers[end - 1].ends = end - 2, block.zeros[0], end
+    return layers
+
+
 class FusedNet:
     """Training passes of a network on batches of one size.
 
@@ -103,17 +123,7 @@ class FusedNet:
 
     def __init__(self, net: CifarNet, weights: Mapping[str, Tensor], batch_size: int) -> None:
         self.fc, device = net.fc, net.fc.weight.device
-        self.layers = [_Layer(weights["conv1.weight"], net.bn1, 32, 1, batch_size)]
-        for name, block in net.named_modules():
-            if isinstance(block, Block):
-                side = self.layers[-1].side // block.stride
-                for number, norm, stride in ((1, block.bn1, block.stride), (2, block.bn2, 1)):
-                    layer = _Layer(weights[f"{name}.conv{number}.weight"], norm, side, stride, batch_size)
-                    self.layers.append(layer)
-                if block.residual:
-                    end = len(self.layers) - 1
-                    self.layers[end].begins, self.layers[end].pad = end - 2, block.zeros[0]
-                    self.layers[end - 1].ends = end
+        self.layers = _layers(net, weights, batch_size)
         sizes = [layer.weight.numel() for layer in self.layers]
         self.weight_grads = torch.zeros(sum(sizes), device=device)
         self.norm_grads = torch.zeros(2 * sum(layer.num for layer in self.layers), device=device)
@@ -128,11 +138,10 @@ class FusedNet:
 
     @classmethod
     def of(cls, net: nn.Module, weights: Mapping[str, Tensor], batch_size: int) -> "FusedNet | None":
-        """The passes of a network for which there are kernels: 3x3 layers, and shortcuts without weights; else None."""
-        if not isinstance(net, CifarNet) or net.bn1.group not in (0, batch_size):
+        """The passes of a network that `fits`, and has its norms over the whole batch; else None."""
+        if not fits(net) or net.bn1.group not in (0, batch_size):
             return None
-        blocks = [module for module in net.modules() if isinstance(module, Block)]
-        return cls(net, weights, batch_size) if all(block.downsample is None for block in blocks) else None
+        return cls(net, weights, batch_size)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -216,6 +225,39 @@ class FusedNet:
             ADD_UP.block,
         )  # fmt: skip
         self._kept = []
+
+
+class Inference:
+    """A network in evaluation mode: a launch for each layer, which reads and writes its maps once.
+
+    Args:
+        net: For which `fits` holds; weights and running statistics are read in each call.
+    """
+
+    def __init__(self, net: CifarNet) -> None:
+        self.net = net
+        self._masters = {name: p for name, p in net.named_parameters() if p.ndim == 4}
+        self._weights = {name: p.detach().bfloat16() for name, p in self._masters.items()}
+        self._layers: dict[int, list[_Layer]] = {}  # by the number of images
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images `(batch, 3, 32, 32)`, bfloat16 and channels last -> float32 logits `(batch, classes)`."""
+        torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
+        if len(images) not in self._layers:
+            self._layers[len(images)] = _layers(self.net, self._weights, len(images))
+        source = before = images  # of a layer, and of the one before it, where a block's shortcut begins
+        for layer in self._layers[len(images)]:
+            num, side, norm, how = layer.num, layer.side, layer.norm, layer.conv
+            out = _maps(images, num, side)
+            _launch(
+                _kernels()[1].inference, how.programs, how.launch,
+                source, layer.weight, before, norm.weight, norm.bias, norm.running_mean, norm.running_var, out,
+                norm.eps, side, side, layer.channels, num, layer.stride, before.shape[1] if layer.begins >= 0 else 0,
+                layer.pad, how.block, how.tiles, how.launch.stages,
+            )  # fmt: skip
+            before, source = source, out
+        return logits_of(source, self.net.fc)
 
 
 def _launch(kernel: Any, programs: int, launch: Launch, *args: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.fusednet import FusedNet
+from fastres import fusednet
+from fastres.fusednet import FusedNet, Inference, Launches
 from fastres.models.cifar import CifarNet, init_he_
 
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # depth, images, and what else
@@ -55,12 +56,19 @@ def compared(depth: int, how: dict[str, Any], images: Tensor, grad: Tensor) -> I
         yield name, far(found, exact_grads[name])
     for (name, found), wanted in zip(net.named_buffers(), exact.buffers(), strict=True):
         yield name, far(found, wanted)
+    inference = Inference(net)
+    inference._weights = {name: weight.float() for name, weight in inference._weights.items()}
+    with torch.no_grad():
+        yield "logits in evaluation mode", far(inference(images), exact.eval()(images.double()))
 
 
 def main() -> None:
     """One JSON object: distances by case and what was compared."""
     results = {}
+    usual = fusednet.LAUNCHES
+    few = {width: Launches(*(how._replace(programs=3) for how in each)) for width, each in usual.items()}
     for label, (depth, batch_size, how) in CASES.items():
+        fusednet.LAUNCHES = few if label == "PlainNet" else usual  # several tiles a program
         chance = torch.Generator().manual_seed(2)
         shapes = (batch_size, 3, 32, 32), (batch_size, 64, 8, 8)
         images, grad = (torch.randn(shape, generator=chance) for shape in shapes)

@@ -46,9 +46,8 @@ def test_a_step_is_what_float64_says() -> None:
     found = told_by("interpreted", TRITON_INTERPRET="1")
     assert found.keys() == CASES.keys()
     for case, distances in found.items():
-        assert len(distances) == 1 + 5 * (
-            CASES[case][0] - 1
-        )  # maps; weights, scale, shift and statistics of each layer
+        layers = CASES[case][0] - 1  # of each weights, scale, shift and two statistics; then maps and logits
+        assert len(distances) == 5 * layers + 2
         assert max(distances.values()) < 5e-6, (case, max(distances, key=distances.__getitem__))
 
 
@@ -66,6 +65,7 @@ def test_kernels_compile_for_an_h200(tmp_path: Path) -> None:
         "conv3x3_grads": layers - 2,
         "first_weight_grad": 2,
         "add_up": 2,
+        "inference": layers,
     }
     assert max(launch["shared"] for launch in launched) <= 232_448  # bytes that a program can have there
 

@@ -60,6 +60,24 @@ def windows(source, column, row, image, k, HEIGHT: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
+def forward_at(
+    source, weight, column, row, image,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A convolution at some pixels of the target's HEIGHT x WIDTH; one product where 9 K channels are at most 32."""
+    if 9 * K <= 32:
+        k, n = tl.arange(0, 32), tl.arange(0, N)
+        w = tl.load(weight + n[None, :] * (9 * K) + k[:, None], mask=(k < 9 * K)[:, None], other=0.0)
+        acc = tl.dot(windows(source, column, row, image, k, HEIGHT, WIDTH, K), w)
+    else:
+        acc = convolved(
+            source, weight, column, row, image, HEIGHT * STRIDE, WIDTH * STRIDE, K, N, STRIDE, False, BLOCK, STAGES
+        )
+    return acc
+
+
+@triton.jit
 def conv3x3(
     source, weight, target, shares,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr,
@@ -67,7 +85,7 @@ def conv3x3(
 ):  # fmt: skip
     """A convolution; shares of the mean of what is stored and of the sum of squared differences from the share's mean.
 
-    `HEIGHT` and `WIDTH` are those of the target's maps. Where 9 K channels are at most 32, all of it is one product.
+    `HEIGHT` and `WIDTH` are those of the target's maps.
     """
     program = tl.program_id(0)
     n = tl.arange(0, N)
@@ -75,15 +93,7 @@ def conv3x3(
     squares = tl.zeros([N], tl.float32)
     for tile in range(TILES):
         pixel, column, row, image = pixels_of(program * TILES + tile, BLOCK, HEIGHT, WIDTH)
-        if 9 * K <= 32:
-            k = tl.arange(0, 32)
-            w = tl.load(weight + n[None, :] * (9 * K) + k[:, None], mask=(k < 9 * K)[:, None], other=0.0)
-            acc = tl.dot(windows(source, column, row, image, k, HEIGHT, WIDTH, K), w)
-        else:
-            acc = convolved(
-                source, weight, column, row, image, HEIGHT * STRIDE, WIDTH * STRIDE, K, N, STRIDE, False,
-                BLOCK, STAGES,
-            )  # fmt: skip
+        acc = forward_at(source, weight, column, row, image, HEIGHT, WIDTH, K, N, STRIDE, BLOCK, STAGES)
         stored = acc.to(target.dtype.element_ty)
         tl.store(target + pixel[:, None] * N + n[None, :], stored)
         stored = stored.to(tl.float32)

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from fastres.native.gpu_kernels import pixels_of, shortcut
+from fastres.native.gpu_kernels import forward_at, pixels_of, shortcut
 
 
 @triton.jit
@@ -99,3 +99,22 @@ def norm_backward(
         own = tl.where(positive, tl.load(grad + at).to(tl.float32), 0.0)
         value = factor * (own - sums - (tl.load(maps + at).to(tl.float32) - mean) * rstd * products)
         tl.store(grad_maps + at, value.to(grad_maps.dtype.element_ty))
+
+
+@triton.jit
+def inference(
+    source, weight, add, scale, shift, running_mean, running_var, out, eps,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr,
+    ADD: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """ReLU(norm(conv(source)) + shortcut) with the running statistics; `add` and `ADD` as in `norm_forward`."""
+    n = tl.arange(0, N)
+    factor = tl.load(scale + n) / tl.sqrt_rn(tl.load(running_var + n) + eps)
+    offset = tl.load(shift + n) - tl.load(running_mean + n) * factor
+    for tile in range(TILES):
+        pixel, column, row, image = pixels_of(tl.program_id(0) * TILES + tile, BLOCK, HEIGHT, WIDTH)
+        value = forward_at(source, weight, column, row, image, HEIGHT, WIDTH, K, N, STRIDE, BLOCK, STAGES)
+        value = value * factor[None, :] + offset[None, :]
+        if ADD:
+            value += shortcut(add, pixel, column, row, image, n, HEIGHT, WIDTH, N, ADD, PAD)
+        tl.store(out + pixel[:, None] * N + n[None, :], tl.maximum(value, 0.0).to(out.dtype.element_ty))
