@@ -32,6 +32,44 @@ SIGNALLED = (130, 143, -signal.SIGTERM)  # exit codes of a command that was stop
 UNFINISHED = "not all runs are finished"  # what `fastres reproduce` says where its budget ended first
 
 
+# `execution` of each A/B, ResNet-20: what all of a group have, and each switch; they take turns in one process
+TORCHS = {"native": False}
+SWITCHES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "kernels": (
+        {},
+        {
+            "resident": {"loader": "resident"},
+            "no-native": TORCHS,
+            "graph-steps-4": {"graph_steps": 4},
+            "graph-steps-16": {"graph_steps": 16},
+            "deterministic": {"deterministic": True},
+        },
+    ),
+    "torch-kernels": (
+        TORCHS,
+        {
+            "no-shadow-weights": {"shadow_weights": False},
+            "no-combo-kernels": {"compile_mode": "plain"},
+            "compile-blocks": {"compile_scope": "blocks"},
+            "no-channels-last": {"channels_last": False},
+        },
+    ),
+    "path": (
+        {},
+        {
+            "eager": {"compile": False, "cuda_graph": False},
+            "no-compile": {"compile": False},
+            "no-graph": {"cuda_graph": False},
+        },
+    ),
+    "precision": (
+        TORCHS,
+        {"fp32": {"precision": "fp32"}, "tf32": {"precision": "tf32"}, "fp16": {"precision": "fp16"}},
+    ),
+    "max-autotune": (TORCHS, {"max-autotune": {"compile_mode": "max-autotune"}}),
+}
+SWITCHES_OF_A_GPU = ("precision",)  # without a GPU not there, or a minute a step
+
 # What a first half hour on a GPU is for: whether the fast path is right, how fast it is, and what to mend.
 FIRST = (
     "ceilings/all",
@@ -78,10 +116,10 @@ def _tasks(setting: Setting) -> Iterator[Task]:
         for depth in (20, 56, 110):
             name = f"peers/{owner}_resnet{depth}"
             yield Task(name, 130 + depth, partial(timing.peer, depth=depth, checkout=checkout), needs_gpu=True)
-    for group, switches in timing.SWITCHES.items():
+    for group, (base, switches) in SWITCHES.items():
         seconds = 240 if group == "max-autotune" else 60 + 15 * len(switches)
-        run = partial(timing.switched, group=group)
-        yield Task(f"switches/{group}", seconds, run, needs_gpu=group in timing.GPU_SWITCHES)
+        run = partial(timing.switched, base=base, switches=switches)
+        yield Task(f"switches/{group}", seconds, run, needs_gpu=group in SWITCHES_OF_A_GPU)
     for depth in (20, 110):
         yield Task(f"profile/resnet{depth}", 60 + depth, partial(timing.profile, depth=depth))
     for depth in (20, 110):

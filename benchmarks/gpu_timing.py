@@ -36,28 +36,6 @@ HOST_TARGET = 10e-6  # seconds of the host a step
 EVALUATION_TARGET = 0.01  # share of the training's time
 START_TARGETS = {"cold": 90.0, "warm": 15.0}  # seconds to ResNet-110's first step
 
-# `execution` of each A/B against the defaults, ResNet-20; those of a group take turns in one process
-SWITCHES: dict[str, dict[str, dict[str, Any]]] = {
-    "kernels": {
-        "resident": {"loader": "resident"},
-        "no-shadow-weights": {"shadow_weights": False},
-        "no-combo-kernels": {"compile_mode": "plain"},
-        "compile-blocks": {"compile_scope": "blocks"},
-        "graph-steps-4": {"graph_steps": 4},
-        "graph-steps-16": {"graph_steps": 16},
-        "deterministic": {"deterministic": True},
-    },
-    "path": {
-        "eager": {"compile": False, "cuda_graph": False},
-        "no-compile": {"compile": False},
-        "no-graph": {"cuda_graph": False},
-        "no-channels-last": {"channels_last": False},
-    },
-    "precision": {"fp32": {"precision": "fp32"}, "tf32": {"precision": "tf32"}, "fp16": {"precision": "fp16"}},
-    "max-autotune": {"max-autotune": {"compile_mode": "max-autotune"}},
-}
-GPU_SWITCHES = ("precision",)  # without a GPU not there, or a minute a step
-
 
 def bench(setting: Setting, depth: int) -> Result:
     """A depth at the defaults, with each loader and with a frozen batch."""
@@ -270,13 +248,13 @@ def _first_step(setting: Setting, depth: int, run: Path, environment: dict[str, 
     return seconds
 
 
-def switched(setting: Setting, group: str) -> Result:
-    """Each switch of a group against the defaults, in turns, with the interval of `fastres bench --compare`."""
+def switched(setting: Setting, base: dict[str, Any], switches: dict[str, dict[str, Any]]) -> Result:
+    """Each switch, on top of a base, against the base, in turns, with the interval of `fastres bench --compare`."""
     from fastres.benchreport import compare
     from fastres.cells import Cell
 
-    cells = [Cell("default", setting.config(20))]
-    cells += [Cell(name, setting.config(20, execution=execution)) for name, execution in SWITCHES[group].items()]
+    cells = [Cell("default" if not base else "torch's kernels", setting.config(20, execution=base))]
+    cells += [Cell(name, setting.config(20, execution={**base, **execution})) for name, execution in switches.items()]
     report = _measured(setting, cells, rounds=15, chunk_seconds=0.2)
     default, *others = report["cells"]
     found = {cell["label"]: compare(default["chunks"], cell["chunks"], paired=True) for cell in others}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastres import step
+from fastres.build import build_net
 from fastres.config import Execution, make_config
 from fastres.errors import InputError, MachineError
 from fastres.fusednet import FusedNet, Launch, split
@@ -178,6 +179,13 @@ def test_what_it_does_not_go_with(flag: str, how: dict[str, Any], monkeypatch: p
     assert not prepare(Execution(threads=1, **how)).native
     with pytest.raises(InputError, match=f"--native kernels do not go with {flag}; use --no-native"):
         prepare(Execution(threads=1, native=True, **how))
+
+
+@pytest.mark.parametrize("model", [{"shortcut": "B"}, {"norm_batch": 64}, {"arch": "imagenet", "depth": 18}], ids=str)
+def test_asked_for_by_name_it_must_fit(model: dict[str, Any]) -> None:
+    config = make_config(model=model, execution={"native": True})
+    with pytest.raises(InputError, match="--native kernels on a GPU are for the paper's CIFAR networks"):
+        build_net(config, Runtime(torch.device("cuda", 0), "bf16", native=True), num_classes=10)
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

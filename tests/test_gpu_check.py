@@ -426,7 +426,7 @@ def task_named(name: str, setting: Setting) -> Task:
 
 REPORTED = {
     "bench/resnet20": ["ResNet8 resident", "ResNet8 frozen batch"],
-    "switches/path": ["default", "eager", "no-compile", "no-graph", "no-channels-last"],
+    "switches/path": ["default", "eager", "no-compile", "no-graph"],
     "scaling/resnet20_from_32": ["ResNet8 batch 32"],
     "seeds/resnet20": ["ResNet8 x1", "ResNet8 x2"],
 }

@@ -159,7 +159,7 @@ def train(
         bool | None,
         typer.Option(
             "--native/--no-native",
-            help="fastres' own kernels on a CPU (default: where g++ is there to build them).",
+            help="fastres' own kernels (default: bf16 on a GPU; a CPU with g++ to build them).",
             rich_help_panel=EXECUTION,
         ),
     ] = None,
