@@ -3,6 +3,9 @@
     scripts/gpu-check --list
     scripts/gpu-check --minutes 9 --out runs/gpu-check --data-dir path/to/cifar-10-batches-bin
     scripts/gpu-check parity bench/resnet20 --minutes 9
+    scripts/gpu-check --list parity | awk '{print $2}' | xargs -P 12 -I TASK scripts/gpu-check TASK --minutes 6
+
+The last line has twelve checks share a folder and the GPU, which is for what proves, not for what times.
 
 Sections are lists of tasks (`gpu_tasks.py`; those that time are in `gpu_timing.py`). Each task runs in a process of its
 own, so that what one of them breaks, the next one finds whole. A task that is done leaves OUT/<section>/<task>.json and

@@ -158,7 +158,7 @@ class Files:
             self._join(section)
         kept = [path for path in sorted(self.out.rglob("*")) if path.suffix in PACKED and path.name != TAR]
         kept += _fitting(self.out.rglob(CHECKPOINT), 1e6 * weights_mb)
-        packed, temporary = self.out / TAR, self.out / f".{TAR}.tmp"
+        packed, temporary = self.out / TAR, self.out / f".{TAR}.{os.getpid()}.tmp"
         with tarfile.open(temporary, "w:gz") as tar:
             for path in kept:
                 tar.add(path, arcname=path.relative_to(self.out))
@@ -182,7 +182,7 @@ class Files:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several checks may share a folder
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.flush()
