@@ -188,7 +188,15 @@ def _fused(mode: Any, net: Any, images: Tensor, labels: Tensor, options: Any) ->
     maps = fused.forward(images)
     forward, count[0] = count[0], 0
     fused.backward(torch.zeros_like(maps))
-    head = lower(mode, step._predict_maps, maps.requires_grad_(), net.fc.weight, net.fc.bias, labels, options=options)
+    head = lower(
+        mode,
+        step._predict_maps,
+        maps.permute(0, 2, 3, 1).requires_grad_(),
+        net.fc.weight,
+        net.fc.bias,
+        labels,
+        options=options,
+    )
     return {"forward": forward + head["forward"], "backward": count[0] + head["backward"]}
 
 

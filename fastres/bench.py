@@ -22,10 +22,11 @@ from fastres.build import build_loaders, build_net, build_optimizer, load_images
 from fastres.cells import Cell
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
+from fastres.fusednet import runtime_of
 from fastres.guards import explained_memory_errors
 from fastres.parts import PARTS, Marks, marked
 from fastres.roofline import Ceilings, Work, measure_ceilings, work_of
-from fastres.runtime import DTYPES, environment, prepare, synchronize
+from fastres.runtime import DTYPES, environment, synchronize
 from fastres.step import Loader, Replica, TrainStep
 
 SCHEMA = 1  # of the JSON; a reader refuses what it does not know
@@ -100,7 +101,7 @@ class Bench:
 
     def __init__(self, cell: Cell, images: ImageSet, num_steps: int = MAX_STEPS) -> None:
         self.cell, config = cell, cell.config
-        self.runtime = prepare(config.execution, depth=config.model.depth)
+        self.runtime = runtime_of(config)
         device = self.runtime.device
         gpu = device.type == "cuda"
         held = torch.cuda.memory_allocated(device) if gpu else 0
@@ -202,7 +203,7 @@ class Bench:
 
     def _take_over(self) -> None:
         """Set threads and torch's switches as this cell has them; another cell may have had the last turn."""
-        prepare(self.cell.config.execution, depth=self.cell.config.model.depth)
+        runtime_of(self.cell.config)
 
     def close(self) -> None:
         """Release threads and buffers."""

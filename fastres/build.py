@@ -13,9 +13,8 @@ from fastres import config as cfg
 from fastres.config import RunConfig
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
-from fastres.errors import InputError
 from fastres.evaluator import Evaluator
-from fastres.fusednet import Inference, fits
+from fastres.fusednet import Inference
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.models.imagenet import ImageNetNet, Network
 from fastres.models.norm import BatchNorm
@@ -60,18 +59,8 @@ def load_images(
 
 
 def build_net(config: RunConfig, runtime: Runtime, *, num_classes: int) -> Network:
-    """The network on its device with initial weights, which depend on the seed alone.
-
-    Raises:
-        InputError: `--native` was asked for on a GPU, for whose kernels it is no network.
-    """
+    """The network on its device with initial weights, which depend on the seed alone."""
     net = empty_net(config.model, num_classes=num_classes)
-    whole = config.model.norm_batch in (0, config.recipe.batch_size)
-    if config.execution.native and runtime.device.type == "cuda" and not (fits(net) and whole):
-        raise InputError(
-            "--native kernels on a GPU are for the paper's CIFAR networks, shortcut A, and batch norm over the whole "
-            "batch; use --no-native"
-        )
     init_he_(net, mode=config.model.init, generator=seeded_generator(config.seed))
     return place(net, config.execution, runtime)
 
@@ -199,7 +188,7 @@ def build_evaluators(
     capture = CapturedGraph if runtime.cuda_graph else None
     how: dict[str, Any] = {"num_classes": len(images.class_names), "dtype": runtime.dtype, "capture": capture}
     fused = runtime.native and runtime.device.type == "cuda"
-    return [Evaluator(net, batches, forward=Inference(net) if fused and fits(net) else None, **how) for net in nets]
+    return [Evaluator(net, batches, forward=Inference(net) if fused else None, **how) for net in nets]
 
 
 def build_evaluator(net: nn.Module, config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime) -> Evaluator:

@@ -115,7 +115,7 @@ class Execution:
     deterministic: bool = False  # the same bits each time on a GPU too; on a CPU they are anyway
     # bf16 copies of the convolutions' weights, kept by the update instead of cast in each step; None: in bf16 on a GPU
     shadow_weights: bool | None = None
-    native: bool | None = None  # fastres' own kernels, for a CPU; None: where they can be built
+    native: bool | None = None  # fastres' own kernels; None: in bf16 on a GPU, and on a CPU where they can be built
     channels_last: bool = True
     threads: int = 0  # CPU threads of torch and DALI; 0: one a core
     data_dir: str | None = None

@@ -5,21 +5,26 @@ autograd's pieces can't share a pass over memory. Here a layer is two launches f
 backward, which carry along what neighbours need: the norm's sums, the shortcut and its gradient.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeGuard
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastres.config import Model, RunConfig
+from fastres.errors import InputError
 from fastres.models.cifar import WIDTHS, Block, CifarNet, logits_of
 from fastres.models.norm import BatchNorm
+from fastres.runtime import Runtime, prepare
 
 
 class Launch(NamedTuple):
     """How a kernel is launched."""
 
     block: int  # pixels a tile
-    programs: int  # at most
+    programs: int  # about as many, at most twice as many
     warps: int = 4
     stages: int = 1  # of the loop's pipeline
 
@@ -59,13 +64,45 @@ class Split(NamedTuple):
 
 
 def split(pixels: int, launch: Launch) -> Split:
-    """As many programs as allowed, all with the same number of tiles."""
+    """Pixels in a whole number of tiles, those in programs that all have the same number: about as many as wanted."""
     block = launch.block
     while pixels % block:
         block //= 2
     tiles = pixels // block
-    each = next(n for n in range(1, tiles + 1) if tiles % n == 0 and tiles // n <= launch.programs)
-    return Split(block, each, tiles // each, launch)
+    choices = [n for n in range(1, min(tiles, 2 * launch.programs) + 1) if tiles % n == 0]
+    programs = min(choices, key=lambda n: abs(math.log(n / launch.programs)))
+    return Split(block, tiles // programs, programs, launch)
+
+
+def suits(model: Model, batch_size: int) -> bool:
+    """Whether these kernels are for a network, and quick at a batch size.
+
+    They are for 3x3 layers of the paper's widths, shortcuts without weights and norms over the whole batch; and a batch
+    whose size has a large prime factor cannot be shared out evenly (`split`).
+    """
+    if model.arch == "imagenet" or (model.arch == "resnet" and model.shortcut == "B"):
+        return False
+    if model.norm_batch not in (0, batch_size):
+        return False
+    for width, how in LAUNCHES.items():
+        pixels = batch_size * (32 * WIDTHS[0] // width) ** 2
+        for launch in how:
+            tiles, programs = pixels // launch.block, split(pixels, launch).programs
+            if 4 * programs < min(tiles, launch.programs):
+                return False
+    return True
+
+
+def runtime_of(config: RunConfig) -> Runtime:
+    """What a config's execution resolves to for its network; errors as of `runtime.prepare`."""
+    runtime = prepare(config.execution, depth=config.model.depth)
+    if not runtime.native or runtime.device.type == "cpu" or suits(config.model, config.recipe.batch_size):
+        return runtime
+    what = "for the paper's CIFAR networks, shortcut A, norms over the whole batch, and most batch sizes"
+    if config.execution.native:
+        raise InputError(f"--native kernels on a GPU are {what}; use --no-native")
+    notes = (*runtime.notes, f"training without fastres' own GPU kernels, more slowly: they are {what}")
+    return replace(runtime, native=False, notes=notes)
 
 
 class _Layer:
@@ -87,13 +124,6 @@ class _Layer:
         self.pad = 0  # zero channels before the shortcut's own
 
 
-def fits(net: nn.Module) -> TypeGuard[CifarNet]:
-    """Whether there are kernels for a network: 3x3 layers of the paper's widths, and shortcuts without weights."""
-    return isinstance(net, CifarNet) and all(
-        block.downsample is None for block in net.modules() if isinstance(block, Block)
-    )
-
-
 def _layers(net: CifarNet, weights: Mapping[str, Tensor], batch_size: int) -> list[_Layer]:
     layers = [_Layer(weights["conv1.weight"], net.bn1, 32, 1, batch_size)]
     for name, block in net.named_modules():
@@ -111,7 +141,7 @@ class FusedNet:
     """Training passes of a network on batches of one size.
 
     Args:
-        net: On a GPU; its running statistics move.
+        net: On a GPU, and of a kind that `suits`; its running statistics move.
         weights: bfloat16, of the convolutions, by parameter name, channels last; read in each pass.
         batch_size: Images.
 
@@ -121,7 +151,9 @@ class FusedNet:
         norm_grads: float32: of scale and shift of all norms, one after the other.
     """
 
-    def __init__(self, net: CifarNet, weights: Mapping[str, Tensor], batch_size: int) -> None:
+    def __init__(self, net: nn.Module, weights: Mapping[str, Tensor], batch_size: int) -> None:
+        assert isinstance(net, CifarNet)
+        self.batch_size = batch_size
         self.fc, device = net.fc, net.fc.weight.device
         self.layers = _layers(net, weights, batch_size)
         sizes = [layer.weight.numel() for layer in self.layers]
@@ -136,16 +168,12 @@ class FusedNet:
         self._table = torch.tensor(rows, dtype=torch.int32).to(device)
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of each layer: maps, result, statistics
 
-    @classmethod
-    def of(cls, net: nn.Module, weights: Mapping[str, Tensor], batch_size: int) -> "FusedNet | None":
-        """The passes of a network that `fits`, and has its norms over the whole batch; else None."""
-        if not fits(net) or net.bn1.group not in (0, batch_size):
-            return None
-        return cls(net, weights, batch_size)
-
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images `(batch, 3, 32, 32)` -> the last block's maps `(batch, 64, 8, 8)`, both bfloat16 and channels last."""
+        _check(images, self.fc.weight.device)
+        if len(images) != self.batch_size:
+            raise ValueError(f"{len(images)} images; this is for batches of {self.batch_size}")
         conv, norms = _kernels()
         self._kept, self._images, source = [], images, images
         for layer in self.layers:
@@ -220,21 +248,23 @@ class FusedNet:
                 layer.span, weights.block, weights.tiles, weights.launch.stages,
                 own.block, own.tiles, own.launch.stages,
             )  # fmt: skip
+            del self._kept[k + 1 :], grads[k + 1 :]  # the layer below needs this one's at most
         _launch(
             conv.add_up, len(self._table), ADD_UP, self._shares, self.weight_grads, self._table, ADD_UP_ROWS,
             ADD_UP.block,
         )  # fmt: skip
-        self._kept = []
+        self._kept, self._images = [], self._images[:0]
 
 
 class Inference:
     """A network in evaluation mode: a launch for each layer, which reads and writes its maps once.
 
     Args:
-        net: For which `fits` holds; weights and running statistics are read in each call.
+        net: Of a kind that `suits`; weights and running statistics are read in each call.
     """
 
-    def __init__(self, net: CifarNet) -> None:
+    def __init__(self, net: nn.Module) -> None:
+        assert isinstance(net, CifarNet)
         self.net = net
         self._masters = {name: p for name, p in net.named_parameters() if p.ndim == 4}
         self._weights = {name: p.detach().bfloat16() for name, p in self._masters.items()}
@@ -243,6 +273,7 @@ class Inference:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Images `(batch, 3, 32, 32)`, bfloat16 and channels last -> float32 logits `(batch, classes)`."""
+        _check(images, self.net.fc.weight.device)
         torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
         if len(images) not in self._layers:
             self._layers[len(images)] = _layers(self.net, self._weights, len(images))
@@ -258,6 +289,15 @@ class Inference:
             )  # fmt: skip
             before, source = source, out
         return logits_of(source, self.net.fc)
+
+
+def _check(images: Tensor, device: torch.device) -> None:
+    """Raise ValueError where images are not as the kernels, which ask nothing, take them."""
+    shape, last = tuple(images.shape[1:]), images.is_contiguous(memory_format=torch.channels_last)
+    if images.device != device or shape != (3, 32, 32) or not last:
+        raise ValueError(
+            f"images {shape} on {images.device}, channels last: {last}; wanted (3, 32, 32) on {device}, True"
+        )
 
 
 def _launch(kernel: Any, programs: int, launch: Launch, *args: Any) -> None:

@@ -18,13 +18,14 @@ from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
 from fastres.errors import Diverged, InputError, Interrupted, OutOfTime
 from fastres.evaluator import Evaluator
+from fastres.fusednet import runtime_of
 from fastres.guards import Interrupt, explained_memory_errors, interrupts
 from fastres.member import Member
 from fastres.models.cifar import num_parameters
 from fastres.result import RunResult, result_of, summary
 from fastres.rundir import CONFIG, DIVERGED, ENVIRONMENT, RESULT, RunDir, default_path
 from fastres.runstate import RunState, data_note, load_states
-from fastres.runtime import Runtime, environment, peak_memory, prepare, synchronize
+from fastres.runtime import Runtime, environment, peak_memory, synchronize
 from fastres.step import Replica, TrainStep
 from fastres.steptimer import StepTimer, milliseconds
 
@@ -107,7 +108,7 @@ def train_together(
     """
     clocks, config = clocks or Clocks(), next(iter(folders.values()))
     with clocks("other"), contextlib.closing(console), contextlib.ExitStack() as stack:
-        runtime = prepare(config.execution, depth=config.model.depth)
+        runtime = runtime_of(config)
         for note in runtime.notes:
             console.say_once(note)
         with clocks("data"):

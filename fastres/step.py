@@ -101,12 +101,12 @@ class Replica:
             self._scaled = list(optim.momentum_buffers(net, optimizer).values())
         self._fused: FusedNet | None = None  # made for the first batch
         self._fuse = runtime.native and self.device.type == "cuda"
-        self._maps: Tensor | None = None  # of its last forward
+        self._maps: Tensor | None = None  # of its last forward, `(batch, h, w, channels)`
         self._predict, self._predict_maps, self._record = _predict, _predict_maps, _record
         if runtime.compile_scope != "none":
             allow_recompilations()
         options = compile_options(self.device, runtime.compile_mode)
-        if runtime.compile_scope == "blocks":
+        if runtime.compile_scope == "blocks" and not self._fuse:
             compile_blocks(net, options)
         elif runtime.compile_scope == "whole":
             self._predict = torch.compile(_predict, fullgraph=True, dynamic=False, options=options)
@@ -130,19 +130,21 @@ class Replica:
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy `()`, fp32 (fp64 for an fp64 network), and the number of wrong answers, int32 `()`."""
-        if self._fuse and not self._fused and self._sgd:
-            self._fused = FusedNet.of(self.net, self._sgd.leaves, len(images))
-            self._fuse = self._fused is not None
+        if self._fuse and not self._fused:
+            assert self._sgd
+            self._fused = FusedNet(self.net, self._sgd.leaves, len(images))
         if self._fused:
-            self._maps = self._fused.forward(images).requires_grad_()
+            self._maps = self._fused.forward(images).permute(0, 2, 3, 1).requires_grad_()
             return self._predict_maps(self._maps, self._fused.fc.weight, self._fused.fc.bias, labels)
         return self._predict(self.net, self._sgd.leaves if self._sgd else {}, images, labels, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients into `.grad`, which the last update left empty."""
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        if self._fused and self._maps is not None and self._maps.grad is not None:
-            self._fused.backward(self._maps.grad)
+        if self._fused:
+            assert self._maps is not None
+            assert self._maps.grad is not None
+            self._fused.backward(self._maps.grad.permute(0, 3, 1, 2))
             self._maps = None
 
     def update(self) -> None:
@@ -294,8 +296,11 @@ def _predict(
 
 
 def _predict_maps(maps: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from the last block's maps on, as `models.cifar.logits_of` does it."""
-    return _judged(F.linear(maps.float().mean(dim=(2, 3)), weight, bias), labels)
+    """The same from the last block's maps `(batch, h, w, channels)` on, as `models.cifar.logits_of` does it.
+
+    Maps as they lie in memory, so that their gradient lies likewise and need not be copied.
+    """
+    return _judged(F.linear(maps.float().mean(dim=(1, 2)), weight, bias), labels)
 
 
 def _judged(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,8 +62,29 @@ def compared(depth: int, how: dict[str, Any], images: Tensor, grad: Tensor) -> I
         yield "logits in evaluation mode", far(inference(images), exact.eval()(images.double()))
 
 
+def lost() -> Iterator[str]:
+    """Where a weight that is not finite leaves a result finite."""
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    images = images.contiguous(memory_format=torch.channels_last)
+    for name in ("conv1.weight", "layer2.0.conv1.weight", "layer3.0.bn2.bias"):
+        for value in (float("nan"), float("inf")):
+            net = network(8, {})
+            with torch.no_grad():
+                weight = dict(net.named_parameters())[name]
+                weight[(0,) * weight.ndim] = value
+            weights = {name: parameter.detach() for name, parameter in net.named_parameters() if parameter.ndim == 4}
+            inference = Inference(net)
+            inference._weights = {name: weight.float() for name, weight in inference._weights.items()}
+            for what, result in (
+                ("training", FusedNet(net, weights, 1).forward(images)),
+                ("logits", inference(images)),
+            ):
+                if result.isfinite().all():
+                    yield f"{what}, {name}: {value}"
+
+
 def main() -> None:
-    """One JSON object: distances by case and what was compared."""
+    """One JSON object: distances by case and what was compared, and what did not show."""
     results = {}
     usual = fusednet.LAUNCHES
     few = {width: Launches(*(how._replace(programs=3) for how in each)) for width, each in usual.items()}
@@ -74,7 +95,7 @@ def main() -> None:
         images, grad = (torch.randn(shape, generator=chance) for shape in shapes)
         images, grad = (x.contiguous(memory_format=torch.channels_last) for x in (images, grad))
         results[label] = dict(compared(depth, how, images, grad))
-    print(json.dumps(results))
+    print(json.dumps({"far": results, "lost": list(lost())}))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What training on a CPU does that torch has no kernel for, or a slower one."""
+"""Kernels of fastres' own, for what torch has none for, or slower ones."""

@@ -1,7 +1,10 @@
 # ruff: noqa: N803
 # mypy: ignore-errors
 # Triton's own Python: constants in capitals, no types.
-"""Triton kernels for training on a GPU: batch norm, what is added, and ReLU. Words as in `gpu_kernels.py`."""
+"""Triton kernels for training on a GPU: batch norm, what is added, and ReLU. Words as in `gpu_kernels.py`.
+
+ReLU lets NaN through, as torch's does and `tl.maximum` does not: else a run that diverges would not be seen to.
+"""
 
 import triton
 import triton.language as tl
@@ -50,7 +53,7 @@ def norm_forward(
         value = (tl.load(maps + at).to(tl.float32) - mean[None, :]) * factor[None, :] + offset[None, :]
         if ADD:
             value += shortcut(add, pixel, column, row, image, n, HEIGHT, WIDTH, N, ADD, PAD)
-        tl.store(out + at, tl.maximum(value, 0.0).to(out.dtype.element_ty))
+        tl.store(out + at, tl.where(value < 0, 0.0, value).to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -117,4 +120,4 @@ def inference(
         value = value * factor[None, :] + offset[None, :]
         if ADD:
             value += shortcut(add, pixel, column, row, image, n, HEIGHT, WIDTH, N, ADD, PAD)
-        tl.store(out + pixel[:, None] * N + n[None, :], tl.maximum(value, 0.0).to(out.dtype.element_ty))
+        tl.store(out + pixel[:, None] * N + n[None, :], tl.where(value < 0, 0.0, value).to(out.dtype.element_ty))
