@@ -268,8 +268,10 @@ def add_up(shares, result, table, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     )  # fmt: skip
     at = first + tl.arange(0, BLOCK)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
-    for share in range(0, num_shares, ROWS):
+    share = 0
+    while share < num_shares:  # no range: Triton 3.6's interpreter cannot take a number that was loaded
         rows = share + tl.arange(0, ROWS)
         there = (rows < num_shares)[:, None] & (at < size)[None, :]
         acc += tl.load(shares + start + rows[:, None] * size + at[None, :], mask=there, other=0.0)
+        share += ROWS
     tl.store(result + place + at, tl.sum(acc, 0), mask=at < size)
