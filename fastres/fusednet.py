@@ -166,12 +166,13 @@ class FusedNet:
             start, place = sum(counts[:k]), sum(sizes[:k])
             rows += [[start, layer.weights.programs, size, at, place] for at in range(0, size, ADD_UP.block)]
         self._table = torch.tensor(rows, dtype=torch.int32).to(device)
+        self._images: Tensor | None = None
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of each layer: maps, result, statistics
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images `(batch, 3, 32, 32)` -> the last block's maps `(batch, 64, 8, 8)`, both bfloat16 and channels last."""
-        _check(images, self.fc.weight.device)
+        _check(images, self.layers[0].weight)
         if len(images) != self.batch_size:
             raise ValueError(f"{len(images)} images; this is for batches of {self.batch_size}")
         conv, norms = _kernels()
@@ -253,7 +254,7 @@ class FusedNet:
             conv.add_up, len(self._table), ADD_UP, self._shares, self.weight_grads, self._table, ADD_UP_ROWS,
             ADD_UP.block,
         )  # fmt: skip
-        self._kept, self._images = [], self._images[:0]
+        self._kept, self._images = [], None
 
 
 class Inference:
@@ -273,7 +274,7 @@ class Inference:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Images `(batch, 3, 32, 32)`, bfloat16 and channels last -> float32 logits `(batch, classes)`."""
-        _check(images, self.net.fc.weight.device)
+        _check(images, self._weights["conv1.weight"])
         torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
         if len(images) not in self._layers:
             self._layers[len(images)] = _layers(self.net, self._weights, len(images))
@@ -291,12 +292,13 @@ class Inference:
         return logits_of(source, self.net.fc)
 
 
-def _check(images: Tensor, device: torch.device) -> None:
+def _check(images: Tensor, weight: Tensor) -> None:
     """Raise ValueError where images are not as the kernels, which ask nothing, take them."""
-    shape, last = tuple(images.shape[1:]), images.is_contiguous(memory_format=torch.channels_last)
-    if images.device != device or shape != (3, 32, 32) or not last:
+    kind, last = (images.device, images.dtype), images.is_contiguous(memory_format=torch.channels_last)
+    if images.shape[1:] != (3, 32, 32) or kind != (weight.device, weight.dtype) or not last:
         raise ValueError(
-            f"images {shape} on {images.device}, channels last: {last}; wanted (3, 32, 32) on {device}, True"
+            f"images {tuple(images.shape[1:])}, {images.dtype} on {images.device}, channels last: {last}; "
+            f"wanted (3, 32, 32), {weight.dtype} on {weight.device}, channels last"
         )
 
 

@@ -160,6 +160,8 @@ def test_images_that_it_cannot_take_are_refused() -> None:
             taker(images)
         with pytest.raises(ValueError, match=r"images \(3, 28, 28\)"):
             taker(last[:, :, 2:30, 2:30])
+        with pytest.raises(ValueError, match=r"float32 on cpu, channels last: True; wanted .*bfloat16"):
+            taker(last.float())
     with pytest.raises(ValueError, match="4 images; this is for batches of 8"):
         FusedNet(net, weights, 8).forward(last)
 
