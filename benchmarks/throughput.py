@@ -201,7 +201,7 @@ def compare(arguments: list[str], against: list[str], rounds: int, timed_steps: 
 def main() -> None:
     """Compare, and print one JSON object."""
     parser = argparse.ArgumentParser(description="fastres against other scripts: a ResNet, batch 128, CIFAR-10")
-    parser.add_argument("--data-dir", type=Path, required=True, help="the folder of data_batch_1.bin")
+    parser.add_argument("--data-dir", type=Path, required=True, help="the folder of data_batch_1.bin, or its parent")
     parser.add_argument("--depth", type=int, default=20, help="6n+2 layers, default 20")
     parser.add_argument("--rounds", type=int, default=10, help="chunks of each side")
     parser.add_argument("--steps", type=int, default=15, help="timed steps in a chunk")
@@ -211,6 +211,8 @@ def main() -> None:
     parser.add_argument("--against", default="plain", help=f"any of {','.join(BASELINES)}, default plain")
     parser.add_argument("--side", help=argparse.SUPPRESS)  # a side's own process
     args = parser.parse_args()
+    if (inside := args.data_dir / "cifar-10-batches-bin").is_dir():  # its parent, as fastres takes it too
+        args.data_dir = inside
     flags = {key: _value(text) for key, _, text in (item.partition("=") for item in args.set)}
     if args.side:
         serve(args.side, args.data_dir, args.depth, args.steps, flags)
@@ -229,6 +231,8 @@ def main() -> None:
         environment = _environment(flags, args.depth)
     except FastresError as error:
         parser.error(f"--set: {error}")
+    if not (args.data_dir / "data_batch_1.bin").exists():
+        parser.error(f"--data-dir {args.data_dir}: there is no data_batch_1.bin; give CIFAR-10's binary folder")
     passed = ["--data-dir", str(args.data_dir), "--depth", str(args.depth), "--steps", str(args.steps)]
     passed += [f"--set={item}" for item in args.set]
     race = compare(passed, against, args.rounds, args.steps)

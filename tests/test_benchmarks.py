@@ -98,7 +98,14 @@ def test_all_sides_train_the_depth_that_was_asked_for(
     monkeypatch.setattr(throughput, "_environment", lambda _flags, depth: {"of": depth})
     race = ["throughput", "--data-dir", str(tmp_path), "--depth", "56", "--set", "threads=1"]
     monkeypatch.setattr(sys, "argv", race)
+    with pytest.raises(SystemExit):
+        throughput.main()
+    assert "there is no data_batch_1.bin; give CIFAR-10's binary folder" in capsys.readouterr().err
+    inside = tmp_path / "cifar-10-batches-bin"  # its parent may be given
+    inside.mkdir()
+    (inside / "data_batch_1.bin").touch()
     throughput.main()
+    assert passed[passed.index("--data-dir") + 1] == str(inside)
     printed = json.loads(capsys.readouterr().out)
     assert (printed["depth"], printed["environment"]) == (56, {"of": 56})
     monkeypatch.setattr(sys, "argv", ["throughput", "--side", side, *passed])  # as `Side` calls it
