@@ -86,8 +86,10 @@ def test_all_sides_train_the_depth_that_was_asked_for(
     side: str, asked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A race between networks of different depths would be the shallower one's."""
+    inside = tmp_path / "cifar-10-batches-bin"
+    inside.mkdir()
     for k in range(1, 6):
-        (tmp_path / f"data_batch_{k}.bin").write_bytes(bytes(plain.RECORD_BYTES))
+        (inside / f"data_batch_{k}.bin").write_bytes(bytes(plain.RECORD_BYTES))
     passed: list[str] = []
 
     def compare(arguments: list[str], *_: object) -> dict[str, Any]:
@@ -98,14 +100,8 @@ def test_all_sides_train_the_depth_that_was_asked_for(
     monkeypatch.setattr(throughput, "_environment", lambda _flags, depth: {"of": depth})
     race = ["throughput", "--data-dir", str(tmp_path), "--depth", "56", "--set", "threads=1"]
     monkeypatch.setattr(sys, "argv", race)
-    with pytest.raises(SystemExit):
-        throughput.main()
-    assert "there is no data_batch_1.bin; give CIFAR-10's binary folder" in capsys.readouterr().err
-    inside = tmp_path / "cifar-10-batches-bin"  # its parent may be given
-    inside.mkdir()
-    (inside / "data_batch_1.bin").touch()
     throughput.main()
-    assert passed[passed.index("--data-dir") + 1] == str(inside)
+    assert passed[passed.index("--data-dir") + 1] == str(inside)  # its parent was given
     printed = json.loads(capsys.readouterr().out)
     assert (printed["depth"], printed["environment"]) == (56, {"of": 56})
     monkeypatch.setattr(sys, "argv", ["throughput", "--side", side, *passed])  # as `Side` calls it
@@ -113,6 +109,14 @@ def test_all_sides_train_the_depth_that_was_asked_for(
     with pytest.raises(Reached):
         throughput.main()
     assert asked == [56]
+
+
+def test_a_folder_without_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["throughput", "--data-dir", "x"])
+    with pytest.raises(SystemExit) as caught:
+        throughput.main()
+    assert caught.value.code == 2
+    assert "--data-dir x: there is no data_batch_1.bin; give CIFAR-10's binary folder" in capsys.readouterr().err
 
 
 def test_a_depth_that_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
