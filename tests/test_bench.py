@@ -147,8 +147,7 @@ def test_cells_take_turns_and_the_report_is_json(tmp_path: Path, monkeypatch: py
     for timing, found in zip(timings, report["cells"], strict=True):
         assert found["step_seconds"]["n"] == len(timing.seconds) == 3
         assert found["images_per_second"] == timing.images_per_second > 0
-        # Not that it is above 1: a network as small as this one stays in a CPU's caches, which are faster than memory.
-        assert found["over_floor"] == timing.step_seconds / timing.floor > 0
+        assert found["over_floor"] > 1  # nothing is faster than the machine
         assert found["step_seconds"]["p5"] <= found["step_seconds"]["median"] <= found["step_seconds"]["p95"]
 
 
