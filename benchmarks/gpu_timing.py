@@ -83,8 +83,8 @@ def _printed(setting: Setting, module: str, arguments: list[str]) -> Result:
 def host(setting: Setting, depth: int) -> Result:
     """What the host does for a step, what the GPU waits for it, and what the loaders cost.
 
-    Of each loader, and of a frozen batch: `host_seconds` of launching a step while nothing is waited for, and
-    `host_share` of the step's time on the device (near 1 the driver's queue was full); `loader_share`, by how much a
+    Of each loader, and of a frozen batch: `host_seconds` of launching a step in bursts for which the driver's queue has
+    room, and `host_share` of the step's time on the device; `loader_share`, by how much a
     step on a frozen batch is shorter; `idle`, the share of a profile's time in which the GPU ran nothing, and
     `idle_between_steps`, the part of it from step to step.
     """

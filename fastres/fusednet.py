@@ -180,7 +180,7 @@ class FusedNet:
         for layer in self.layers:
             num, side, norm, how = layer.num, layer.side, layer.norm, layer.conv
             maps, out = (_maps(images, num, side) for _ in range(2))
-            shares, kept = self._shares.new_empty((how.programs, 2, num)), self._shares.new_empty((4, num))
+            shares, kept = self._shares.new_empty((how.programs, 2, num)), self._shares.new_empty((3, num))
             _launch(
                 conv.conv3x3, how.programs, how.launch,
                 source, layer.weight, maps, shares, side, side, layer.channels, num, layer.stride,

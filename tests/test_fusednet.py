@@ -147,7 +147,7 @@ def test_what_suits(model: dict[str, Any], batch_size: int, suited: bool, monkey
 
 @pytest.mark.parametrize("batch_size", [*range(1, 33), 48, 64, 96, 100, 125, 128, 250, 256, 500, 1000, 1024, 8192])
 def test_common_batches_suit_and_are_shared_out(batch_size: int) -> None:
-    assert batch_size in (11, 13, 17, 19, 22, 23, 26, 29, 31) or suits(make_config().model, batch_size)
+    assert suits(make_config().model, batch_size)
 
 
 def test_images_that_it_cannot_take_are_refused() -> None:
@@ -221,4 +221,3 @@ def test_on_a_cpu_nothing_is_fused() -> None:
     assert not step.Replica(
         replica.net, replica.optimizer, replica.loader, Runtime(torch.device("cpu"), "bf16", native=True), num_steps=5
     )._fuse
-    assert make_config().execution.native is None

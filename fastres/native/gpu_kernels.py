@@ -21,6 +21,14 @@ def pixels_of(tile, BLOCK: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
+def leave(shares, first, second, N: tl.constexpr):
+    """Store this program's share of two sums for each of N channels; `shares` is where it begins."""
+    n = tl.arange(0, N)
+    tl.store(shares + n, first)
+    tl.store(shares + N + n, second)
+
+
+@triton.jit
 def convolved(
     source, weight, column, row, image,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr,
@@ -102,8 +110,7 @@ def conv3x3(
         delta = new - mean  # the tiles so far and this one together: Chan, Golub and LeVeque 1979
         mean += delta / (tile + 1)
         squares += tl.sum(off * off, 0) + delta * delta * (BLOCK * tile / (tile + 1))
-    tl.store(shares + program * 2 * N + n, mean)
-    tl.store(shares + (program * 2 + 1) * N + n, squares)
+    leave(shares + program * 2 * N, mean, squares, N)
 
 
 @triton.jit
@@ -234,8 +241,7 @@ def conv3x3_grads(
             own = tl.where(positive, stored.to(tl.float32), 0.0)
             sums += own
             products += own * ((tl.load(below + at).to(tl.float32) - mean) * rstd)
-        tl.store(norm_shares + program * 2 * K + k, tl.sum(sums, 0))
-        tl.store(norm_shares + (program * 2 + 1) * K + k, tl.sum(products, 0))
+        leave(norm_shares + program * 2 * K, tl.sum(sums, 0), tl.sum(products, 0), K)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ ReLU lets NaN through, as torch's does and `tl.maximum` does not: else a run tha
 import triton
 import triton.language as tl
 
-from fastres.native.gpu_kernels import forward_at, pixels_of, shortcut
+from fastres.native.gpu_kernels import forward_at, leave, pixels_of, shortcut
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def norm_forward(
     Args:
         shares: `conv3x3`'s, of PROGRAMS programs that had COUNT pixels each. ROWS: a power of 2 that is no less.
         add: What the shortcut begins with, of ADD channels, which are less than N where the map shrinks; 0: none.
-        kept: Becomes mean, one over the standard deviation, that times scale, and shift.
+        kept: Becomes mean, one over the standard deviation, and that times scale.
     """
     program = tl.program_id(0)
     n = tl.arange(0, N)
@@ -42,7 +42,6 @@ def norm_forward(
         tl.store(kept + n, mean)
         tl.store(kept + N + n, rstd)
         tl.store(kept + 2 * N + n, factor)
-        tl.store(kept + 3 * N + n, offset)
         was = tl.load(running_mean + n)
         tl.store(running_mean + n, was + momentum * (mean - was))
         was = tl.load(running_var + n)
@@ -73,8 +72,7 @@ def norm_sums(
         own = tl.where(positive, tl.load(grad + at).to(tl.float32), 0.0)
         sums += own
         products += own * ((tl.load(maps + at).to(tl.float32) - mean) * rstd)
-    tl.store(shares + program * 2 * N + n, tl.sum(sums, 0))
-    tl.store(shares + (program * 2 + 1) * N + n, tl.sum(products, 0))
+    leave(shares + program * 2 * N, tl.sum(sums, 0), tl.sum(products, 0), N)
 
 
 @triton.jit
