@@ -22,8 +22,8 @@ from fastres.build import build_loaders, build_net, build_optimizer, load_images
 from fastres.cells import Cell
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
-from fastres.fusednet import runtime_of
 from fastres.guards import explained_memory_errors
+from fastres.layernet import runtime_of
 from fastres.parts import PARTS, Marks, marked
 from fastres.roofline import Ceilings, Work, measure_ceilings, work_of
 from fastres.runtime import DTYPES, environment, synchronize
@@ -309,6 +309,7 @@ def _as_json(timing: Timing, bench: Bench) -> dict[str, Any]:
             "compile": runtime.compile_scope,
             "cuda_graph": runtime.cuda_graph,
             "native": runtime.native,
+            "layer_kernels": runtime.layer_kernels,
         },
         "images_per_second": timing.images_per_second,
         "step_seconds": {"median": timing.step_seconds, "p5": low, "p95": high, "n": len(timing.seconds)},

@@ -15,6 +15,7 @@ from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
 from fastres.evaluator import Evaluator
 from fastres.fusednet import Inference
+from fastres.layernet import LayerInference
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.models.imagenet import ImageNetNet, Network
 from fastres.models.norm import BatchNorm
@@ -188,7 +189,8 @@ def build_evaluators(
     capture = CapturedGraph if runtime.cuda_graph else None
     how: dict[str, Any] = {"num_classes": len(images.class_names), "dtype": runtime.dtype, "capture": capture}
     fused = runtime.native and runtime.device.type == "cuda"
-    return [Evaluator(net, batches, forward=Inference(net) if fused else None, **how) for net in nets]
+    kind = LayerInference if runtime.layer_kernels else Inference
+    return [Evaluator(net, batches, forward=kind(net) if fused else None, **how) for net in nets]
 
 
 def build_evaluator(net: nn.Module, config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime) -> Evaluator:

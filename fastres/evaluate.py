@@ -30,6 +30,7 @@ Channels = tuple[float, float, float]
 # What a single pass over the test images does not pay for, whatever the run was trained with and on.
 ONE_PASS: dict[str, Any] = {
     "device": "auto", "compile": False, "cuda_graph": False, "shadow_weights": False, "native": False,
+    "layer_kernels": False,
 }  # fmt: skip
 OTHER_IMAGES = "measured on other images than those of the run"
 

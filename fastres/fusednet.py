@@ -7,17 +7,14 @@ backward, which carry along what neighbours need: the norm's sums, the shortcut 
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastres.config import Model, RunConfig
-from fastres.errors import InputError
+from fastres.config import Model
 from fastres.models.cifar import WIDTHS, Block, CifarNet, logits_of
 from fastres.models.norm import BatchNorm
-from fastres.runtime import Runtime, prepare
 
 
 class Launch(NamedTuple):
@@ -74,15 +71,19 @@ def split(pixels: int, launch: Launch) -> Split:
     return Split(block, tiles // programs, programs, launch)
 
 
+def is_papers(model: Model, batch_size: int) -> bool:
+    """Whether a network has only 3x3 layers of the paper's widths, shortcuts without weights, norms over the batch."""
+    if model.arch == "imagenet" or (model.arch == "resnet" and model.shortcut == "B"):
+        return False
+    return model.norm_batch in (0, batch_size)
+
+
 def suits(model: Model, batch_size: int) -> bool:
     """Whether these kernels are for a network, and quick at a batch size.
 
-    They are for 3x3 layers of the paper's widths, shortcuts without weights and norms over the whole batch; and a batch
-    whose size has a large prime factor cannot be shared out evenly (`split`).
+    A batch whose size has a large prime factor cannot be shared out evenly (`split`).
     """
-    if model.arch == "imagenet" or (model.arch == "resnet" and model.shortcut == "B"):
-        return False
-    if model.norm_batch not in (0, batch_size):
+    if not is_papers(model, batch_size):
         return False
     for width, how in LAUNCHES.items():
         pixels = batch_size * (32 * WIDTHS[0] // width) ** 2
@@ -93,19 +94,7 @@ def suits(model: Model, batch_size: int) -> bool:
     return True
 
 
-def runtime_of(config: RunConfig) -> Runtime:
-    """What a config's execution resolves to for its network; errors as of `runtime.prepare`."""
-    runtime = prepare(config.execution, depth=config.model.depth)
-    if not runtime.native or runtime.device.type == "cpu" or suits(config.model, config.recipe.batch_size):
-        return runtime
-    what = "for the paper's CIFAR networks, shortcut A, norms over the whole batch, and most batch sizes"
-    if config.execution.native:
-        raise InputError(f"--native kernels on a GPU are {what}; use --no-native")
-    notes = (*runtime.notes, f"training without fastres' own GPU kernels, more slowly: they are {what}")
-    return replace(runtime, native=False, notes=notes)
-
-
-class _Layer:
+class Layer:
     """A convolution, its norm, and how they are launched."""
 
     def __init__(self, weight: Tensor, norm: BatchNorm, side: int, stride: int, batch_size: int) -> None:
@@ -124,13 +113,14 @@ class _Layer:
         self.pad = 0  # zero channels before the shortcut's own
 
 
-def _layers(net: CifarNet, weights: Mapping[str, Tensor], batch_size: int) -> list[_Layer]:
-    layers = [_Layer(weights["conv1.weight"], net.bn1, 32, 1, batch_size)]
+def layers_of(net: CifarNet, weights: Mapping[str, Tensor], batch_size: int) -> list[Layer]:
+    """The convolutions with their norms, in order; weights by parameter name."""
+    layers = [Layer(weights["conv1.weight"], net.bn1, 32, 1, batch_size)]
     for name, block in net.named_modules():
         if isinstance(block, Block):
             side = layers[-1].side // block.stride
             for number, norm, stride in ((1, block.bn1, block.stride), (2, block.bn2, 1)):
-                layers.append(_Layer(weights[f"{name}.conv{number}.weight"], norm, side, stride, batch_size))
+                layers.append(Layer(weights[f"{name}.conv{number}.weight"], norm, side, stride, batch_size))
             if block.residual:
                 end = len(layers) - 1
                 layers[end].begins, layers[end].pad, layers[end - 1].ends = end - 2, block.zeros[0], end
@@ -155,7 +145,7 @@ class FusedNet:
         assert isinstance(net, CifarNet)
         self.batch_size = batch_size
         self.fc, device = net.fc, net.fc.weight.device
-        self.layers = _layers(net, weights, batch_size)
+        self.layers = layers_of(net, weights, batch_size)
         sizes = [layer.weight.numel() for layer in self.layers]
         self.weight_grads = torch.zeros(sum(sizes), device=device)
         self.norm_grads = torch.zeros(2 * sum(layer.num for layer in self.layers), device=device)
@@ -172,14 +162,14 @@ class FusedNet:
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images `(batch, 3, 32, 32)` -> the last block's maps `(batch, 64, 8, 8)`, both bfloat16 and channels last."""
-        _check(images, self.layers[0].weight)
+        check_images(images, self.layers[0].weight)
         if len(images) != self.batch_size:
             raise ValueError(f"{len(images)} images; this is for batches of {self.batch_size}")
         conv, norms = _kernels()
         self._kept, self._images, source = [], images, images
         for layer in self.layers:
             num, side, norm, how = layer.num, layer.side, layer.norm, layer.conv
-            maps, out = (_maps(images, num, side) for _ in range(2))
+            maps, out = (new_maps(images, num, side) for _ in range(2))
             shares, kept = self._shares.new_empty((how.programs, 2, num)), self._shares.new_empty((3, num))
             _launch(
                 conv.conv3x3, how.programs, how.launch,
@@ -269,19 +259,19 @@ class Inference:
         self.net = net
         self._masters = {name: p for name, p in net.named_parameters() if p.ndim == 4}
         self._weights = {name: p.detach().bfloat16() for name, p in self._masters.items()}
-        self._layers: dict[int, list[_Layer]] = {}  # by the number of images
+        self._layers: dict[int, list[Layer]] = {}  # by the number of images
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Images `(batch, 3, 32, 32)`, bfloat16 and channels last -> float32 logits `(batch, classes)`."""
-        _check(images, self._weights["conv1.weight"])
+        check_images(images, self._weights["conv1.weight"])
         torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
         if len(images) not in self._layers:
-            self._layers[len(images)] = _layers(self.net, self._weights, len(images))
+            self._layers[len(images)] = layers_of(self.net, self._weights, len(images))
         source = before = images  # of a layer, and of the one before it, where a block's shortcut begins
         for layer in self._layers[len(images)]:
             num, side, norm, how = layer.num, layer.side, layer.norm, layer.conv
-            out = _maps(images, num, side)
+            out = new_maps(images, num, side)
             _launch(
                 _kernels()[1].inference, how.programs, how.launch,
                 source, layer.weight, before, norm.weight, norm.bias, norm.running_mean, norm.running_var, out,
@@ -292,7 +282,7 @@ class Inference:
         return logits_of(source, self.net.fc)
 
 
-def _check(images: Tensor, weight: Tensor) -> None:
+def check_images(images: Tensor, weight: Tensor) -> None:
     """Raise ValueError where images are not as the kernels, which ask nothing, take them."""
     kind, last = (images.device, images.dtype), images.is_contiguous(memory_format=torch.channels_last)
     if images.shape[1:] != (3, 32, 32) or kind != (weight.device, weight.dtype) or not last:
@@ -312,7 +302,8 @@ def _kernels() -> tuple[Any, Any]:
     return gpu_kernels, gpu_norm
 
 
-def _maps(like: Tensor, channels: int, side: int) -> Tensor:
+def new_maps(like: Tensor, channels: int, side: int) -> Tensor:
+    """`(batch, channels, side, side)`, channels last, not filled; the rest as what they are like."""
     return like.new_empty((len(like), side, side, channels)).permute(0, 3, 1, 2)
 
 

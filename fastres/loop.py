@@ -18,8 +18,8 @@ from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
 from fastres.errors import Diverged, InputError, Interrupted, OutOfTime
 from fastres.evaluator import Evaluator
-from fastres.fusednet import runtime_of
 from fastres.guards import Interrupt, explained_memory_errors, interrupts
+from fastres.layernet import runtime_of
 from fastres.member import Member
 from fastres.models.cifar import num_parameters
 from fastres.result import RunResult, result_of, summary

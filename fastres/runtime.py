@@ -42,6 +42,7 @@ class Runtime:
     deterministic: bool = False
     shadow_weights: bool = False
     native: bool = False
+    layer_kernels: bool = False
     threads: int = 1  # CPU threads
     notes: tuple[str, ...] = ()  # lines the user should see: a fall-back that was taken
 
@@ -97,6 +98,7 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
         deterministic=execution.deterministic,
         shadow_weights=device.type == "cuda" and precision == "bf16" if shadows is None else shadows,
         native=native,
+        layer_kernels=execution.layer_kernels,
         threads=threads,
         notes=tuple(notes),
     )
@@ -215,6 +217,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "cuda_graph": runtime.cuda_graph,
         "deterministic": runtime.deterministic,
         "native": runtime.native,
+        "layer_kernels": runtime.layer_kernels,
         "platform": platform.platform(),
     }
 

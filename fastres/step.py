@@ -18,6 +18,7 @@ from torch.func import functional_call
 from fastres import optim
 from fastres.cudagraph import WARM_UP_CALLS, Capture, Replay
 from fastres.fusednet import FusedNet
+from fastres.layernet import LayerNet
 from fastres.runtime import Runtime, allow_recompilations, autocast
 from fastres.shadow import ShadowedSgd
 
@@ -99,8 +100,9 @@ class Replica:
         self._scaled: list[Tensor] = []  # velocities that have the learning rate inside
         if optimizer.param_groups[0]["lr_in_velocity"]:
             self._scaled = list(optim.momentum_buffers(net, optimizer).values())
-        self._fused: FusedNet | None = None  # made for the first batch
+        self._fused: FusedNet | LayerNet | None = None  # made for the first batch
         self._fuse = runtime.native and self.device.type == "cuda"
+        self._layer_kernels = runtime.layer_kernels
         self._maps: Tensor | None = None  # of its last forward, `(batch, h, w, channels)`
         self._predict, self._predict_maps, self._record = _predict, _predict_maps, _record
         if runtime.compile_scope != "none":
@@ -132,7 +134,8 @@ class Replica:
         """The mean cross-entropy `()`, fp32 (fp64 for an fp64 network), and the number of wrong answers, int32 `()`."""
         if self._fuse and not self._fused:
             assert self._sgd
-            self._fused = FusedNet(self.net, self._sgd.leaves, len(images))
+            kind = LayerNet if self._layer_kernels else FusedNet
+            self._fused = kind(self.net, self._sgd.leaves, len(images))
         if self._fused:
             self._maps = self._fused.forward(images).permute(0, 2, 3, 1).requires_grad_()
             return self._predict_maps(self._maps, self._fused.fc.weight, self._fused.fc.bias, labels)

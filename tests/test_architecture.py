@@ -24,6 +24,7 @@ LAYERS = (
     ("config",),
     ("runtime", "optim", "shadow", "models", "data"),
     ("checkpoint", "cudagraph", "fusednet"),
+    ("layernet",),
     ("evaluator",),
     ("rundir",),
     ("console", "curves"),

@@ -20,7 +20,8 @@ from torch.func import functional_call
 from fastres import step
 from fastres.config import Execution, make_config
 from fastres.errors import InputError, MachineError
-from fastres.fusednet import FusedNet, Inference, Launch, runtime_of, split, suits
+from fastres.fusednet import FusedNet, Inference, Launch, split, suits
+from fastres.layernet import runtime_of
 from fastres.models.cifar import CifarNet
 from fastres.runtime import Runtime, prepare
 from fastres.shadow import ShadowedSgd

@@ -24,7 +24,8 @@ from fastres.data.plan import EpochPlan
 from fastres.data.synthetic import make_synthetic
 from fastres.data.table import TableLoader
 from fastres.errors import Interrupted
-from fastres.fusednet import FusedNet, Inference, runtime_of
+from fastres.fusednet import FusedNet, Inference
+from fastres.layernet import runtime_of
 from fastres.models.cifar import CifarNet
 from fastres.step import Replica, TrainStep
 from fastres.steptimer import StepTimer

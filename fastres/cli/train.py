@@ -163,6 +163,14 @@ def train(
             rich_help_panel=EXECUTION,
         ),
     ] = None,
+    layer_kernels: Annotated[
+        bool | None,
+        typer.Option(
+            "--layer-kernels/--no-layer-kernels",
+            help="Of fastres' own kernels on a GPU those in CUDA C++, one launch a layer (not measured yet).",
+            rich_help_panel=EXECUTION,
+        ),
+    ] = None,
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--no-channels-last", rich_help_panel=EXECUTION)
     ] = None,
@@ -250,6 +258,7 @@ def train(
             deterministic=deterministic,
             shadow_weights=shadow_weights,
             native=native,
+            layer_kernels=layer_kernels,
             channels_last=channels_last,
             threads=threads,
             data_dir=None if data_dir is None else str(data_dir),

@@ -1,0 +1,252 @@
+"""A CIFAR network in training on a GPU by the kernels of `native/gpu_layers.cu`: a launch a layer each way.
+
+`fusednet.py` has two. At batch 128 the maps of a layer are a few megabytes: a launch and another pass over them cost as
+much as the convolution itself.
+"""
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres.config import RunConfig
+from fastres.errors import InputError, MachineError
+from fastres.fusednet import Layer, check_images, is_papers, layers_of, new_maps, suits
+from fastres.models.cifar import CifarNet, logits_of
+from fastres.native.gpu_layers import ADD_UP_THREADS, MAX_LAYERS, Kind, Layers, launch
+from fastres.runtime import Runtime, prepare
+
+SHARED = 147_456  # bytes that a program shares, the most that one kernel takes; an A100 has them
+MAX_SHARES = 64  # of a layer's gradient of weights
+IMAGE_US, BYTES_A_US = 1.2, 3e6  # estimates for an H200, not measured: an image in `weight_grads`, and its memory
+
+
+def programs_for(batch_size: int, processors: int) -> int:
+    """Programs that have the same number of images each, of which a GPU runs one a multiprocessor at once."""
+    choices = [n for n in range(1, min(batch_size, 2 * processors) + 1) if batch_size % n == 0]
+    return min(choices, key=lambda n: (-(-n // processors) * (batch_size // n), n))
+
+
+def shares_out(batch_size: int, processors: int) -> bool:
+    """Whether a batch can be shared out without leaving most of a GPU idle."""
+    programs = programs_for(batch_size, processors)
+    return -(-programs // processors) * (batch_size // programs) <= 2 * -(-batch_size // processors)
+
+
+def shares_for(num_layers: int, size: int, batch_size: int, processors: int) -> int:
+    """In how many shares to make the gradients of some layers' weights, `size` each: the quickest by an estimate."""
+
+    def microseconds(shares: int) -> float:
+        waves, images = -(-num_layers * shares // processors), -(-batch_size // shares)
+        return waves * (images + 1) * IMAGE_US + num_layers * shares * size * 8 / BYTES_A_US
+
+    return min(range(1, min(batch_size, MAX_SHARES) + 1), key=microseconds)
+
+
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU; where there is none, an H200's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def runtime_of(config: RunConfig) -> Runtime:
+    """What a config's execution resolves to for its network; errors as of `runtime.prepare`."""
+    runtime, batch_size = prepare(config.execution, depth=config.model.depth), config.recipe.batch_size
+    what = "for the paper's CIFAR networks, shortcut A, norms over the whole batch, and most batch sizes"
+    if runtime.layer_kernels:
+        check_machine(runtime)
+        if not is_papers(config.model, batch_size) or not shares_out(batch_size, processors_of(runtime.device)):
+            raise InputError(f"--layer-kernels are {what}; use --no-layer-kernels")
+        return runtime
+    if not runtime.native or runtime.device.type == "cpu" or suits(config.model, batch_size):
+        return runtime
+    if config.execution.native:
+        raise InputError(f"--native kernels on a GPU are {what}; use --no-native")
+    notes = (*runtime.notes, f"training without fastres' own GPU kernels, more slowly: they are {what}")
+    return replace(runtime, native=False, notes=notes)
+
+
+def check_machine(runtime: Runtime) -> None:
+    """Raise MachineError or InputError where these kernels are not to be had."""
+    if runtime.device.type != "cuda":
+        raise MachineError("--layer-kernels need a GPU; leave it out to train on the CPU")
+    if not runtime.native:
+        raise InputError("--layer-kernels are fastres' own, in bf16; leave out --no-native, and other precisions")
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        raise MachineError("--layer-kernels need cuda-bindings, which this torch came without; leave it out")
+    shared = torch.cuda.get_device_properties(runtime.device).shared_memory_per_block_optin
+    if shared < SHARED:
+        needs = f"{SHARED:,} bytes of shared memory a program, and this GPU has {shared:,}"
+        raise MachineError(f"--layer-kernels need {needs}; leave it out")
+
+
+def kind_of(layer: Layer) -> Kind:
+    """For which the kernels are compiled."""
+    return Kind(layer.side, layer.stride, 16 if layer.first else layer.channels, layer.num, int(layer.first))
+
+
+class _Pass:
+    """The launches of a pass forwards.
+
+    Attributes:
+        maps: Of each layer, its convolution's result.
+        outs: Of each layer, what came of it.
+        kept: Of each layer, what is kept of its norm.
+    """
+
+    def __init__(self, layers: list[Layer], images: Tensor, programs: int, *, training: bool) -> None:
+        self.maps: list[Tensor] = []
+        self.outs: list[Tensor] = []
+        self.kept: list[Tensor] = []
+        self._layers, self._programs, self._training = layers, programs, training
+        self._images = len(images) // programs
+        self._shares: list[Tensor] = []  # of the statistics of each layer's maps
+        for k, layer in enumerate(layers):
+            maps, shares = new_maps(images, layer.num, layer.side), _floats(images, programs, 2, layer.num)
+            given, numbers = self._norm(k - 1) if k else self._no_norm(images)
+            launch("forward_layer", kind_of(layer), programs, *given, layer.weight, maps, shares, *numbers)
+            self.maps.append(maps)
+            self._shares.append(shares)
+        given, numbers = self._norm(len(layers) - 1)
+        launch("norm_forward", kind_of(layers[-1]), programs, *given, *numbers)
+
+    def _no_norm(self, images: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return (images, *(None,) * 8), (0, 0, self._images, 0, 0, 0.0, 0.0)
+
+    def _norm(self, k: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What kernels take of a layer's norm: addresses, and numbers."""
+        layer, maps = self._layers[k], self.maps[k]
+        add = self.outs[layer.begins] if layer.begins >= 0 else None
+        out, kept, norm = torch.empty_like(maps), _floats(maps, 4, layer.num), layer.norm
+        self.outs.append(out)
+        self.kept.append(kept)
+        given = (maps, self._shares[k], add, norm.weight, norm.bias, norm.running_mean, norm.running_var, out, kept)
+        shares, channels = self._programs if self._training else 0, 0 if add is None else add.shape[1]
+        return given, (
+            shares, layer.pixels // self._programs, self._images, channels, layer.pad, norm.eps, norm.momentum,
+        )  # fmt: skip
+
+
+class LayerNet:
+    """Training passes of a network on batches of one size; as `fusednet.FusedNet`, whose words these are.
+
+    Args:
+        net, weights, batch_size: As there.
+    """
+
+    def __init__(self, net: nn.Module, weights: Mapping[str, Tensor], batch_size: int) -> None:
+        assert isinstance(net, CifarNet)
+        self.fc, device = net.fc, net.fc.weight.device
+        processors = processors_of(device)
+        self.batch_size, self._programs = batch_size, programs_for(batch_size, processors)
+        self.layers = layers_of(net, weights, batch_size)
+        sizes = [layer.weight.numel() for layer in self.layers]
+        self.weight_grads = torch.zeros(sum(sizes), device=device)
+        self.norm_grads = torch.zeros(2 * sum(layer.num for layer in self.layers), device=device)
+        groups = defaultdict(list)
+        for k, layer in enumerate(self.layers):
+            groups[kind_of(layer)].append(k)
+        self._groups = [
+            (kind, group[at : at + MAX_LAYERS])
+            for kind, group in groups.items()
+            for at in range(0, len(group), MAX_LAYERS)
+        ]
+        self._num_shares = [0] * len(sizes)
+        for _, group in self._groups:
+            shares = shares_for(len(group), sizes[group[0]], batch_size, processors)
+            for k in group:
+                self._num_shares[k] = shares
+        counts = [size * shares for size, shares in zip(sizes, self._num_shares, strict=True)]
+        self._weight_shares: Sequence[Tensor] = torch.split(torch.zeros(sum(counts), device=device), counts)
+        rows = []
+        for k, size in enumerate(sizes):
+            start, place = sum(counts[:k]), sum(sizes[:k])
+            rows += [[start, self._num_shares[k], size, at, place] for at in range(0, size, ADD_UP_THREADS)]
+        self._table = torch.tensor(rows, dtype=torch.int32).to(device)
+        self._images: Tensor | None = None
+        self._pass: _Pass | None = None
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `(batch, 3, 32, 32)` -> the last block's maps `(batch, 64, 8, 8)`, both bfloat16 and channels last."""
+        check_images(images, self.layers[0].weight)
+        if len(images) != self.batch_size:
+            raise ValueError(f"{len(images)} images; this is for batches of {self.batch_size}")
+        self._images, self._pass = images, _Pass(self.layers, images, self._programs, training=True)
+        return self._pass.outs[-1]
+
+    @torch.no_grad()
+    def backward(self, grad: Tensor) -> None:
+        """Fill `weight_grads` and `norm_grads`.
+
+        Args:
+            grad: Of what `forward` gave, which must have been the last call.
+        """
+        assert self._pass is not None
+        maps, outs, kept = self._pass.maps, self._pass.outs, self._pass.kept
+        programs: Any = self._programs
+        images = self.batch_size // self._programs
+        # Of each layer's result, zero where its ReLU was, and of its convolution's result.
+        grads, grad_maps = ([torch.empty_like(x) for x in maps] for _ in range(2))
+        shares = _floats(grad, programs, 2, self.layers[-1].num)
+        launch(
+            "norm_sums", kind_of(self.layers[-1]), programs,
+            grad.contiguous(memory_format=torch.channels_last), maps[-1], outs[-1], kept[-1], grads[-1], shares, images,
+        )  # fmt: skip
+        sizes = [layer.num for layer in self.layers for _ in range(2)]
+        norm_grads: Sequence[Tensor] = torch.split(self.norm_grads, sizes)  # scale, shift
+        for k in reversed(range(len(self.layers))):
+            layer = self.layers[k]
+            given = (grads[k], maps[k], kept[k], shares, norm_grads[2 * k + 1], norm_grads[2 * k], grad_maps[k])
+            if k == 0:
+                launch("norm_backward", kind_of(layer), programs, *given, programs, layer.pixels, images)
+                break
+            below, end = self.layers[k - 1], layer.ends
+            shares = _floats(grad, programs, 2, below.num)
+            launch(
+                "backward_layer", kind_of(layer), programs, *given,
+                layer.weight, maps[k - 1], kept[k - 1], outs[k - 1] if below.begins >= 0 else None,
+                grads[end] if end >= 0 else None, grads[k - 1], shares,
+                programs, layer.pixels, images, self.layers[end].pad if end >= 0 else 0,
+            )  # fmt: skip
+        for kind, group in self._groups:
+            addresses = Layers()
+            for at, k in enumerate(group):
+                source = outs[k - 1] if k else self._images
+                assert source is not None
+                addresses.grad[at], addresses.source[at] = grad_maps[k].data_ptr(), source.data_ptr()
+                addresses.shares[at] = self._weight_shares[k].data_ptr()
+            programs = self._num_shares[group[0]], len(group)
+            launch("weight_grads", kind, programs, addresses, self.batch_size)
+        launch("add_up", kind, len(self._table), self._weight_shares[0], self._table, self.weight_grads)
+        self._images = self._pass = None
+
+
+class LayerInference:
+    """A network in evaluation mode by the same kernels.
+
+    Args:
+        net: Of a kind that `fusednet.suits`; weights and running statistics are read in each call.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        assert isinstance(net, CifarNet)
+        self.net = net
+        self._masters = {name: p for name, p in net.named_parameters() if p.ndim == 4}
+        self._weights = {name: p.detach().bfloat16() for name, p in self._masters.items()}
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images `(batch, 3, 32, 32)`, bfloat16 and channels last -> float32 logits `(batch, classes)`."""
+        check_images(images, self._weights["conv1.weight"])
+        torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
+        layers = layers_of(self.net, self._weights, len(images))
+        passed = _Pass(layers, images, programs_for(len(images), processors_of(images.device)), training=False)
+        return logits_of(passed.outs[-1], self.net.fc)
+
+
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)

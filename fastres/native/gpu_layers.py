@@ -1,0 +1,135 @@
+"""Builds, loads and launches `gpu_layers.cu`."""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".cu")
+NAMES = ("forward_layer", "backward_layer", "weight_grads", "norm_forward", "norm_backward", "norm_sums", "add_up")
+MAX_LAYERS = 48  # of one launch of `weight_grads`
+ADD_UP_THREADS = 256  # of a program of `add_up`, each of which has one weight
+
+
+class Kind(NamedTuple):
+    """Of layers, for which the kernels are compiled."""
+
+    side: int  # of the target's maps, pixels
+    stride: int
+    channels: int
+    num: int  # channels of the target
+    first: int = 0  # 1: the source are images
+
+
+class Layers(ctypes.Structure):
+    """What `weight_grads` takes: addresses."""
+
+    _fields_ = (
+        ("grad", ctypes.c_void_p * MAX_LAYERS),
+        ("source", ctypes.c_void_p * MAX_LAYERS),
+        ("shares", ctypes.c_void_p * MAX_LAYERS),
+    )
+
+
+class Kernel(NamedTuple):
+    """A function on a GPU."""
+
+    function: Any
+    threads: int  # of a program
+    shared: int  # bytes of memory that they share
+
+
+def defines(kind: Kind) -> list[str]:
+    """The compiler's flags."""
+    names = zip(("SIDE", "STRIDE", "K", "N", "FIRST"), kind, strict=True)
+    return [f"-D{name}={value}" for name, value in names]
+
+
+def cubin(kind: Kind, capability: tuple[int, int]) -> bytes:
+    """The machine code for a kind of GPU, by the compiler that torch brings (half a second).
+
+    Raises:
+        RuntimeError: It does not compile.
+    """
+    from cuda.bindings import nvrtc
+
+    program = _checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
+    flags = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", "-lineinfo", *defines(kind)]
+    failed = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])[0].value
+    if failed:
+        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{SOURCE.name}: {log.decode(errors='replace').rstrip(chr(0))}")
+    code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return bytes(code)
+
+
+@functools.cache
+def kernels(kind: Kind, device: int) -> dict[str, Kernel]:
+    """Those of a kind of layer, by name, loaded on a GPU."""
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # a context
+        module = _checked(driver.cuModuleLoadData(cubin(kind, torch.cuda.get_device_capability(device))))
+        place, size = _checked(driver.cuModuleGetGlobal(module, b"sizes"))
+        sizes = (ctypes.c_int * (2 * len(NAMES)))()
+        _checked(driver.cuMemcpyDtoH(ctypes.addressof(sizes), place, size))
+        loaded = {}
+        for k, name in enumerate(NAMES):
+            function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+            threads, shared = sizes[2 * k : 2 * k + 2]
+            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(function, most, shared))
+            loaded[name] = Kernel(function, threads, shared)
+        return loaded
+
+
+def launch(kernel: str, kind: Kind, programs: int | tuple[int, int], *args: Any) -> None:
+    """Launch a kernel on the current stream.
+
+    Args:
+        kernel: Its name.
+        kind: Of layer.
+        programs: Of them, or for each of some layers, and the number of layers.
+        args: Tensors, None, int, float and `Layers`, as the kernel has them.
+    """
+    from cuda.bindings import driver
+
+    stream = torch.cuda.current_stream()
+    function, threads, shared = kernels(kind, stream.device.index)[kernel]
+    params, _alive = parameters(args)
+    grid = programs if isinstance(programs, tuple) else (programs, 1)
+    address = ctypes.addressof(params)
+    _checked(driver.cuLaunchKernel(function, *grid, 1, threads, 1, 1, shared, stream.cuda_stream, address, 0))
+
+
+def parameters(args: tuple[Any, ...]) -> tuple[ctypes.Array[ctypes.c_void_p], list[Any]]:
+    """Addresses of arguments as a driver takes them, and what must live as long."""
+    values = [_as_c(arg) for arg in args]
+    return (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values)), values
+
+
+def _as_c(arg: Any) -> Any:
+    if arg is None or isinstance(arg, Tensor):
+        return ctypes.c_void_p(None if arg is None else arg.data_ptr())
+    if isinstance(arg, int):
+        return ctypes.c_int(arg)
+    return ctypes.c_float(arg) if isinstance(arg, float) else arg
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """What a call gave beside its status.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    status, *values = result
+    if status.value:
+        raise RuntimeError(f"CUDA: {status.name}")
+    return values[0] if len(values) == 1 else values
