@@ -39,9 +39,18 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {},
         {
             "resident": {"loader": "resident"},
+            "layer-kernels": {"layer_kernels": True},
             "no-native": TORCHS,
             "graph-steps-4": {"graph_steps": 4},
             "graph-steps-16": {"graph_steps": 16},
+            "deterministic": {"deterministic": True},
+        },
+    ),
+    "layer-kernels": (
+        {"layer_kernels": True},
+        {
+            "resident": {"loader": "resident"},
+            "graph-steps-4": {"graph_steps": 4},
             "deterministic": {"deterministic": True},
         },
     ),

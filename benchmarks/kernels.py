@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--scope", choices=["whole", "blocks"], default="whole", help="what is compiled at once")
     parser.add_argument("--no-shadows", action="store_true", help="cast the weights in every step instead")
+    parser.add_argument("--layer-kernels", action="store_true", help="of our own those with a launch a layer")
     parser.add_argument("--no-native", action="store_true", help="cuDNN's and Inductor's kernels instead of our own")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -65,7 +66,7 @@ def main() -> None:
         from benchmarks.lowering import whole_step
 
         for depth in args.depth.split(","):
-            how = {"shadows": not args.no_shadows, "native": not args.no_native}
+            how = {"shadows": not args.no_shadows, "native": not args.no_native, "layer_kernels": args.layer_kernels}
             print(json.dumps(whole_step(int(depth), args.batch_size, args.scope, **how)))
         return
     for line in run_inside([arg for arg in sys.argv[1:] if arg != "--json"]):

@@ -87,7 +87,9 @@ def believe_in_a_gpu() -> None:
     torch._C._conv_determine_backend_memory_format = memory_format
 
 
-def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool, native: bool) -> dict[str, Any]:
+def whole_step(
+    depth: int, batch_size: int, scope: str, *, shadows: bool, native: bool, layer_kernels: bool
+) -> dict[str, Any]:
     """The launches of one step of `step.Replica` in bf16, fed by the resident loader, by part.
 
     Args:
@@ -96,6 +98,7 @@ def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool, native
         scope: "whole" or "blocks": what is compiled at once.
         shadows: bf16 copies of the convolutions' weights, or casts in every step.
         native: fastres' own kernels, or cuDNN and Inductor.
+        layer_kernels: Of those the ones with a launch a layer.
     """
     believe_in_a_gpu()
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -123,7 +126,7 @@ def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool, native
         }
         options = step.compile_options(cuda, "default") or {}
         if native:
-            parts |= _fused(mode, net, images, labels, options)
+            parts |= _fused(mode, net, images, labels, options, layer_kernels=layer_kernels)
         elif scope == "whole":
 
             def predict(*batch: Tensor) -> Any:
@@ -149,7 +152,7 @@ def whole_step(depth: int, batch_size: int, scope: str, *, shadows: bool, native
             parts["update"] += sum(-(-count // 128) for count in pieces_of)
         else:
             parts["update"] = 2 + -(-len(parameters) // 48)  # the rate, looked up and stored; the fused SGD's pieces
-    how = {"depth": depth, "scope": scope, "shadows": shadows, "native": native}
+    how = {"depth": depth, "scope": scope, "shadows": shadows, "native": native, "layer_kernels": layer_kernels}
     return {**how, "launches": sum(parts.values()), "parts": parts}
 
 
@@ -173,18 +176,18 @@ def _materialise(net: nn.Module, *, shadows: bool) -> None:
                 module._buffers[name] = torch.zeros(buffer.shape, device="cuda")
 
 
-def _fused(mode: Any, net: Any, images: Tensor, labels: Tensor, options: Any) -> dict[str, int]:
+def _fused(mode: Any, net: Any, images: Tensor, labels: Tensor, options: Any, *, layer_kernels: bool) -> dict[str, int]:
     """fastres' own kernels, and what is compiled behind them."""
-    from fastres import fusednet, step
+    from fastres import fusednet, layernet, step
 
     count = [0]
 
     def launch(*_: Any) -> None:
         count[0] += 1
 
-    fusednet._launch = launch
+    fusednet._launch = layernet.launch = launch
     weights = {name: parameter.detach() for name, parameter in net.named_parameters() if parameter.ndim == 4}
-    fused = fusednet.FusedNet(net, weights, len(images))
+    fused = (layernet.LayerNet if layer_kernels else fusednet.FusedNet)(net, weights, len(images))
     maps = fused.forward(images)
     forward, count[0] = count[0], 0
     fused.backward(torch.zeros_like(maps))

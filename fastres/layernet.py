@@ -17,7 +17,7 @@ from fastres.config import RunConfig
 from fastres.errors import InputError, MachineError
 from fastres.fusednet import Layer, check_images, is_papers, layers_of, new_maps, suits
 from fastres.models.cifar import CifarNet, logits_of
-from fastres.native.gpu_layers import ADD_UP_THREADS, MAX_LAYERS, Kind, Layers, launch
+from fastres.native.gpu_layers import ADD_UP_THREADS, MAX_LAYERS, Kind, launch
 from fastres.runtime import Runtime, prepare
 
 SHARED = 147_456  # bytes that a program shares, the most that one kernel takes; an A100 has them
@@ -187,8 +187,7 @@ class LayerNet:
         """
         assert self._pass is not None
         maps, outs, kept = self._pass.maps, self._pass.outs, self._pass.kept
-        programs: Any = self._programs
-        images = self.batch_size // self._programs
+        programs, images = self._programs, self.batch_size // self._programs
         # Of each layer's result, zero where its ReLU was, and of its convolution's result.
         grads, grad_maps = ([torch.empty_like(x) for x in maps] for _ in range(2))
         shares = _floats(grad, programs, 2, self.layers[-1].num)
@@ -213,14 +212,9 @@ class LayerNet:
                 programs, layer.pixels, images, self.layers[end].pad if end >= 0 else 0,
             )  # fmt: skip
         for kind, group in self._groups:
-            addresses = Layers()
-            for at, k in enumerate(group):
-                source = outs[k - 1] if k else self._images
-                assert source is not None
-                addresses.grad[at], addresses.source[at] = grad_maps[k].data_ptr(), source.data_ptr()
-                addresses.shares[at] = self._weight_shares[k].data_ptr()
-            programs = self._num_shares[group[0]], len(group)
-            launch("weight_grads", kind, programs, addresses, self.batch_size)
+            sources = [outs[k - 1] if k else self._images for k in group]
+            tensors = [grad_maps[k] for k in group], sources, [self._weight_shares[k] for k in group]
+            launch("weight_grads", kind, (self._num_shares[group[0]], len(group)), tensors, self.batch_size)
         launch("add_up", kind, len(self._table), self._weight_shares[0], self._table, self.weight_grads)
         self._images = self._pass = None
 

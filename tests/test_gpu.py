@@ -25,7 +25,7 @@ from fastres.data.synthetic import make_synthetic
 from fastres.data.table import TableLoader
 from fastres.errors import Interrupted
 from fastres.fusednet import FusedNet, Inference
-from fastres.layernet import runtime_of
+from fastres.layernet import LayerInference, LayerNet, runtime_of
 from fastres.models.cifar import CifarNet
 from fastres.step import Replica, TrainStep
 from fastres.steptimer import StepTimer
@@ -134,8 +134,11 @@ def test_batches_are_right_while_the_host_runs_ahead(loader: str) -> None:
     close(step)
 
 
+@pytest.mark.parametrize("kind", [FusedNet, LayerNet])
 @pytest.mark.parametrize("residual", [True, False])
-def test_fused_is_as_exact_as_autocast_and_the_same_each_time(residual: bool) -> None:
+def test_fused_is_as_exact_as_autocast_and_the_same_each_time(
+    residual: bool, kind: type[FusedNet] | type[LayerNet]
+) -> None:
     """fastres' own kernels, one step of a network of the paper's widths against fp64."""
     device, bf16 = torch.device("cuda", 0), torch.bfloat16
     nets = [network(20, {"residual": residual}).to(device) for _ in range(3)]  # channels last
@@ -143,7 +146,7 @@ def test_fused_is_as_exact_as_autocast_and_the_same_each_time(residual: bool) ->
     chance = torch.Generator().manual_seed(2)
     images, grad = (torch.randn(shape, generator=chance) for shape in ((128, 3, 32, 32), (128, 64, 8, 8)))
     images, grad = (x.to(device, bf16, memory_format=torch.channels_last) for x in (images, grad))
-    fused = FusedNet(net, {n: p.detach().to(bf16) for n, p in net.named_parameters() if p.ndim == 4}, 128)
+    fused = kind(net, {n: p.detach().to(bf16) for n, p in net.named_parameters() if p.ndim == 4}, 128)
     fused_maps = fused.forward(images)
     fused.backward(grad)
 
@@ -174,8 +177,9 @@ def test_fused_is_as_exact_as_autocast_and_the_same_each_time(residual: bool) ->
     assert torch.equal(fused.norm_grads, torch.cat(ours[1 + len(convs) : 1 + len(convs) + len(norms)]))
 
 
+@pytest.mark.parametrize("kind", [Inference, LayerInference])
 @pytest.mark.parametrize("batch_size", [1000, 37])
-def test_inference_is_as_exact_as_autocast(batch_size: int) -> None:
+def test_inference_is_as_exact_as_autocast(batch_size: int, kind: type[Inference] | type[LayerInference]) -> None:
     device, bf16 = torch.device("cuda", 0), torch.bfloat16
     net = network(20, {}).to(device)
     images = torch.randn(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -188,17 +192,26 @@ def test_inference_is_as_exact_as_autocast(batch_size: int) -> None:
         wanted = exact.eval()(images.double())
         with torch.autocast("cuda", bf16):
             theirs = net(images)
-        assert far(Inference(net)(images), wanted) < 1.2 * far(theirs, wanted)
+        assert far(kind(net)(images), wanted) < 1.2 * far(theirs, wanted)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize(("precision", "native"), [("bf16", True), ("bf16", False), ("fp16", False), ("fp32", False)])
-def test_graph_equals_no_graph_in_every_bit(loader: str, precision: str, native: bool) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"precision": "bf16"},
+        {"precision": "bf16", "layer_kernels": True},
+        {"precision": "bf16", "native": False},
+        {"precision": "fp16"},
+        {"precision": "fp32"},
+    ],
+    ids=str,
+)
+def test_graph_equals_no_graph_in_every_bit(loader: str, how: dict[str, Any]) -> None:
     states: list[list[Tensor]] = []
     for graph, graph_steps in ((False, 1), (True, 1), (True, 4)):
-        how = {"cuda_graph": graph, "graph_steps": graph_steps, "loader": loader, "precision": precision}
-        how |= {"native": native}
-        step, _ = built(config(execution={**how, **DETERMINISTIC}))
+        graphs = {"cuda_graph": graph, "graph_steps": graph_steps, "loader": loader}
+        step, _ = built(config(execution={**graphs, **how, **DETERMINISTIC}))
         done = 0
         while done < 100:
             done += step(done, 100)
@@ -229,9 +242,10 @@ def test_warm_up_and_capture_leave_no_trace() -> None:
     close(fresh)
 
 
+@pytest.mark.parametrize("layer_kernels", [False, True])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_replicas_side_by_side_are_what_each_is_alone(loader: str) -> None:
-    how = {**DETERMINISTIC, "loader": loader}
+def test_replicas_side_by_side_are_what_each_is_alone(loader: str, layer_kernels: bool) -> None:
+    how = {**DETERMINISTIC, "loader": loader, "layer_kernels": layer_kernels}
     together, _ = built(config(execution=how), seeds=(0, 1, 2))
     for k in range(60):
         together(k)
@@ -286,8 +300,9 @@ def test_the_profiler_sees_no_synchronisation_either(loader: str) -> None:
     close(step)
 
 
-def test_an_evaluation_captured_is_one_launched_kernel_by_kernel() -> None:
-    step, captured = built(config(execution=DETERMINISTIC))
+@pytest.mark.parametrize("layer_kernels", [False, True])
+def test_an_evaluation_captured_is_one_launched_kernel_by_kernel(layer_kernels: bool) -> None:
+    step, captured = built(config(execution={**DETERMINISTIC, "layer_kernels": layer_kernels}))
     for k in range(50):
         step(k)
     first = captured()
@@ -316,16 +331,18 @@ def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("scope", ["whole", "blocks"])
+@pytest.mark.parametrize(
+    "how", [{"compile_scope": "whole"}, {"compile_scope": "blocks"}, {"layer_kernels": True}], ids=str
+)
 def test_resumed_in_a_new_process_with_an_empty_compile_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
 ) -> None:
     """What was compiled anew computes the same bits: no choice was made by timing, and none was only remembered."""
-    fastres.train(resumable(tmp_path / "whole", compile_scope=scope), verbosity="quiet")
+    fastres.train(resumable(tmp_path / "whole", **how), verbosity="quiet")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 63)
         with pytest.raises(Interrupted):
-            fastres.train(resumable(tmp_path / "cut", compile_scope=scope), verbosity="quiet")
+            fastres.train(resumable(tmp_path / "cut", **how), verbosity="quiet")
     caches = {name: str(tmp_path / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     command = [sys.executable, "-m", "fastres", "train", "--quiet", "--resume", str(tmp_path / "cut")]
     subprocess.run(command, env={**os.environ, **caches}, cwd=Path(__file__).parent.parent, check=True)

@@ -45,6 +45,17 @@ def test_launches_of_a_step_by_our_own_kernels() -> None:
 
 @lowered
 @pytest.mark.timeout(300)
+def test_launches_of_a_step_with_one_a_layer() -> None:
+    for count in run_inside(["--depth", "20,110", "--layer-kernels"]):
+        layers, parts = count["depth"] - 1, count["parts"]
+        assert layers + 1 < parts["forward"] <= layers + 5  # the last norm, and the head
+        weights = 6  # kinds of layers
+        assert layers + 2 + weights < parts["backward"] <= layers + 8 + weights  # the last norm's sums, and the sum
+        assert count["launches"] == sum(parts.values()) <= 2 * layers + 22
+
+
+@lowered
+@pytest.mark.timeout(300)
 def test_shadows_save_kernels() -> None:
     without, with_them = (run_inside(["--depth", "8", "--no-native", *more])[0] for more in (["--no-shadows"], []))
     for part in ("forward", "backward"):  # Inductor joins the casts, but not all of them

@@ -97,7 +97,7 @@ def launch(kernel: str, kind: Kind, programs: int | tuple[int, int], *args: Any)
         kernel: Its name.
         kind: Of layer.
         programs: Of them, or for each of some layers, and the number of layers.
-        args: Tensors, None, int, float and `Layers`, as the kernel has them.
+        args: Tensors, None, int and float, as the kernel has them; for its `Layers` three lists of tensors.
     """
     from cuda.bindings import driver
 
@@ -120,7 +120,12 @@ def _as_c(arg: Any) -> Any:
         return ctypes.c_void_p(None if arg is None else arg.data_ptr())
     if isinstance(arg, int):
         return ctypes.c_int(arg)
-    return ctypes.c_float(arg) if isinstance(arg, float) else arg
+    if isinstance(arg, float):
+        return ctypes.c_float(arg)
+    layers = Layers()
+    for (name, _), tensors in zip(Layers._fields_, arg, strict=True):
+        getattr(layers, name)[: len(tensors)] = [tensor.data_ptr() for tensor in tensors]
+    return layers
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
