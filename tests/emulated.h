@@ -153,6 +153,7 @@ DEVICE int program() { return emulated::program_x; }
 DEVICE int which_layer() { return emulated::program_y; }
 DEVICE int num_programs() { return emulated::programs_x; }
 DEVICE u8* shared_memory() { return emulated::shared; }
+DEVICE void wait_for_launch_before() {}
 DEVICE void wait_for_all() { emulated::act(emulated::WAITS); }
 DEVICE void wait_for_warp() { emulated::act(emulated::WARP_WAITS); }
 DEVICE float from_lane(float value, int lane) {

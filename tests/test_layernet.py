@@ -343,9 +343,11 @@ def test_memory_that_is_shared_is_what_the_message_says(folder: Path) -> None:
 class Driver:
     """A double of `cuda.bindings.driver`: each call gives its status first."""
 
-    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
-
     def __init__(self) -> None:
+        from cuda.bindings import driver
+
+        for name in ("CUfunction_attribute", "CUlaunchConfig", "CUlaunchAttribute", "CUlaunchAttributeID"):
+            setattr(self, name, getattr(driver, name))
         self.status = SimpleNamespace(value=0, name="CUDA_SUCCESS")
         self.allowed: dict[bytes, int] = {}  # bytes of shared memory, by kernel
         self.launches: list[tuple[Any, ...]] = []
@@ -367,17 +369,21 @@ class Driver:
         assert module == "module"
         return self.status, name
 
-    def cuFuncSetAttribute(self, function: bytes, attribute: int, value: int) -> tuple[Any, ...]:
-        assert attribute == 8
+    def cuFuncSetAttribute(self, function: bytes, attribute: Any, value: int) -> tuple[Any, ...]:
+        assert attribute.name == "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
         self.allowed[function] = value
         return (self.status,)
 
-    def cuLaunchKernel(self, function: bytes, *how: Any) -> tuple[Any, ...]:
-        *grid, params, extra = how
+    def cuLaunchKernelEx(self, config: Any, function: bytes, params: int, extra: int) -> tuple[Any, ...]:
         kinds: tuple[Any, ...] = ctypes.c_int, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p, Layers
         places = (ctypes.c_void_p * len(kinds)).from_address(params)
         args: list[Any] = [kind.from_address(place) for kind, place in zip(kinds, places, strict=True)]
-        self.launches.append((function, grid, extra, *(arg.value for arg in args[:4]), args[4].source[1]))
+        grid = config.gridDimX, config.gridDimY, config.gridDimZ
+        threads = config.blockDimX, config.blockDimY, config.blockDimZ
+        how = grid, threads, config.sharedMemBytes, int(config.hStream)
+        early = [attribute.value.programmaticStreamSerializationAllowed for attribute in config.attrs]
+        assert len(early) == config.numAttrs
+        self.launches.append((function, how, early, extra, *(arg.value for arg in args[:4]), args[4].source[1]))
         return (self.status,)
 
 
@@ -396,8 +402,11 @@ def test_a_launch_as_the_driver_sees_it(monkeypatch: pytest.MonkeyPatch) -> None
     try:
         gpu_layers.launch("weight_grads", KINDS[0], (22, 6), 7, 1.5, tensor, None, layers)
         assert driver.allowed == {name.encode(): 101 + 2 * k for k, name in enumerate(gpu_layers.NAMES)}
-        grid = [22, 6, 1, 104, 1, 1, 105, 4242]  # programs, threads, bytes, stream
-        assert driver.launches == [(b"weight_grads", grid, 0, 7, 1.5, tensor.data_ptr(), None, tensor.data_ptr() + 4)]
+        how = (22, 6, 1), (104, 1, 1), 105, 4242  # programs, threads, bytes, stream
+        args = 0, 7, 1.5, tensor.data_ptr(), None, tensor.data_ptr() + 4
+        monkeypatch.setattr(gpu_layers, "EARLY", True)
+        gpu_layers.launch("weight_grads", KINDS[0], (22, 6), 7, 1.5, tensor, None, layers)
+        assert driver.launches == [(b"weight_grads", how, early, *args) for early in ([], [1])]
         driver.status = SimpleNamespace(value=2, name="CUDA_ERROR_OUT_OF_MEMORY")
         with pytest.raises(RuntimeError, match="CUDA_ERROR_OUT_OF_MEMORY"):
             gpu_layers.launch("weight_grads", KINDS[0], (22, 6), 7, 1.5, tensor, None, layers)

@@ -24,7 +24,8 @@ typedef unsigned char u8;
 
 #ifdef __CUDACC_RTC__
 #define DEVICE __device__ __forceinline__
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+// Of programs of up to 256 threads two fit a multiprocessor: the next launch's, or another network's beside it.
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, (threads) > 256 ? 1 : 2)
 #define CONSTANT extern "C" __constant__
 struct alignas(16) Octet { u32 pair[4]; };  // 8 channels of a pixel
 
@@ -37,6 +38,13 @@ DEVICE u8* shared_memory() {
   return memory;
 }
 DEVICE u32 shared_address(const void* there) { return static_cast<u32>(__cvta_generic_to_shared(there)); }
+// Where a launch is early (`gpu_layers.EARLY`), its programs begin as soon as those of the launch before it leave room,
+// and have nothing of what that one makes before this.
+DEVICE void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
+#endif
+}
 DEVICE void wait_for_all() { __syncthreads(); }
 DEVICE void wait_for_warp() { __syncwarp(); }
 DEVICE float from_lane_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
@@ -71,8 +79,7 @@ DEVICE void matrices_transposed(u32 (&to)[4], const Octet* row) {
                : "memory");
 }
 DEVICE void multiply_add(float (&acc)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -453,6 +460,7 @@ forward_layer(const Octet* below, const float* below_shares, const Octet* add, c
   const int column = tile_warp % Own::COLUMNS, group = tile_warp / Own::COLUMNS;
   begin_weights(weights, weight, Own::THREADS);
   Source::clear_border(window, Own::THREADS);
+  wait_for_launch_before();
   float mean_so_far = 0, squares_so_far = 0;  // of channel `thread()`
 
   for (int i = 0; i < images; i++) {
@@ -552,6 +560,7 @@ norm_forward(const Octet* maps, const float* maps_shares, const Octet* add, cons
              int add_channels, int pad, float eps, float momentum) {
   using Own = Norm<N, SIDE, ForwardWarps::THREADS>;
   float* const room = reinterpret_cast<float*>(shared_memory());
+  wait_for_launch_before();
   for (int i = 0; i < images; i++) {
     Own norm = {maps, add, program() * images + i, add_channels, pad};
     norm.load();
@@ -641,6 +650,7 @@ norm_sums(const Octet* grad, const Octet* maps, const Octet* out, const float* k
   float* const room = reinterpret_cast<float*>(shared_memory());  // [warps][2][N]
   const int octet = thread() % OCTETS, warp = thread() / WARP;
   float sums[16] = {};  // of 8 channels; then of products
+  wait_for_launch_before();
   for (int at = thread(); at < images * Whole::COUNT; at += BackwardWarps::THREADS) {
     const int place = program() * images * Whole::COUNT + at;
     const Octet value = grad[place], was = maps[place], result = out[place];
@@ -676,6 +686,7 @@ KERNEL(BackwardWarps::THREADS)
 norm_backward(const Octet* grad, const Octet* maps, const float* kept, const float* grad_shares, float* grad_shift,
               float* grad_scale, Octet* grad_maps, int num_shares, int count, int images) {
   float* const room = reinterpret_cast<float*>(shared_memory());
+  wait_for_launch_before();
   for (int i = 0; i < images; i++) {
     BackwardNorm norm = {grad, maps, program() * images + i};
     norm.load();
@@ -727,6 +738,7 @@ backward_layer(const Octet* grad, const Octet* maps, const float* kept, const fl
   const int own = column * 2 + lane % 2;  // octet of the result
   begin_weights(weights, weight, Own::THREADS);
   Target::clear_border(window, Own::THREADS);
+  wait_for_launch_before();
   float sum_so_far = 0;  // of number `thread()` of 2 K
 
   for (int i = 0; i < images; i++) {
@@ -862,6 +874,7 @@ KERNEL(WEIGHT_THREADS) weight_grads(const Layers layers, int num_images) {
   for (int which = 0; which < 2; which++)
     SourceMaps::clear_border(memory + (which * PAIR_BYTES + GradMaps::BYTES) / 16, WEIGHT_THREADS);
   float acc[9][2][4] = {};
+  wait_for_launch_before();
   fetch(begin, memory);
   for (int image = begin; image < end; image++) {
     const Octet* const own = memory + (image - begin) % 2 * (PAIR_BYTES / 16);
@@ -958,6 +971,7 @@ constexpr int ADD_UP_THREADS = 256;
 struct Row { int start, num_shares, size, first, place; };
 KERNEL(ADD_UP_THREADS) add_up(const float* shares, const Row* table, float* result) {
   const Row row = table[program()];
+  wait_for_launch_before();
   const int at = row.first + thread();
   if (at >= row.size) return;
   float total = 0;

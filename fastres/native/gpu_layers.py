@@ -10,6 +10,7 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cu")
 NAMES = ("forward_layer", "backward_layer", "weight_grads", "norm_forward", "norm_backward", "norm_sums", "add_up")
+EARLY = False  # whether a launch may begin before the one ahead of it has ended (not measured yet)
 MAX_LAYERS = 48  # of one launch of `weight_grads`
 ADD_UP_THREADS = 256  # of a program of `add_up`, each of which has one weight
 
@@ -104,9 +105,16 @@ def launch(kernel: str, kind: Kind, programs: int | tuple[int, int], *args: Any)
     stream = torch.cuda.current_stream()
     function, threads, shared = kernels(kind, stream.device.index)[kernel]
     params, _alive = parameters(args)
-    grid = programs if isinstance(programs, tuple) else (programs, 1)
-    address = ctypes.addressof(params)
-    _checked(driver.cuLaunchKernel(function, *grid, 1, threads, 1, 1, shared, stream.cuda_stream, address, 0))
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY = programs if isinstance(programs, tuple) else (programs, 1)
+    config.blockDimX, config.gridDimZ, config.blockDimY, config.blockDimZ = threads, 1, 1, 1
+    config.sharedMemBytes, config.hStream = shared, stream.cuda_stream
+    if EARLY:
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [early], 1
+    _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(params), 0))
 
 
 def parameters(args: tuple[Any, ...]) -> tuple[ctypes.Array[ctypes.c_void_p], list[Any]]:
