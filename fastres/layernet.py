@@ -92,24 +92,26 @@ class _Pass:
     """The launches of a pass forwards.
 
     Attributes:
-        maps: Of each layer, its convolution's result.
-        outs: Of each layer, what came of it.
-        kept: Of each layer, what is kept of its norm.
+        maps: By layer, its convolution's result. In evaluation only of the last ones, as `outs`.
+        outs: By layer, what came of it.
+        kept: By layer, what is kept of its norm.
     """
 
     def __init__(self, layers: list[Layer], images: Tensor, programs: int, *, training: bool) -> None:
-        self.maps: list[Tensor] = []
-        self.outs: list[Tensor] = []
-        self.kept: list[Tensor] = []
+        self.maps: dict[int, Tensor] = {}
+        self.outs: dict[int, Tensor] = {}
+        self.kept: dict[int, Tensor] = {}
         self._layers, self._programs, self._training = layers, programs, training
         self._images = len(images) // programs
-        self._shares: list[Tensor] = []  # of the statistics of each layer's maps
+        self._shares: dict[int, Tensor] = {}  # of the statistics of a layer's maps
         for k, layer in enumerate(layers):
             maps, shares = new_maps(images, layer.num, layer.side), _floats(images, programs, 2, layer.num)
             given, numbers = self._norm(k - 1) if k else self._no_norm(images)
             launch("forward_layer", kind_of(layer), programs, *given, layer.weight, maps, shares, *numbers)
-            self.maps.append(maps)
-            self._shares.append(shares)
+            self.maps[k], self._shares[k] = maps, shares
+            if not training:  # the next norm may add what came of the layer before the last
+                self.maps.pop(k - 1, None)
+                self.outs.pop(k - 3, None)
         given, numbers = self._norm(len(layers) - 1)
         launch("norm_forward", kind_of(layers[-1]), programs, *given, *numbers)
 
@@ -121,8 +123,7 @@ class _Pass:
         layer, maps = self._layers[k], self.maps[k]
         add = self.outs[layer.begins] if layer.begins >= 0 else None
         out, kept, norm = torch.empty_like(maps), _floats(maps, 4, layer.num), layer.norm
-        self.outs.append(out)
-        self.kept.append(kept)
+        self.outs[k], self.kept[k] = out, kept
         given = (maps, self._shares[k], add, norm.weight, norm.bias, norm.running_mean, norm.running_var, out, kept)
         shares, channels = self._programs if self._training else 0, 0 if add is None else add.shape[1]
         return given, (
@@ -146,16 +147,15 @@ class LayerNet:
         sizes = [layer.weight.numel() for layer in self.layers]
         self.weight_grads = torch.zeros(sum(sizes), device=device)
         self.norm_grads = torch.zeros(2 * sum(layer.num for layer in self.layers), device=device)
-        groups = defaultdict(list)
+        kinds = defaultdict(list)
         for k, layer in enumerate(self.layers):
-            groups[kind_of(layer)].append(k)
-        self._groups = [
-            (kind, group[at : at + MAX_LAYERS])
-            for kind, group in groups.items()
-            for at in range(0, len(group), MAX_LAYERS)
-        ]
+            kinds[kind_of(layer)].append(k)
+        # Layers whose weights' gradients are made by one launch, by the first, whose maps' gradient comes last.
+        self._groups = {
+            some[at]: some[at : at + MAX_LAYERS] for some in kinds.values() for at in range(0, len(some), MAX_LAYERS)
+        }
         self._num_shares = [0] * len(sizes)
-        for _, group in self._groups:
+        for group in self._groups.values():
             shares = shares_for(len(group), sizes[group[0]], batch_size, processors)
             for k in group:
                 self._num_shares[k] = shares
@@ -176,7 +176,7 @@ class LayerNet:
         if len(images) != self.batch_size:
             raise ValueError(f"{len(images)} images; this is for batches of {self.batch_size}")
         self._images, self._pass = images, _Pass(self.layers, images, self._programs, training=True)
-        return self._pass.outs[-1]
+        return self._pass.outs[len(self.layers) - 1]
 
     @torch.no_grad()
     def backward(self, grad: Tensor) -> None:
@@ -187,35 +187,37 @@ class LayerNet:
         """
         assert self._pass is not None
         maps, outs, kept = self._pass.maps, self._pass.outs, self._pass.kept
-        programs, images = self._programs, self.batch_size // self._programs
-        # Of each layer's result, zero where its ReLU was, and of its convolution's result.
-        grads, grad_maps = ([torch.empty_like(x) for x in maps] for _ in range(2))
+        programs, images, last = self._programs, self.batch_size // self._programs, len(self.layers) - 1
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grads = {last: torch.empty_like(grad)}  # of layers' results, zero where their ReLU was
+        grad_maps = {}  # of their convolutions' results
         shares = _floats(grad, programs, 2, self.layers[-1].num)
-        launch(
-            "norm_sums", kind_of(self.layers[-1]), programs,
-            grad.contiguous(memory_format=torch.channels_last), maps[-1], outs[-1], kept[-1], grads[-1], shares, images,
-        )  # fmt: skip
+        norm = grad, maps[last], outs[last], kept[last], grads[last], shares
+        launch("norm_sums", kind_of(self.layers[-1]), programs, *norm, images)
         sizes = [layer.num for layer in self.layers for _ in range(2)]
         norm_grads: Sequence[Tensor] = torch.split(self.norm_grads, sizes)  # scale, shift
-        for k in reversed(range(len(self.layers))):
-            layer = self.layers[k]
+        for k in range(last, -1, -1):
+            layer, kind, grad_maps[k] = self.layers[k], kind_of(self.layers[k]), torch.empty_like(maps[k])
             given = (grads[k], maps[k], kept[k], shares, norm_grads[2 * k + 1], norm_grads[2 * k], grad_maps[k])
             if k == 0:
-                launch("norm_backward", kind_of(layer), programs, *given, programs, layer.pixels, images)
-                break
-            below, end = self.layers[k - 1], layer.ends
-            shares = _floats(grad, programs, 2, below.num)
-            launch(
-                "backward_layer", kind_of(layer), programs, *given,
-                layer.weight, maps[k - 1], kept[k - 1], outs[k - 1] if below.begins >= 0 else None,
-                grads[end] if end >= 0 else None, grads[k - 1], shares,
-                programs, layer.pixels, images, self.layers[end].pad if end >= 0 else 0,
-            )  # fmt: skip
-        for kind, group in self._groups:
-            sources = [outs[k - 1] if k else self._images for k in group]
-            tensors = [grad_maps[k] for k in group], sources, [self._weight_shares[k] for k in group]
-            launch("weight_grads", kind, (self._num_shares[group[0]], len(group)), tensors, self.batch_size)
-        launch("add_up", kind, len(self._table), self._weight_shares[0], self._table, self.weight_grads)
+                launch("norm_backward", kind, programs, *given, programs, layer.pixels, images)
+            else:
+                below, end = self.layers[k - 1], layer.ends
+                grads[k - 1], shares = torch.empty_like(outs[k - 1]), _floats(grad, programs, 2, below.num)
+                launch(
+                    "backward_layer", kind, programs, *given,
+                    layer.weight, maps[k - 1], kept[k - 1], outs[k - 1] if below.begins >= 0 else None,
+                    grads[end] if end >= 0 else None, grads[k - 1], shares,
+                    programs, layer.pixels, images, self.layers[end].pad if end >= 0 else 0,
+                )  # fmt: skip
+            if group := self._groups.get(k):
+                sources = [outs.pop(j - 1) if j else self._images for j in group]
+                tensors = [grad_maps.pop(j) for j in group], sources, [self._weight_shares[j] for j in group]
+                launch("weight_grads", kind, (self._num_shares[k], len(group)), tensors, self.batch_size)
+            del maps[k]  # memory that the layers below can use
+            grads.pop(k + 2, None)
+        first, *_ = self._weight_shares
+        launch("add_up", kind_of(self.layers[0]), len(self._table), first, self._table, self.weight_grads)
         self._images = self._pass = None
 
 
@@ -239,7 +241,7 @@ class LayerInference:
         torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
         layers = layers_of(self.net, self._weights, len(images))
         passed = _Pass(layers, images, programs_for(len(images), processors_of(images.device)), training=False)
-        return logits_of(passed.outs[-1], self.net.fc)
+        return logits_of(passed.outs[len(layers) - 1], self.net.fc)
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:

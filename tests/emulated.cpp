@@ -18,5 +18,8 @@ extern "C" void emulate(int which, int programs, int layers, void** params, bool
   using Launch = void (*)(int, int, int, void**, bool);
   const Launch launches[] = {launch<forward_layer>, launch<backward_layer>, launch<weight_grads>, launch<norm_forward>,
                              launch<norm_backward>, launch<norm_sums>,      launch<add_up>};
+  emulated::turns[0] = emulated::turns[1] = 0;
   launches[which](which, programs, layers, params, backwards);
 }
+
+extern "C" int turns(int which) { return emulated::turns[which]; }

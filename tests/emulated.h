@@ -39,6 +39,7 @@ inline std::vector<Thread> threads;
 inline ucontext_t scheduler;
 inline int current, program_x, program_y, programs_x;
 inline u8* shared;
+inline int turns[2];  // in which shared memory gave rows of matrices, and in how many it could have
 inline void (*body)();
 
 [[noreturn]] inline void fail(const char* why) {
@@ -63,6 +64,16 @@ inline void do_together(Thread* warp) {
   const Act what = warp[0].act;
   float values[LANES], a[16][16], b[16][8];
   for (int lane = 0; lane < LANES; lane++) values[lane] = warp[lane].value;
+  if (what == LOADS || what == LOADS_TRANSPOSED)
+    for (int i = 0; i < 4; i++) {  // 8 rows of 16 bytes, from 32 banks of 4
+      int most = 0, rows[8] = {};
+      for (int row = 0; row < 8; row++) {
+        int& of = rows[(reinterpret_cast<const u8*>(warp[i * 8 + row].row) - shared) / 16 % 8];
+        if (++of > most) most = of;
+      }
+      turns[0] += most;
+      turns[1] += 1;
+    }
   const auto half = [&](int lane, int operand, int which) {
     return bf16(warp[lane].operand[operand] >> (16 * which) & 0xffff);
   };
@@ -129,7 +140,7 @@ inline void run(int num_threads, int bytes, bool backwards) {
     if (!ended)
       for (int i = 0; i < num_threads; i++) threads[i].act = RUNS;
   }
-  if (std::memcmp(shared + bytes, guard, 16 - 0) && bytes % 16 == 0) fail("wrote behind its shared memory");
+  if (std::memcmp(shared + bytes, guard, 16)) fail("wrote behind its shared memory");
 }
 
 template <typename... A, size_t... I>

@@ -35,3 +35,9 @@ def launch(
 def sizes(kind: Kind, folder: Path) -> list[int]:
     """Threads and bytes of shared memory of each kernel."""
     return list((ctypes.c_int * (2 * len(gpu_layers.NAMES))).in_dll(library(kind, folder), "emulated_sizes"))
+
+
+def turns(kind: Kind, folder: Path) -> tuple[int, int]:
+    """In how many turns shared memory gave rows of matrices in the last launch, and how many there had to be."""
+    found = library(kind, folder)
+    return found.turns(0), found.turns(1)

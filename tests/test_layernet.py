@@ -6,7 +6,6 @@ import ctypes
 import importlib.util
 import math
 import shutil
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,7 +108,12 @@ def test_a_layer_is_what_float64_says(
     torch.manual_seed(0)
     side, stride, k, n, _ = kind
     source_side, batch = side * stride, images * programs
-    frames, launch = Frames(), partial(emulated.launch, folder, last_first=last_first)
+    frames = Frames()
+
+    def launch(kernel: str, *args: Any) -> None:
+        emulated.launch(folder, kernel, *args, last_first=last_first)
+        taken, needed = emulated.turns(kind, folder)
+        assert taken <= needed * (1 if stride == 1 else 2)  # every second pixel: two by two they meet in a bank
 
     # Forward, from shares of one image each.
     below, weight = normal(batch, k, source_side, source_side, mean=3), normal(n, k, 3, 3) / 16
