@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fastres.config import RunConfig
-from fastres.errors import InputError, MachineError
+from fastres.errors import FastresError, InputError, MachineError
 from fastres.fusednet import Layer, check_images, is_papers, layers_of, new_maps, suits
 from fastres.models.cifar import CifarNet, logits_of
 from fastres.native.gpu_layers import ADD_UP_THREADS, MAX_LAYERS, Kind, launch
 from fastres.runtime import Runtime, prepare
 
+BY_DEFAULT = False  # whether a GPU that can takes these kernels; they are not measured yet
+FOR_WHAT = "for the paper's CIFAR networks, shortcut A, norms over the whole batch, and most batch sizes"
 SHARED = 147_456  # bytes that a program shares, the most that one kernel takes; an A100 has them
 MAX_SHARES = 64  # of a layer's gradient of weights
 IMAGE_US, BYTES_A_US = 1.2, 3e6  # estimates for an H200, not measured: an image in `weight_grads`, and its memory
@@ -55,32 +57,37 @@ def processors_of(device: torch.device) -> int:
 def runtime_of(config: RunConfig) -> Runtime:
     """What a config's execution resolves to for its network; errors as of `runtime.prepare`."""
     runtime, batch_size = prepare(config.execution, depth=config.model.depth), config.recipe.batch_size
-    what = "for the paper's CIFAR networks, shortcut A, norms over the whole batch, and most batch sizes"
-    if runtime.layer_kernels:
-        check_machine(runtime)
-        if not is_papers(config.model, batch_size) or not shares_out(batch_size, processors_of(runtime.device)):
-            raise InputError(f"--layer-kernels are {what}; use --no-layer-kernels")
-        return runtime
+    wanted = config.execution.layer_kernels
+    if wanted or (wanted is None and BY_DEFAULT and runtime.native and runtime.device.type == "cuda"):
+        try:
+            _check(config, runtime)
+            return replace(runtime, layer_kernels=True)
+        except FastresError:
+            if wanted:
+                raise
     if not runtime.native or runtime.device.type == "cpu" or suits(config.model, batch_size):
         return runtime
     if config.execution.native:
-        raise InputError(f"--native kernels on a GPU are {what}; use --no-native")
-    notes = (*runtime.notes, f"training without fastres' own GPU kernels, more slowly: they are {what}")
+        raise InputError(f"--native kernels on a GPU are {FOR_WHAT}; use --no-native")
+    notes = (*runtime.notes, f"training without fastres' own GPU kernels, more slowly: they are {FOR_WHAT}")
     return replace(runtime, native=False, notes=notes)
 
 
-def check_machine(runtime: Runtime) -> None:
-    """Raise MachineError or InputError where these kernels are not to be had."""
+def _check(config: RunConfig, runtime: Runtime) -> None:
+    """Raise MachineError or InputError where the layer kernels are not to be had."""
     if runtime.device.type != "cuda":
         raise MachineError("--layer-kernels need a GPU; leave it out to train on the CPU")
     if not runtime.native:
         raise InputError("--layer-kernels are fastres' own, in bf16; leave out --no-native, and other precisions")
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
         raise MachineError("--layer-kernels need cuda-bindings, which this torch came without; leave it out")
-    shared = torch.cuda.get_device_properties(runtime.device).shared_memory_per_block_optin
-    if shared < SHARED:
-        needs = f"{SHARED:,} bytes of shared memory a program, and this GPU has {shared:,}"
+    gpu = torch.cuda.get_device_properties(runtime.device)
+    if gpu.shared_memory_per_block_optin < SHARED:
+        needs = f"{SHARED:,} bytes of shared memory a program, and this GPU has {gpu.shared_memory_per_block_optin:,}"
         raise MachineError(f"--layer-kernels need {needs}; leave it out")
+    batch_size = config.recipe.batch_size
+    if not is_papers(config.model, batch_size) or not shares_out(batch_size, gpu.multi_processor_count):
+        raise InputError(f"--layer-kernels are {FOR_WHAT}; leave it out")
 
 
 def kind_of(layer: Layer) -> Kind:

@@ -98,7 +98,6 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
         deterministic=execution.deterministic,
         shadow_weights=device.type == "cuda" and precision == "bf16" if shadows is None else shadows,
         native=native,
-        layer_kernels=execution.layer_kernels,
         threads=threads,
         notes=tuple(notes),
     )

@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastres import layernet
-from fastres.config import Execution, make_config
+from fastres.config import make_config
 from fastres.errors import InputError, MachineError
 from fastres.layernet import (
     SHARED,
     LayerInference,
     LayerNet,
-    check_machine,
     programs_for,
     runtime_of,
     shares_for,
@@ -32,10 +31,10 @@ from fastres.layernet import (
 from fastres.models.cifar import CifarNet
 from fastres.native import gpu_layers
 from fastres.native.gpu_layers import Kind, Layers
-from fastres.runtime import Runtime, prepare
 from tests import emulated
 from tests.interpreted import far, network
 from tests.test_fusednet import some_gpu
+from tests.test_shadow import everything, make
 
 BF16 = torch.bfloat16
 KINDS = [Kind(32, 1, 16, 16), Kind(16, 2, 16, 32), Kind(16, 1, 32, 32), Kind(8, 2, 32, 64), Kind(8, 1, 64, 64)]
@@ -290,6 +289,23 @@ def test_a_step_is_as_exact_as_autocasts(
 
 
 @needs_compiler
+def test_the_step_around_it_trains_as_autocast_does(launched: list[str]) -> None:
+    plain, fused = make(shadows=True), make(shadows=True)
+    fused._fuse = fused._layer_kernels = True
+    before = {name: value.clone() for name, value in everything(plain).items()}
+    for replica in (plain, fused):
+        for _ in range(2):
+            replica.step()
+    assert isinstance(fused._fused, LayerNet)
+    assert launched.count("add_up") == 2
+    ours, theirs = everything(fused), everything(plain)
+    assert ours["losses"][:2].tolist() == pytest.approx(theirs["losses"][:2].tolist(), rel=0.02)
+    for name, was in before.items():  # the gradients of rounded maps: neither's are exact
+        if was.dtype == torch.float32 and not torch.equal(theirs[name], was):
+            assert far(ours[name] - was, (theirs[name] - was).double()) < 0.3, name
+
+
+@needs_compiler
 def test_logits_are_as_exact_as_autocasts(launched: list[str]) -> None:
     net, images = network(8, {}), some_maps(4, 3, 32, 32)
     with torch.no_grad():
@@ -460,10 +476,14 @@ def test_shares_of_gradients() -> None:
 )
 def test_what_suits(model: dict[str, Any], batch_size: int, suited: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     roomy_gpu(monkeypatch)
-    how = {"threads": 1, "layer_kernels": True}
-    config = make_config(model=model, recipe={"batch_size": batch_size}, execution=how)
+    changes: dict[str, Any] = {"model": model, "recipe": {"batch_size": batch_size}}
     with contextlib.nullcontext() if suited else pytest.raises(InputError, match="--layer-kernels are for the paper's"):
-        assert runtime_of(config).layer_kernels
+        assert runtime_of(make_config(**changes, execution={"threads": 1, "layer_kernels": True})).layer_kernels
+    for by_default in (False, True):
+        monkeypatch.setattr(layernet, "BY_DEFAULT", by_default)
+        assert runtime_of(make_config(**changes, execution={"threads": 1})).layer_kernels == (by_default and suited)
+        without = make_config(**changes, execution={"threads": 1, "layer_kernels": False})
+        assert not runtime_of(without).layer_kernels
 
 
 def roomy_gpu(monkeypatch: pytest.MonkeyPatch, shared: int = 232_448) -> None:
@@ -473,24 +493,26 @@ def roomy_gpu(monkeypatch: pytest.MonkeyPatch, shared: int = 232_448) -> None:
 
 
 def test_where_they_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(**how: Any) -> None:
-        check_machine(prepare(Execution(threads=1, layer_kernels=True, **how)))
+    def ask(*, by_name: bool = True, **how: Any) -> bool:
+        wanted = True if by_name else None
+        return runtime_of(make_config(execution={"threads": 1, "layer_kernels": wanted, **how})).layer_kernels
 
+    monkeypatch.setattr(layernet, "BY_DEFAULT", True)
+    assert not ask(by_name=False, device="cpu")
     with pytest.raises(MachineError, match="--layer-kernels need a GPU"):
-        check(device="cpu")
+        ask(device="cpu")
     roomy_gpu(monkeypatch)
-    check()
-    assert not prepare(Execution(threads=1)).layer_kernels
+    assert ask()
     for how in ({"native": False}, {"precision": "fp32"}):
+        assert not ask(by_name=False, **how)
         with pytest.raises(InputError, match="in bf16; leave out --no-native"):
-            check(**how)
-    runtime = Runtime(torch.device("cuda"), "bf16", native=True, layer_kernels=True)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(MachineError, match="need cuda-bindings"):
-        check_machine(runtime)
-
-
-def test_a_gpu_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+            ask(**how)
     roomy_gpu(monkeypatch, shared=101_376)  # an RTX 4090's
+    assert not ask(by_name=False)
     with pytest.raises(MachineError, match="147,456 bytes of shared memory a program, and this GPU has 101,376"):
-        check_machine(prepare(Execution(threads=1, layer_kernels=True)))
+        ask()
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cuda" else real(name))
+    assert not ask(by_name=False)
+    with pytest.raises(MachineError, match="need cuda-bindings"):
+        ask()
