@@ -118,7 +118,8 @@ def whole_step(
         plan = torch.zeros(768, batch_size, dtype=torch.int32, device=cuda)
         pixels = torch.zeros(50_000 * 1024, 3, dtype=torch.uint8, device=cuda)
         data = (pixels, torch.zeros(1024, 3, device=cuda), torch.zeros(50_000, dtype=int64, device=cuda))
-        log = (torch.zeros((), device=cuda), torch.zeros((), dtype=torch.int32, device=cuda))
+        of = (batch_size,) if layer_kernels else ()
+        log = (torch.zeros(of, device=cuda), torch.zeros(of, dtype=torch.int32, device=cuda))
         tables = (torch.zeros(64_000, device=cuda), torch.zeros(64_000, dtype=torch.int32, device=cuda))
         parts = {
             "load": lower(mode, resident._batch, counter, plan, *data, bf16, options=resident.ONE_KERNEL)["forward"],
@@ -148,7 +149,9 @@ def whole_step(
 
             flat = (*pieces[0], *pieces[1], torch.zeros(convs, dtype=bf16, device=cuda), tables[0], counter)
             parts["update"] = lower(mode, update, *flat, options={"combo_kernels": True})["forward"]
-            pieces_of = [1] if native else _kinds(parameters)  # torch.cat: 128 tensors a launch
+            pieces_of = (
+                [] if layer_kernels else [1] if native else _kinds(parameters)
+            )  # torch.cat: 128 tensors a launch
             parts["update"] += sum(-(-count // 128) for count in pieces_of)
         else:
             parts["update"] = 2 + -(-len(parameters) // 48)  # the rate, looked up and stored; the fused SGD's pieces
@@ -177,7 +180,7 @@ def _materialise(net: nn.Module, *, shadows: bool) -> None:
 
 
 def _fused(mode: Any, net: Any, images: Tensor, labels: Tensor, options: Any, *, layer_kernels: bool) -> dict[str, int]:
-    """fastres' own kernels, and what is compiled behind them."""
+    """fastres' own kernels, and what is compiled behind them where that is not theirs too."""
     from fastres import fusednet, layernet, step
 
     count = [0]
@@ -187,7 +190,13 @@ def _fused(mode: Any, net: Any, images: Tensor, labels: Tensor, options: Any, *,
 
     fusednet._launch = layernet.launch = launch
     weights = {name: parameter.detach() for name, parameter in net.named_parameters() if parameter.ndim == 4}
-    fused = (layernet.LayerNet if layer_kernels else fusednet.FusedNet)(net, weights, len(images))
+    if layer_kernels:
+        layers = layernet.LayerNet(net, weights, len(images))
+        layers.forward(images, labels)
+        forward, count[0] = count[0], 0
+        layers.backward()
+        return {"forward": forward, "backward": count[0]}
+    fused = fusednet.FusedNet(net, weights, len(images))
     maps = fused.forward(images)
     forward, count[0] = count[0], 0
     fused.backward(torch.zeros_like(maps))

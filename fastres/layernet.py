@@ -1,4 +1,4 @@
-"""A CIFAR network in training on a GPU by the kernels of `native/gpu_layers.cu`: a launch a layer each way.
+"""A CIFAR network in training on a GPU by the kernels of `native/cuda`: a launch a layer each way.
 
 `fusednet.py` has two. At batch 128 the maps of a layer are a few megabytes: a launch and another pass over them cost as
 much as the convolution itself.
@@ -17,7 +17,7 @@ from fastres.config import RunConfig
 from fastres.errors import FastresError, InputError, MachineError
 from fastres.fusednet import Layer, check_images, is_papers, layers_of, new_maps, suits
 from fastres.models.cifar import CifarNet, logits_of
-from fastres.native.gpu_layers import ADD_UP_THREADS, MAX_LAYERS, Kind, launch
+from fastres.native.gpu_layers import ADD_UP_THREADS, LANES, MAX_CLASSES, MAX_LAYERS, Kind, launch
 from fastres.runtime import Runtime, prepare
 
 BY_DEFAULT = False  # whether a GPU that can takes these kernels; they are not measured yet
@@ -119,8 +119,32 @@ class _Pass:
             if not training:  # the next norm may add what came of the layer before the last
                 self.maps.pop(k - 1, None)
                 self.outs.pop(k - 3, None)
-        given, numbers = self._norm(len(layers) - 1)
-        launch("norm_forward", kind_of(layers[-1]), programs, *given, *numbers)
+
+    def end(self) -> Tensor:
+        """What came of the last layer."""
+        last = len(self._layers) - 1
+        given, numbers = self._norm(last)
+        launch("norm_forward", kind_of(self._layers[last]), self._programs, *given, *numbers)
+        return self.outs[last]
+
+    def judge(self, fc: nn.Linear, labels: Tensor, pooled: Tensor, grad_logits: Tensor) -> tuple[Tensor, ...]:
+        """From the last convolution on, and back to it: losses, wrong answers, what `LayerNet.backward` begins with.
+
+        Args:
+            fc: The last layer.
+            labels: int64 `(batch,)`.
+            pooled, grad_logits: float32 `(batch, channels)` and `(batch, classes)`: become the means of the last maps,
+                and the gradients of the logits.
+        """
+        last, batch_size = len(self._layers) - 1, len(labels)
+        (*given, out, kept), numbers = self._norm(last)
+        shares = _floats(out, self._programs, 2, self._layers[last].num)
+        losses, wrong = _floats(out, batch_size), labels.new_empty(batch_size, dtype=torch.int32)
+        launch(
+            "head", kind_of(self._layers[last]), self._programs, *given, kept, fc.weight, fc.bias, labels,
+            out, shares, pooled, grad_logits, losses, wrong, *numbers, fc.out_features,
+        )  # fmt: skip
+        return losses, wrong, out, shares
 
     def _no_norm(self, images: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         return (images, *(None,) * 8), (0, 0, self._images, 0, 0, 0.0, 0.0)
@@ -139,21 +163,34 @@ class _Pass:
 
 
 class LayerNet:
-    """Training passes of a network on batches of one size; as `fusednet.FusedNet`, whose words these are.
+    """Training passes of a network on batches of one size.
 
     Args:
-        net, weights, batch_size: As there.
+        net: On a GPU, one of the paper's; its running statistics move.
+        weights: bfloat16, of the convolutions, by parameter name, channels last; read in each pass.
+        batch_size: Images.
+
+    Attributes:
+        weight_grads: float32: of all convolutions, one after the other, as they lie in memory.
+        other_grads: float32: of scale and shift of all norms, then of weight and bias of the last layer.
     """
 
     def __init__(self, net: nn.Module, weights: Mapping[str, Tensor], batch_size: int) -> None:
         assert isinstance(net, CifarNet)
         self.fc, device = net.fc, net.fc.weight.device
+        if self.fc.out_features > MAX_CLASSES:
+            raise ValueError(f"{self.fc.out_features} classes; these kernels take {MAX_CLASSES} at most")
         processors = processors_of(device)
         self.batch_size, self._programs = batch_size, programs_for(batch_size, processors)
         self.layers = layers_of(net, weights, batch_size)
         sizes = [layer.weight.numel() for layer in self.layers]
         self.weight_grads = torch.zeros(sum(sizes), device=device)
-        self.norm_grads = torch.zeros(2 * sum(layer.num for layer in self.layers), device=device)
+        norms = [layer.num for layer in self.layers for _ in range(2)]
+        others = [*norms, self.fc.weight.numel() + self.fc.bias.numel()]
+        self.other_grads = torch.zeros(sum(others), device=device)
+        self._other_grads: Sequence[Tensor] = torch.split(self.other_grads, others)
+        self._pooled = torch.zeros(batch_size, self.fc.in_features, device=device)
+        self._grad_logits = torch.zeros(batch_size, self.fc.out_features, device=device)
         kinds = defaultdict(list)
         for k, layer in enumerate(self.layers):
             kinds[kind_of(layer)].append(k)
@@ -175,34 +212,35 @@ class LayerNet:
         self._table = torch.tensor(rows, dtype=torch.int32).to(device)
         self._images: Tensor | None = None
         self._pass: _Pass | None = None
+        self._ends: tuple[Tensor, Tensor] | None = None  # the last layer's gradient, and its norm's shares
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Images `(batch, 3, 32, 32)` -> the last block's maps `(batch, 64, 8, 8)`, both bfloat16 and channels last."""
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross-entropy of each image, float32 `(batch,)`, and whether its answer is wrong, int32 `(batch,)`.
+
+        Args:
+            images: bfloat16 `(batch, 3, 32, 32)`, channels last.
+            labels: int64 `(batch,)`.
+        """
         check_images(images, self.layers[0].weight)
         if len(images) != self.batch_size:
             raise ValueError(f"{len(images)} images; this is for batches of {self.batch_size}")
         self._images, self._pass = images, _Pass(self.layers, images, self._programs, training=True)
-        return self._pass.outs[len(self.layers) - 1]
+        losses, wrong, grad, shares = self._pass.judge(self.fc, labels, self._pooled, self._grad_logits)
+        self._ends = grad, shares
+        return losses, wrong
 
     @torch.no_grad()
-    def backward(self, grad: Tensor) -> None:
-        """Fill `weight_grads` and `norm_grads`.
-
-        Args:
-            grad: Of what `forward` gave, which must have been the last call.
-        """
+    def backward(self) -> None:
+        """Fill `weight_grads` and `other_grads`, by the mean of what `forward` gave, which must be the last call."""
         assert self._pass is not None
+        assert self._ends is not None
         maps, outs, kept = self._pass.maps, self._pass.outs, self._pass.kept
         programs, images, last = self._programs, self.batch_size // self._programs, len(self.layers) - 1
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grads = {last: torch.empty_like(grad)}  # of layers' results, zero where their ReLU was
+        grad, shares = self._ends
+        grads = {last: grad}  # of layers' results, zero where their ReLU was
         grad_maps = {}  # of their convolutions' results
-        shares = _floats(grad, programs, 2, self.layers[-1].num)
-        norm = grad, maps[last], outs[last], kept[last], grads[last], shares
-        launch("norm_sums", kind_of(self.layers[-1]), programs, *norm, images)
-        sizes = [layer.num for layer in self.layers for _ in range(2)]
-        norm_grads: Sequence[Tensor] = torch.split(self.norm_grads, sizes)  # scale, shift
+        norm_grads = self._other_grads  # scale, shift
         for k in range(last, -1, -1):
             layer, kind, grad_maps[k] = self.layers[k], kind_of(self.layers[k]), torch.empty_like(maps[k])
             given = (grads[k], maps[k], kept[k], shares, norm_grads[2 * k + 1], norm_grads[2 * k], grad_maps[k])
@@ -225,7 +263,13 @@ class LayerNet:
             grads.pop(k + 2, None)
         first, *_ = self._weight_shares
         launch("add_up", kind_of(self.layers[0]), len(self._table), first, self._table, self.weight_grads)
-        self._images = self._pass = None
+        results, classes = self._other_grads[-1], self.fc.out_features
+        programs = -(-len(results) // LANES)
+        launch(
+            "head_grads", kind_of(self.layers[-1]), programs,
+            self._pooled, self._grad_logits, results, self.batch_size, classes,
+        )  # fmt: skip
+        self._images = self._pass = self._ends = None
 
 
 class LayerInference:
@@ -248,7 +292,7 @@ class LayerInference:
         torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
         layers = layers_of(self.net, self._weights, len(images))
         passed = _Pass(layers, images, programs_for(len(images), processors_of(images.device)), training=False)
-        return logits_of(passed.outs[len(layers) - 1], self.net.fc)
+        return logits_of(passed.end(), self.net.fc)
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:

@@ -49,12 +49,12 @@ class ShadowedSgd:
         Args:
             lrs: float32 `(steps,)`.
             counter: int64 `(1,)`.
-            done: Gradients that are in one piece already, of the convolutions and of the first of the others.
+            done: Gradients that are in one piece already, of the convolutions and of the first or all of the others.
         """
         leaves: tuple[list[Tensor], ...] = (list(self.leaves.values()), list(self._others))
         if done:
             late = [_gradient(leaf) for leaf in leaves[1] if leaf.grad is not None]
-            grads = [done[0], torch.cat([done[1], *map(torch.flatten, late)])]
+            grads = [done[0], torch.cat([done[1], *map(torch.flatten, late)]) if late else done[1]]
         else:
             grads = [_flat([_gradient(leaf) for leaf in group]) for group in leaves]
         pieces = [(p.weights, p.velocities, g, p.decay) for p, g in zip(self._pieces, grads, strict=True)]

@@ -131,18 +131,26 @@ class Replica:
         self.log(loss, errors)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean cross-entropy `()`, fp32 (fp64 for an fp64 network), and the number of wrong answers, int32 `()`."""
+        """The cross-entropy, fp32 (fp64 for an fp64 network), and wrong answers, int32: their mean and sum, both `()`.
+
+        By kernels with a launch a layer both of each image, `(batch,)`.
+        """
         if self._fuse and not self._fused:
             assert self._sgd
             kind = LayerNet if self._layer_kernels else FusedNet
             self._fused = kind(self.net, self._sgd.leaves, len(images))
+        if isinstance(self._fused, LayerNet):
+            return self._fused.forward(images, labels)
         if self._fused:
             self._maps = self._fused.forward(images).permute(0, 2, 3, 1).requires_grad_()
             return self._predict_maps(self._maps, self._fused.fc.weight, self._fused.fc.bias, labels)
         return self._predict(self.net, self._sgd.leaves if self._sgd else {}, images, labels, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients into `.grad`, which the last update left empty."""
+        """Gradients into `.grad`, which the last update left empty, or to where `update` finds them."""
+        if isinstance(self._fused, LayerNet):
+            self._fused.backward()
+            return
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if self._fused:
             assert self._maps is not None
@@ -155,7 +163,11 @@ class Replica:
         if self._scaled:
             optim.scale_velocities(self._scaled, self.lr_ratios.index_select(0, self.counter))
         if self._sgd:
-            done = (self._fused.weight_grads, self._fused.norm_grads) if self._fused else None
+            done = None
+            if isinstance(self._fused, LayerNet):
+                done = self._fused.weight_grads, self._fused.other_grads
+            elif self._fused:
+                done = self._fused.weight_grads, self._fused.norm_grads
             self._sgd.step(self.lrs, self.counter, done)
             return
         optim.set_lr(self.optimizer, self.lrs.index_select(0, self.counter))
@@ -312,7 +324,7 @@ def _judged(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _record(counter: Tensor, loss: Tensor, wrong: Tensor, losses: Tensor, errors: Tensor) -> None:
-    """Write what a step gave into its place in the logs, and count the step."""
-    losses.index_copy_(0, counter, loss.to(losses.dtype).view(1))
-    errors.index_copy_(0, counter, wrong.view(1))
+    """Write what a step gave, of the batch or of each image, into its place in the logs, and count the step."""
+    losses.index_copy_(0, counter, loss.to(losses.dtype).mean().view(1))
+    errors.index_copy_(0, counter, wrong.sum(dtype=errors.dtype).view(1))
     counter.add_(1)

@@ -1,4 +1,4 @@
-// A GPU for gpu_layers.cu, on a CPU: each thread of a program is a fiber, and what a warp does together is done when all
+// A GPU for fastres/native/cuda, on a CPU: each thread of a program is a fiber, and what a warp does together is done when all
 // its lanes have come to it. What real ones would not forgive is not forgiven: lanes that part, shared memory read before
 // it is written (it begins as NaN), a copy read before it was waited for. Warps run one after the other, as far as they
 // get, forwards or backwards: a missing barrier shows in one of the two.
@@ -13,8 +13,6 @@
 
 #define DEVICE inline
 #define KERNEL(threads) static void
-#define CONSTANT
-#define sizes emulated_sizes
 
 struct alignas(16) Octet { u32 pair[4]; };
 
@@ -180,6 +178,8 @@ DEVICE float as_float(u32 bits) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+DEVICE float exponential(float value) { return std::exp(value); }
+DEVICE float logarithm(float value) { return std::log(value); }
 DEVICE float root(float value) { return std::sqrt(value); }
 DEVICE float relu(float value) { return value < 0 ? 0 : value; }
 DEVICE u32 rounded(float value) {  // to bfloat16, to the nearest, to even

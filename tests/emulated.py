@@ -1,4 +1,4 @@
-"""The kernels of `gpu_layers.cu` on a CPU: built with `emulated.h`, launched as on a GPU."""
+"""The kernels of `fastres/native/cuda` on a CPU: built with `emulated.h`, launched as on a GPU."""
 
 import ctypes
 import functools
@@ -34,7 +34,9 @@ def launch(
 
 def sizes(kind: Kind, folder: Path) -> list[int]:
     """Threads and bytes of shared memory of each kernel."""
-    return list((ctypes.c_int * (2 * len(gpu_layers.NAMES))).in_dll(library(kind, folder), "emulated_sizes"))
+    told = (ctypes.c_int * (2 * len(gpu_layers.NAMES)))()
+    library(kind, folder).tell(told)
+    return list(told)
 
 
 def turns(kind: Kind, folder: Path) -> tuple[int, int]:

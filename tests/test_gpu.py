@@ -25,12 +25,13 @@ from fastres.data.synthetic import make_synthetic
 from fastres.data.table import TableLoader
 from fastres.errors import Interrupted
 from fastres.fusednet import FusedNet, Inference
-from fastres.layernet import LayerInference, LayerNet, runtime_of
+from fastres.layernet import LayerInference, runtime_of
 from fastres.models.cifar import CifarNet
 from fastres.step import Replica, TrainStep
 from fastres.steptimer import StepTimer
 from tests.interpreted import far, network
 from tests.runs import assert_same_run
+from tests.test_layernet import assert_as_exact_as_autocast
 from tests.test_loop import interrupt_at
 from tests.test_step import assert_compiled_bf16_is_as_exact_as_eager, assert_compiled_is_eager_in_fp64, compiles
 
@@ -134,11 +135,14 @@ def test_batches_are_right_while_the_host_runs_ahead(loader: str) -> None:
     close(step)
 
 
-@pytest.mark.parametrize("kind", [FusedNet, LayerNet])
+@pytest.mark.parametrize("batch_size", [128, 250])
 @pytest.mark.parametrize("residual", [True, False])
-def test_fused_is_as_exact_as_autocast_and_the_same_each_time(
-    residual: bool, kind: type[FusedNet] | type[LayerNet]
-) -> None:
+def test_a_launch_a_layer_is_as_exact_as_autocast_and_the_same_each_time(residual: bool, batch_size: int) -> None:
+    assert_as_exact_as_autocast(torch.device("cuda", 0), 20, batch_size, {"residual": residual})
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_fused_is_as_exact_as_autocast_and_the_same_each_time(residual: bool) -> None:
     """fastres' own kernels, one step of a network of the paper's widths against fp64."""
     device, bf16 = torch.device("cuda", 0), torch.bfloat16
     nets = [network(20, {"residual": residual}).to(device) for _ in range(3)]  # channels last
@@ -146,7 +150,7 @@ def test_fused_is_as_exact_as_autocast_and_the_same_each_time(
     chance = torch.Generator().manual_seed(2)
     images, grad = (torch.randn(shape, generator=chance) for shape in ((128, 3, 32, 32), (128, 64, 8, 8)))
     images, grad = (x.to(device, bf16, memory_format=torch.channels_last) for x in (images, grad))
-    fused = kind(net, {n: p.detach().to(bf16) for n, p in net.named_parameters() if p.ndim == 4}, 128)
+    fused = FusedNet(net, {n: p.detach().to(bf16) for n, p in net.named_parameters() if p.ndim == 4}, 128)
     fused_maps = fused.forward(images)
     fused.backward(grad)
 

@@ -1,4 +1,4 @@
-"""Builds, loads and launches `gpu_layers.cu`."""
+"""Builds, loads and launches the kernels of `cuda/`."""
 
 import ctypes
 import functools
@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_suffix(".cu")
-NAMES = ("forward_layer", "backward_layer", "weight_grads", "norm_forward", "norm_backward", "norm_sums", "add_up")
+SOURCE = Path(__file__).parent / "cuda" / "layers.cu"
+NAMES = (
+    "forward_layer", "backward_layer", "weight_grads", "norm_forward", "norm_backward", "head", "add_up", "head_grads",
+)  # fmt: skip
+MAX_CLASSES, LANES = 128, 32  # of `head`; of a warp
 EARLY = False  # whether a launch may begin before the one ahead of it has ended (not measured yet)
 MAX_LAYERS = 48  # of one launch of `weight_grads`
 ADD_UP_THREADS = 256  # of a program of `add_up`, each of which has one weight
@@ -57,7 +60,10 @@ def cubin(kind: Kind, capability: tuple[int, int]) -> bytes:
     """
     from cuda.bindings import nvrtc
 
-    program = _checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
+    headers = sorted(SOURCE.parent.glob("*.h"))
+    texts, names = [path.read_bytes() for path in headers], [path.name.encode() for path in headers]
+    source = SOURCE.read_bytes()
+    program = _checked(nvrtc.nvrtcCreateProgram(source, SOURCE.name.encode(), len(headers), texts, names))
     flags = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", "-lineinfo", *defines(kind)]
     failed = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])[0].value
     if failed:
@@ -76,11 +82,11 @@ def kernels(kind: Kind, device: int) -> dict[str, Kernel]:
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
-        torch.cuda.current_stream()  # a context
         module = _checked(driver.cuModuleLoadData(cubin(kind, torch.cuda.get_device_capability(device))))
-        place, size = _checked(driver.cuModuleGetGlobal(module, b"sizes"))
-        sizes = (ctypes.c_int * (2 * len(NAMES)))()
-        _checked(driver.cuMemcpyDtoH(ctypes.addressof(sizes), place, size))
+        told = torch.zeros(2 * len(NAMES), dtype=torch.int32, device=torch.device("cuda", device))
+        teller = Kernel(_checked(driver.cuModuleGetFunction(module, b"tell_sizes")), 1, 0)
+        _launch(teller, (1, 1), (told,), torch.cuda.current_stream().cuda_stream, early=False)
+        sizes = told.tolist()
         loaded = {}
         for k, name in enumerate(NAMES):
             function = _checked(driver.cuModuleGetFunction(module, name.encode()))
@@ -100,21 +106,27 @@ def launch(kernel: str, kind: Kind, programs: int | tuple[int, int], *args: Any)
         programs: Of them, or for each of some layers, and the number of layers.
         args: Tensors, None, int and float, as the kernel has them; for its `Layers` three lists of tensors.
     """
+    stream, grid = torch.cuda.current_stream(), programs if isinstance(programs, tuple) else (programs, 1)
+    device = stream.device.index
+    # The first kind waits in full: others write its weights, and what they wrote is not surely seen before.
+    early = EARLY and not kind.first and torch.cuda.get_device_capability(device) >= (9, 0)
+    _launch(kernels(kind, device)[kernel], grid, args, stream.cuda_stream, early=early)
+
+
+def _launch(kernel: Kernel, grid: tuple[int, int], args: tuple[Any, ...], stream: int, *, early: bool) -> None:
     from cuda.bindings import driver
 
-    stream = torch.cuda.current_stream()
-    function, threads, shared = kernels(kind, stream.device.index)[kernel]
     params, _alive = parameters(args)
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY = programs if isinstance(programs, tuple) else (programs, 1)
-    config.blockDimX, config.gridDimZ, config.blockDimY, config.blockDimZ = threads, 1, 1, 1
-    config.sharedMemBytes, config.hStream = shared, stream.cuda_stream
-    if EARLY:
-        early = driver.CUlaunchAttribute()
-        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        early.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [early], 1
-    _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(params), 0))
+    config.gridDimX, config.gridDimY = grid
+    config.blockDimX, config.gridDimZ, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1, 1
+    config.sharedMemBytes, config.hStream = kernel.shared, stream
+    if early:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+    _checked(driver.cuLaunchKernelEx(config, kernel.function, ctypes.addressof(params), 0))
 
 
 def parameters(args: tuple[Any, ...]) -> tuple[ctypes.Array[ctypes.c_void_p], list[Any]]:
