@@ -17,7 +17,7 @@ from fastres.config import RunConfig
 from fastres.errors import FastresError, InputError, MachineError
 from fastres.fusednet import Layer, check_images, is_papers, layers_of, new_maps, suits
 from fastres.models.cifar import CifarNet, logits_of
-from fastres.native.gpu_layers import ADD_UP_THREADS, LANES, MAX_CLASSES, MAX_LAYERS, Kind, launch
+from fastres.native.gpu_layers import ADD_UP_THREADS, LANES, MAX_CLASSES, MAX_LAYERS, Kind, compile_for, launch
 from fastres.runtime import Runtime, prepare
 
 BY_DEFAULT = False  # whether a GPU that can takes these kernels; they are not measured yet
@@ -194,6 +194,7 @@ class LayerNet:
         kinds = defaultdict(list)
         for k, layer in enumerate(self.layers):
             kinds[kind_of(layer)].append(k)
+        compile_for(kinds, device)
         # Layers whose weights' gradients are made by one launch, by the first, whose maps' gradient comes last.
         self._groups = {
             some[at]: some[at : at + MAX_LAYERS] for some in kinds.values() for at in range(0, len(some), MAX_LAYERS)

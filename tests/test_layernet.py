@@ -398,6 +398,24 @@ def test_what_does_not_compile_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path
         gpu_layers.cubin(KINDS[0], (9, 0))
 
 
+def test_all_kinds_are_compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(kind: Kind, capability: tuple[int, int]) -> bytes:
+        if kind.side == 8:
+            raise RuntimeError("it does not compile")
+        asked.add((kind, capability))
+        return b"code"
+
+    asked: set[tuple[Kind, tuple[int, int]]] = set()
+    monkeypatch.setattr(gpu_layers, "_cubin", compiled)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    gpu_layers.compile_for(KINDS, torch.device("cpu"))
+    assert not asked
+    gpu_layers.compile_for([*KINDS[:3], FIRST], torch.device("cuda", 0))
+    assert asked == {(kind, (9, 0)) for kind in (*KINDS[:3], FIRST)}
+    with pytest.raises(RuntimeError, match="it does not compile"):
+        gpu_layers.compile_for(KINDS, torch.device("cuda", 0))
+
+
 @needs_compiler
 def test_memory_that_is_shared_is_what_the_message_says(folder: Path) -> None:
     told = [emulated.sizes(kind, folder) for kind in (*KINDS, FIRST)]

@@ -2,6 +2,9 @@
 
 import ctypes
 import functools
+import itertools
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,13 +79,25 @@ def cubin(kind: Kind, capability: tuple[int, int]) -> bytes:
     return bytes(code)
 
 
+_cubin = functools.cache(cubin)
+
+
+def compile_for(kinds: Iterable[Kind], device: torch.device) -> None:
+    """Have the kernels of some kinds of layers compiled for a GPU, all at once; else each waits for the one before."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        with ThreadPoolExecutor() as pool:
+            for code in pool.map(_cubin, kinds, itertools.repeat(capability)):
+                assert code
+
+
 @functools.cache
 def kernels(kind: Kind, device: int) -> dict[str, Kernel]:
     """Those of a kind of layer, by name, loaded on a GPU."""
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
-        module = _checked(driver.cuModuleLoadData(cubin(kind, torch.cuda.get_device_capability(device))))
+        module = _checked(driver.cuModuleLoadData(_cubin(kind, torch.cuda.get_device_capability(device))))
         told = torch.zeros(2 * len(NAMES), dtype=torch.int32, device=torch.device("cuda", device))
         teller = Kernel(_checked(driver.cuModuleGetFunction(module, b"tell_sizes")), 1, 0)
         _launch(teller, (1, 1), (told,), torch.cuda.current_stream().cuda_stream, early=False)
