@@ -43,12 +43,15 @@ struct Norm {
                              float* room, float* factors) {
     const int k = thread();
     const bool own = k < CHANNELS;  // a thread has a channel
-    const float its_scale = own ? scale[k] : 0, its_shift = own ? shift[k] : 0;  // asked for before all wait
+    const bool reads = own && (program() == 0 || !num_shares);  // the running statistics
+    // Asked for before all wait.
+    const float its_scale = own ? scale[k] : 0, its_shift = own ? shift[k] : 0;
+    float mean = reads ? running_mean[k] : 0, var = reads ? running_var[k] : 0;
     if (num_shares) Sums::add_up(shares, num_shares, room);
     wait_for_all();
     if (!own) return;
-    float mean, var;
     if (num_shares) {
+      const float was_mean = mean, was_var = var;
       const float total = Sums::total(room, 0, k), off = total / num_shares;
       mean = shares[k] + off;
       float between = Sums::total(room, 1, k) - total * off;  // of the shares' means
@@ -57,12 +60,9 @@ struct Norm {
       const float pixels = static_cast<float>(num_shares) * count;
       var = (within + count * between) / pixels;
       if (program() == 0) {
-        running_mean[k] += momentum * (mean - running_mean[k]);
-        running_var[k] += momentum * (var * (pixels / (pixels - 1)) - running_var[k]);
+        running_mean[k] = was_mean + momentum * (mean - was_mean);
+        running_var[k] = was_var + momentum * (var * (pixels / (pixels - 1)) - was_var);
       }
-    } else {
-      mean = running_mean[k];
-      var = running_var[k];
     }
     const float rstd = 1 / root(var + eps), factor = rstd * its_scale, offset = its_shift - mean * factor;
     factors[k] = factor;
