@@ -2,6 +2,7 @@
 // its lanes have come to it. What real ones would not forgive is not forgiven: lanes that part, shared memory read before
 // it is written (it begins as NaN), a copy read before it was waited for. Warps run one after the other, as far as they
 // get, forwards or backwards: a missing barrier shows in one of the two.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -21,7 +22,9 @@ enum Act { RUNS, ENDED, WAITS, WARP_WAITS, SHUFFLES, LOADS, LOADS_TRANSPOSED, MU
 constexpr int LANES = 32, STACK = 256 << 10;
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t context;  // in which it begins; from then on it jumps, since swapcontext asks the system each time
+  jmp_buf place;
+  bool begun;
   std::vector<char> stack = std::vector<char>(STACK);
   Act act;
   float value;  // of a shuffle
@@ -34,7 +37,7 @@ struct Thread {
 };
 
 inline std::vector<Thread> threads;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline int current, program_x, program_y, programs_x;
 inline u8* shared;
 inline int turns[2];  // in which shared memory gave rows of matrices, and in how many it could have
@@ -48,7 +51,7 @@ inline void (*body)();
 inline void act(Act what) {
   Thread& own = threads[current];
   own.act = what;
-  swapcontext(&own.context, &scheduler);
+  if (!_setjmp(own.place)) _longjmp(scheduler, 1);
 }
 
 inline float bf16(u32 bits) {
@@ -56,6 +59,13 @@ inline float bf16(u32 bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+
+[[noreturn]] inline void go_on(Thread& thread) {
+  if (thread.begun) _longjmp(thread.place, 1);
+  thread.begun = true;
+  setcontext(&thread.context);
+  fail("it cannot begin");
 }
 
 inline void do_together(Thread* warp) {
@@ -112,12 +122,13 @@ inline void run(int num_threads, int bytes, bool backwards) {
   for (int i = 0; i < num_threads; i++) {
     Thread& own = threads[i];
     own.act = RUNS;
+    own.begun = false;
     own.copies.clear();
     getcontext(&own.context);
     own.context.uc_stack.ss_sp = own.stack.data();
     own.context.uc_stack.ss_size = STACK;
-    own.context.uc_link = &scheduler;
-    makecontext(&own.context, +[] { body(); threads[current].act = ENDED; }, 0);
+    own.context.uc_link = nullptr;
+    makecontext(&own.context, +[] { body(); act(ENDED); }, 0);
   }
   for (bool ended = false; !ended;) {
     int waiting = 0, done = 0;
@@ -126,7 +137,7 @@ inline void run(int num_threads, int bytes, bool backwards) {
       while (warp->act != WAITS && warp->act != ENDED) {
         for (int lane = 0; lane < LANES; lane++) {
           current = static_cast<int>(warp - threads.data()) + lane;
-          swapcontext(&scheduler, &warp[lane].context);
+          if (!_setjmp(scheduler)) go_on(warp[lane]);
           if (warp[lane].act != warp->act) fail("lanes of a warp have parted");
         }
         if (warp->act != WAITS && warp->act != ENDED) do_together(warp);
