@@ -189,6 +189,7 @@ def _fused(mode: Any, net: Any, images: Tensor, labels: Tensor, options: Any, *,
         count[0] += 1
 
     fusednet._launch = layernet.launch = launch
+    layernet.compile_for = lambda *_: None  # NVRTC asks the driver for more than the double of it knows
     weights = {name: parameter.detach() for name, parameter in net.named_parameters() if parameter.ndim == 4}
     if layer_kernels:
         layers = layernet.LayerNet(net, weights, len(images))
