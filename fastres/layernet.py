@@ -292,7 +292,9 @@ class LayerInference:
         check_images(images, self._weights["conv1.weight"])
         torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
         layers = layers_of(self.net, self._weights, len(images))
-        passed = _Pass(layers, images, programs_for(len(images), processors_of(images.device)), training=False)
+        # No shares are summed, so there may be as many as fit at once: two a multiprocessor at 32 and 64 channels.
+        programs = programs_for(len(images), 2 * processors_of(images.device))
+        passed = _Pass(layers, images, programs, training=False)
         return logits_of(passed.end(), self.net.fc)
 
 
