@@ -33,13 +33,12 @@ UNFINISHED = "not all runs are finished"  # what `fastres reproduce` says where 
 
 
 # `execution` of each A/B, ResNet-20: what all of a group have, and each switch; they take turns in one process
-TORCHS = {"native": False}
+TORCHS, LAYERS = {"native": False}, {"layer_kernels": True}
 SWITCHES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "kernels": (
         {},
         {
             "resident": {"loader": "resident"},
-            "layer-kernels": {"layer_kernels": True},
             "no-native": TORCHS,
             "graph-steps-4": {"graph_steps": 4},
             "graph-steps-16": {"graph_steps": 16},
@@ -47,11 +46,12 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
     "layer-kernels": (
-        {"layer_kernels": True},
+        {},
         {
-            "resident": {"loader": "resident"},
-            "graph-steps-4": {"graph_steps": 4},
-            "deterministic": {"deterministic": True},
+            "layer-kernels": LAYERS,
+            "layer-kernels, resident": {**LAYERS, "loader": "resident"},
+            "layer-kernels, graph-steps-4": {**LAYERS, "graph_steps": 4},
+            "layer-kernels, deterministic": {**LAYERS, "deterministic": True},
         },
     ),
     "torch-kernels": (
@@ -77,7 +77,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     ),
     "max-autotune": (TORCHS, {"max-autotune": {"compile_mode": "max-autotune"}}),
 }
-SWITCHES_OF_A_GPU = ("precision",)  # without a GPU not there, or a minute a step
+SWITCHES_OF_A_GPU = ("layer-kernels", "precision")  # without a GPU not there, or a minute a step
 
 # What a first half hour on a GPU is for: whether the fast path is right, how fast it is, and what to mend.
 FIRST = (
@@ -88,6 +88,7 @@ FIRST = (
     "bench/resnet20",
     "profile/resnet20",
     "host/resnet20",
+    "switches/layer-kernels",
     "switches/kernels",
     "seeds/resnet20",
     "bench/resnet110",

@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.layer_kernels and args.no_native:
+        parser.error("--layer-kernels are of our own kernels, which --no-native leaves out")
     if args.inside:
         from benchmarks.lowering import whole_step
 

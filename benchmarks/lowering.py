@@ -149,9 +149,10 @@ def whole_step(
 
             flat = (*pieces[0], *pieces[1], torch.zeros(convs, dtype=bf16, device=cuda), tables[0], counter)
             parts["update"] = lower(mode, update, *flat, options={"combo_kernels": True})["forward"]
-            pieces_of = (
-                [] if layer_kernels else [1] if native else _kinds(parameters)
-            )  # torch.cat: 128 tensors a launch
+            if layer_kernels:
+                pieces_of: tuple[int, ...] = ()  # nothing to be concatenated
+            else:
+                pieces_of = (1,) if native else _kinds(parameters)  # torch.cat: 128 tensors a launch
             parts["update"] += sum(-(-count // 128) for count in pieces_of)
         else:
             parts["update"] = 2 + -(-len(parameters) // 48)  # the rate, looked up and stored; the fused SGD's pieces

@@ -243,9 +243,10 @@ def main() -> None:
 def _environment(flags: dict[str, Any], depth: int) -> dict[str, Any]:
     """Of fastres' side."""
     from fastres.config import make_config
-    from fastres.runtime import environment, prepare
+    from fastres.layernet import runtime_of
+    from fastres.runtime import environment
 
-    return environment(prepare(make_config(execution=flags).execution, depth=depth))
+    return environment(runtime_of(make_config(model={"depth": depth}, execution=flags)))
 
 
 def _value(text: str) -> Any:

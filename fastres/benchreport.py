@@ -293,7 +293,8 @@ def remarks(a: Report, b: Report) -> list[str]:
     lines = [f"only in the first report: {label}" for label in ours if label not in theirs]
     lines += [f"only in the second report: {label}" for label in theirs if label not in ours]
     for label in ours.keys() & theirs.keys():
-        one, other = (cell.get("resolved") or {} for cell in (ours[label], theirs[label]))
+        pair = [cell.get("resolved") or {} for cell in (ours[label], theirs[label])]
+        one, other = ({"layer_kernels": False, **resolved} if resolved else {} for resolved in pair)  # newer than some
         unlike = [f"{key} {one[key]} and {other[key]}" for key in one if key in other and one[key] != other[key]]
         lines += [f"{label} ran otherwise: {', '.join(unlike)}"] * bool(unlike)
     return lines

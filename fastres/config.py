@@ -116,7 +116,7 @@ class Execution:
     # bf16 copies of the convolutions' weights, kept by the update instead of cast in each step; None: in bf16 on a GPU
     shadow_weights: bool | None = None
     native: bool | None = None  # fastres' own kernels; None: in bf16 on a GPU, and on a CPU where they can be built
-    # of those on a GPU, the ones in CUDA C++, a launch a layer, not the ones in Triton; None: not yet
+    # of those on a GPU, the ones in CUDA C++, a launch a layer, not the ones in Triton; None: off
     layer_kernels: bool | None = None
     channels_last: bool = True
     threads: int = 0  # CPU threads of torch and DALI; 0: one a core

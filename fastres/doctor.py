@@ -75,10 +75,10 @@ def _plan() -> str:
     """What `fastres train` resolves to here."""
     from fastres.build import loader_kind
     from fastres.config import RunConfig
-    from fastres.runtime import prepare
+    from fastres.layernet import runtime_of
 
     config = RunConfig()
-    runtime = prepare(config.execution, depth=config.model.depth)
+    runtime = runtime_of(config)
     compiled = "eager" if runtime.compile_scope == "none" else f"compiled ({runtime.compile_scope})"
     parts = [str(runtime.device), runtime.precision, f"{loader_kind(config.execution, runtime)} loader", compiled]
     if runtime.cuda_graph:

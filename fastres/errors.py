@@ -5,7 +5,7 @@ A message is one or two lines: what is wrong, the value, what to type next. `cli
 """
 
 # How messages of the CPU allocator, CUDA, cuDNN, cuBLAS and DALI say it; torch.OutOfMemoryError says it by its type.
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "bad_alloc")
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "bad_alloc", "_OUT_OF_MEMORY")
 
 
 def says_out_of_memory(error: BaseException) -> bool:

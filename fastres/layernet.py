@@ -17,7 +17,7 @@ from fastres.config import RunConfig
 from fastres.errors import FastresError, InputError, MachineError
 from fastres.fusednet import Layer, check_images, is_papers, layers_of, new_maps, suits
 from fastres.models.cifar import CifarNet, logits_of
-from fastres.native.gpu_layers import ADD_UP_THREADS, LANES, MAX_CLASSES, MAX_LAYERS, Kind, compile_for, launch
+from fastres.native.gpu_layers import LANES, MAX_CLASSES, MAX_LAYERS, SUM_THREADS, Kind, compile_for, launch
 from fastres.runtime import Runtime, prepare
 
 BY_DEFAULT = False  # whether a GPU that can takes these kernels; they are not measured yet
@@ -28,7 +28,7 @@ IMAGE_US, BYTES_A_US = 1.2, 3e6  # estimates for an H200, not measured: an image
 
 
 def programs_for(batch_size: int, processors: int) -> int:
-    """Programs that have the same number of images each, of which a GPU runs one a multiprocessor at once."""
+    """Programs (thread blocks) with the same number of images each, planned as one a multiprocessor at once."""
     choices = [n for n in range(1, min(batch_size, 2 * processors) + 1) if batch_size % n == 0]
     return min(choices, key=lambda n: (-(-n // processors) * (batch_size // n), n))
 
@@ -78,16 +78,27 @@ def _check(config: RunConfig, runtime: Runtime) -> None:
     if runtime.device.type != "cuda":
         raise MachineError("--layer-kernels need a GPU; leave it out to train on the CPU")
     if not runtime.native:
-        raise InputError("--layer-kernels are fastres' own, in bf16; leave out --no-native, and other precisions")
+        others = {
+            "--no-native": config.execution.native is False,
+            f"--precision {runtime.precision}": runtime.precision != "bf16",
+            "--no-shadow-weights": config.execution.shadow_weights is False,
+            "--no-channels-last": not config.execution.channels_last,
+            "a torch without Triton": True,
+        }
+        raise InputError(f"--layer-kernels do not go with {next(flag for flag, given in others.items() if given)}")
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
         raise MachineError("--layer-kernels need cuda-bindings, which this torch came without; leave it out")
-    gpu = torch.cuda.get_device_properties(runtime.device)
+    gpu, batch_size = torch.cuda.get_device_properties(runtime.device), config.recipe.batch_size
     if gpu.shared_memory_per_block_optin < SHARED:
-        needs = f"{SHARED:,} bytes of shared memory a program, and this GPU has {gpu.shared_memory_per_block_optin:,}"
-        raise MachineError(f"--layer-kernels need {needs}; leave it out")
-    batch_size = config.recipe.batch_size
-    if not is_papers(config.model, batch_size) or not shares_out(batch_size, gpu.multi_processor_count):
+        has = (
+            f"{SHARED:,} bytes of shared memory a thread block, and this GPU has {gpu.shared_memory_per_block_optin:,}"
+        )
+        raise MachineError(f"--layer-kernels need {has}; leave it out")
+    if not is_papers(config.model, batch_size):
         raise InputError(f"--layer-kernels are {FOR_WHAT}; leave it out")
+    if not shares_out(batch_size, gpu.multi_processor_count):
+        over = f"{gpu.multi_processor_count} multiprocessors"
+        raise InputError(f"--layer-kernels cannot share out --batch-size {batch_size} over {over}; use a multiple of 8")
 
 
 def kind_of(layer: Layer) -> Kind:
@@ -121,10 +132,11 @@ class _Pass:
                 self.outs.pop(k - 3, None)
 
     def end(self) -> Tensor:
-        """What came of the last layer."""
+        """What came of the last layer, in evaluation."""
         last = len(self._layers) - 1
-        given, numbers = self._norm(last)
-        launch("norm_forward", kind_of(self._layers[last]), self._programs, *given, *numbers)
+        (maps, _, add, *weights, out, _), (_, _, images, channels, pad, eps, _) = self._norm(last)
+        given = maps, add, *weights, out, images, channels, pad, eps
+        launch("norm_forward", kind_of(self._layers[last]), self._programs, *given)
         return self.outs[last]
 
     def judge(self, fc: nn.Linear, labels: Tensor, pooled: Tensor, grad_logits: Tensor) -> tuple[Tensor, ...]:
@@ -170,6 +182,9 @@ class LayerNet:
         weights: bfloat16, of the convolutions, by parameter name, channels last; read in each pass.
         batch_size: Images.
 
+    Raises:
+        ValueError: More classes than the kernels take.
+
     Attributes:
         weight_grads: float32: of all convolutions, one after the other, as they lie in memory.
         other_grads: float32: of scale and shift of all norms, then of weight and bias of the last layer.
@@ -209,7 +224,7 @@ class LayerNet:
         rows = []
         for k, size in enumerate(sizes):
             start, place = sum(counts[:k]), sum(sizes[:k])
-            rows += [[start, self._num_shares[k], size, at, place] for at in range(0, size, ADD_UP_THREADS)]
+            rows += [[start, self._num_shares[k], size, at, place] for at in range(0, size, SUM_THREADS)]
         self._table = torch.tensor(rows, dtype=torch.int32).to(device)
         self._images: Tensor | None = None
         self._pass: _Pass | None = None
@@ -222,6 +237,9 @@ class LayerNet:
         Args:
             images: bfloat16 `(batch, 3, 32, 32)`, channels last.
             labels: int64 `(batch,)`.
+
+        Raises:
+            ValueError: Images of another number, shape, dtype, layout or device.
         """
         check_images(images, self.layers[0].weight)
         if len(images) != self.batch_size:
@@ -261,9 +279,9 @@ class LayerNet:
                 tensors = [grad_maps.pop(j) for j in group], sources, [self._weight_shares[j] for j in group]
                 launch("weight_grads", kind, (self._num_shares[k], len(group)), tensors, self.batch_size)
             del maps[k]  # memory that the layers below can use
-            grads.pop(k + 2, None)
+            grads.pop(k + 1, None)
         first, *_ = self._weight_shares
-        launch("add_up", kind_of(self.layers[0]), len(self._table), first, self._table, self.weight_grads)
+        launch("sum_weight_shares", kind_of(self.layers[0]), len(self._table), first, self._table, self.weight_grads)
         results, classes = self._other_grads[-1], self.fc.out_features
         programs = -(-len(results) // LANES)
         launch(
@@ -277,7 +295,7 @@ class LayerInference:
     """A network in evaluation mode by the same kernels.
 
     Args:
-        net: Of a kind that `fusednet.suits`; weights and running statistics are read in each call.
+        net: One of the paper's (`fusednet.is_papers`); weights and running statistics are read in each call.
     """
 
     def __init__(self, net: nn.Module) -> None:

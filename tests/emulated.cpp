@@ -19,7 +19,8 @@ static void launch(int which, int programs, int layers, void** params, bool back
 extern "C" void emulate(int which, int programs, int layers, void** params, bool backwards) {
   using Launch = void (*)(int, int, int, void**, bool);
   const Launch launches[] = {launch<forward_layer>, launch<backward_layer>, launch<weight_grads>, launch<norm_forward>,
-                             launch<norm_backward>, launch<head>, launch<add_up>, launch<head_grads>};
+                             launch<norm_backward>, launch<head>,           launch<sum_weight_shares>,
+                             launch<head_grads>};
   emulated::turns[0] = emulated::turns[1] = 0;
   launches[which](which, programs, layers, params, backwards);
 }

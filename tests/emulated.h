@@ -1,7 +1,8 @@
 // A GPU for fastres/native/cuda, on a CPU: each thread of a program is a fiber, and what a warp does together is done when all
 // its lanes have come to it. What real ones would not forgive is not forgiven: lanes that part, shared memory read before
 // it is written (it begins as NaN), a copy read before it was waited for. Warps run one after the other, as far as they
-// get, forwards or backwards: a missing barrier shows in one of the two.
+// get, forwards or backwards: a missing sync_block shows in one of the two. A missing sync_warp does not where a shuffle
+// follows, at which all lanes of a warp meet here with all that they stored.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -174,16 +175,16 @@ DEVICE int which_layer() { return emulated::program_y; }
 DEVICE int num_programs() { return emulated::programs_x; }
 DEVICE u8* shared_memory() { return emulated::shared; }
 DEVICE void wait_for_launch_before() {}
-DEVICE void wait_for_all() { emulated::act(emulated::WAITS); }
-DEVICE void wait_for_warp() { emulated::act(emulated::WARP_WAITS); }
-DEVICE float from_lane(float value, int lane) {
+DEVICE void sync_block() { emulated::act(emulated::WAITS); }
+DEVICE void sync_warp() { emulated::act(emulated::WARP_WAITS); }
+DEVICE float shuffle(float value, int lane) {
   emulated::Thread& own = emulated::threads[emulated::current];
   own.value = value;
   own.from = lane;
   emulated::act(emulated::SHUFFLES);
   return own.value;
 }
-DEVICE float from_lane_xor(float value, int mask) { return from_lane(value, thread() % emulated::LANES ^ mask); }
+DEVICE float shuffle_xor(float value, int mask) { return shuffle(value, thread() % emulated::LANES ^ mask); }
 DEVICE float as_float(u32 bits) {
   float value;
   std::memcpy(&value, &bits, 4);
@@ -199,27 +200,27 @@ DEVICE u32 rounded(float value) {  // to bfloat16, to the nearest, to even
   return value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 DEVICE u32 pack(float low, float high) { return rounded(low) | rounded(high) << 16; }
-DEVICE void copy_begin(Octet* shared, const Octet* global) {
+DEVICE void cp_async_16(Octet* shared, const Octet* global) {
   emulated::threads[emulated::current].copies.push_back({shared, global});
 }
-DEVICE void copies_end() {
+DEVICE void cp_async_wait_all() {
   auto& copies = emulated::threads[emulated::current].copies;
   for (const auto& copy : copies) *copy.first = *copy.second;
   copies.clear();
 }
-DEVICE void matrices(u32 (&to)[4], const Octet* row) {
+DEVICE void ldmatrix_x4(u32 (&to)[4], const Octet* row) {
   emulated::Thread& own = emulated::threads[emulated::current];
   own.to = to;
   own.row = row;
   emulated::act(emulated::LOADS);
 }
-DEVICE void matrices_transposed(u32 (&to)[4], const Octet* row) {
+DEVICE void ldmatrix_x4_trans(u32 (&to)[4], const Octet* row) {
   emulated::Thread& own = emulated::threads[emulated::current];
   own.to = to;
   own.row = row;
   emulated::act(emulated::LOADS_TRANSPOSED);
 }
-DEVICE void multiply_add(float (&acc)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+DEVICE void mma_m16n8k16(float (&acc)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   emulated::Thread& own = emulated::threads[emulated::current];
   own.acc = acc;
   const u32 operands[6] = {a0, a1, a2, a3, b0, b1};

@@ -18,7 +18,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastres import layernet
 from fastres.config import make_config
-from fastres.errors import InputError, MachineError
+from fastres.errors import InputError, MachineError, says_out_of_memory
 from fastres.layernet import (
     SHARED,
     LayerInference,
@@ -287,8 +287,13 @@ def test_a_step_is_as_exact_as_autocasts(
 
 
 @needs_compiler
-@pytest.mark.parametrize(("images", "programs", "num_classes"), [(1, 3, 10), (3, 2, 100), (2, 1, 2)])
-def test_the_head_is_what_float64_says(images: int, programs: int, num_classes: int, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("images", "programs", "num_classes", "last_first"),
+    [(1, 3, 10, False), (3, 2, gpu_layers.MAX_CLASSES, True), (2, 1, 2, True)],
+)
+def test_the_head_is_what_float64_says(
+    images: int, programs: int, num_classes: int, last_first: bool, folder: Path
+) -> None:
     """From the last maps to the losses and back, with a shortcut."""
     torch.manual_seed(0)
     frames, batch, kind = Frames(), images * programs, Kind(8, 1, 64, 64)
@@ -304,7 +309,7 @@ def test_the_head_is_what_float64_says(images: int, programs: int, num_classes: 
     emulated.launch(
         folder, "head", kind, programs, frames.of(maps), shares, frames.of(add), scale, shift, running[0], running[1],
         kept, weight, bias, labels, grad, grad_shares, pooled, grad_logits, losses, wrong,
-        batch, 64, images, 64, 0, 1e-5, 0.1, num_classes,
+        batch, 64, images, 64, 0, 1e-5, 0.1, num_classes, last_first=last_first,
     )  # fmt: skip
     mean, rstd = maps.mean((0, 2, 3)), 1 / torch.sqrt(maps.var((0, 2, 3), unbiased=False) + 1e-5)
     normed = (maps - per_channel(mean)) * per_channel(rstd)
@@ -332,6 +337,28 @@ def test_the_head_is_what_float64_says(images: int, programs: int, num_classes: 
 
 
 @needs_compiler
+def test_a_network_with_more_layers_than_a_launch_takes(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    net, images, labels = network(20, {}), some_maps(2, 3, 32, 32), torch.tensor([3, 1])
+    grads = []
+    for most in (gpu_layers.MAX_LAYERS, 2):
+        monkeypatch.setattr(layernet, "MAX_LAYERS", most)
+        fused = LayerNet(net, weights_of(net), 2)
+        fused.forward(images, labels)
+        fused.backward()
+        grads.append(fused.weight_grads)
+    assert launched.count("weight_grads") == 6 + 3 + 3 + 3 + 3  # of 6, 5 and 5 layers of a kind, and three kinds of one
+    assert far(grads[1], grads[0].double()) < 1e-6
+
+
+def test_what_it_cannot_take() -> None:
+    with pytest.raises(ValueError, match="129 classes; these kernels take 128 at most"):
+        LayerNet(CifarNet(8, num_classes=129), {}, 4)
+    net = CifarNet(8)
+    with pytest.raises(ValueError, match="4 images; this is for batches of 8"):
+        LayerNet(net, weights_of(net), 8).forward(some_maps(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64))
+
+
+@needs_compiler
 def test_the_step_around_it_trains_as_autocast_does(launched: list[str]) -> None:
     plain, fused = make(shadows=True), make(shadows=True)
     fused._fuse = fused._layer_kernels = True
@@ -340,8 +367,10 @@ def test_the_step_around_it_trains_as_autocast_does(launched: list[str]) -> None
         for _ in range(2):
             replica.step()
     assert isinstance(fused._fused, LayerNet)
-    assert launched.count("add_up") == 2
+    assert launched.count("sum_weight_shares") == 2
     ours, theirs = everything(fused), everything(plain)
+    assert (ours["errors"][:2] - theirs["errors"][:2]).abs().max() <= 1
+    assert ours["errors"][:2].min() > 1  # a sum, and not whether any was wrong
     assert ours["losses"][:2].tolist() == pytest.approx(theirs["losses"][:2].tolist(), rel=0.02)
     for name, was in before.items():  # the gradients of rounded maps: neither's are exact
         if was.dtype == torch.float32 and not torch.equal(theirs[name], was):
@@ -359,9 +388,15 @@ def test_logits_are_as_exact_as_autocasts(launched: list[str]) -> None:
         with torch.autocast("cpu", BF16):
             theirs = net.eval()(images)
         before = [buffer.clone() for buffer in net.buffers()]
+        inference = LayerInference(network(8, {}))
+        inference.net.load_state_dict({name: torch.ones_like(value) for name, value in net.state_dict().items()})
+        inference(images)
+        inference.net.load_state_dict(net.state_dict())  # as training goes on between two evaluations
+        inference.net.eval()
+        assert far(inference(images), wanted) < 1.2 * far(theirs, wanted)
         assert far(LayerInference(net)(images), wanted) < 1.2 * far(theirs, wanted)
         assert all(torch.equal(buffer, was) for buffer, was in zip(net.buffers(), before, strict=True))
-    assert launched == ["forward_layer"] * 7 + ["norm_forward"]
+    assert launched == (["forward_layer"] * 7 + ["norm_forward"]) * 3
 
 
 @needs_compiler
@@ -394,7 +429,7 @@ def test_what_does_not_compile_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path
     source = tmp_path / "broken.cu"
     source.write_text("nonsense;\n")
     monkeypatch.setattr(gpu_layers, "SOURCE", source)
-    with pytest.raises(RuntimeError, match=r"(?s)broken\.cu.*nonsense"):
+    with pytest.raises(MachineError, match=r"(?s)use --no-layer-kernels: broken\.cu.*nonsense"):
         gpu_layers.cubin(KINDS[0], (9, 0))
 
 
@@ -494,8 +529,9 @@ def test_a_launch_as_the_driver_sees_it(monkeypatch: pytest.MonkeyPatch) -> None
             gpu_layers.launch("weight_grads", kind, (22, 6), 7, 1.5, tensor, None, layers)
         assert driver.launches == [(b"weight_grads", how, early, *args) for early in ([], [1], [], [])]
         driver.status = SimpleNamespace(value=2, name="CUDA_ERROR_OUT_OF_MEMORY")
-        with pytest.raises(RuntimeError, match="CUDA_ERROR_OUT_OF_MEMORY"):
+        with pytest.raises(MachineError, match="CUDA_ERROR_OUT_OF_MEMORY") as failed:
             gpu_layers.launch("weight_grads", KINDS[0], (22, 6), 7, 1.5, tensor, None, layers)
+        assert says_out_of_memory(failed.value)
     finally:
         gpu_layers.kernels.cache_clear()
 
@@ -543,7 +579,8 @@ def test_shares_of_gradients() -> None:
 def test_what_suits(model: dict[str, Any], batch_size: int, suited: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     roomy_gpu(monkeypatch)
     changes: dict[str, Any] = {"model": model, "recipe": {"batch_size": batch_size}}
-    with contextlib.nullcontext() if suited else pytest.raises(InputError, match="--layer-kernels are for the paper's"):
+    why = "cannot share out --batch-size 997 over 132 multi" if batch_size == 997 else "are for the paper's"
+    with contextlib.nullcontext() if suited else pytest.raises(InputError, match=f"--layer-kernels {why}"):
         assert runtime_of(make_config(**changes, execution={"threads": 1, "layer_kernels": True})).layer_kernels
     for by_default in (False, True):
         monkeypatch.setattr(layernet, "BY_DEFAULT", by_default)
@@ -569,13 +606,19 @@ def test_where_they_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         ask(device="cpu")
     roomy_gpu(monkeypatch)
     assert ask()
-    for how in ({"native": False}, {"precision": "fp32"}):
+    against: dict[str, dict[str, Any]] = {
+        "--no-native": {"native": False},
+        "--precision fp32": {"precision": "fp32"},
+        "--no-shadow-weights": {"shadow_weights": False},
+        "--no-channels-last": {"channels_last": False},
+    }
+    for flag, how in against.items():
         assert not ask(by_name=False, **how)
-        with pytest.raises(InputError, match="in bf16; leave out --no-native"):
+        with pytest.raises(InputError, match=f"do not go with {flag}"):
             ask(**how)
     roomy_gpu(monkeypatch, shared=101_376)  # an RTX 4090's
     assert not ask(by_name=False)
-    with pytest.raises(MachineError, match="147,456 bytes of shared memory a program, and this GPU has 101,376"):
+    with pytest.raises(MachineError, match="147,456 bytes of shared memory a thread block, and this GPU has 101,376"):
         ask()
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cuda" else real(name))

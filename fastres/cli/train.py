@@ -167,7 +167,7 @@ def train(
         bool | None,
         typer.Option(
             "--layer-kernels/--no-layer-kernels",
-            help="Of fastres' own kernels on a GPU those in CUDA C++, one launch a layer (not measured yet).",
+            help="On a GPU fastres' CUDA C++ kernels, a launch a layer, not those in Triton (off; speed not measured).",
             rich_help_panel=EXECUTION,
         ),
     ] = None,

@@ -11,14 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastres.errors import MachineError
+
 SOURCE = Path(__file__).parent / "cuda" / "layers.cu"
 NAMES = (
-    "forward_layer", "backward_layer", "weight_grads", "norm_forward", "norm_backward", "head", "add_up", "head_grads",
+    "forward_layer", "backward_layer", "weight_grads", "norm_forward",
+    "norm_backward", "head", "sum_weight_shares", "head_grads",
 )  # fmt: skip
 MAX_CLASSES, LANES = 128, 32  # of `head`; of a warp
 EARLY = False  # whether a launch may begin before the one ahead of it has ended (not measured yet)
 MAX_LAYERS = 48  # of one launch of `weight_grads`
-ADD_UP_THREADS = 256  # of a program of `add_up`, each of which has one weight
+SUM_THREADS = 256  # of a program of `sum_weight_shares`, each of which has one weight
 
 
 class Kind(NamedTuple):
@@ -51,15 +54,16 @@ class Kernel(NamedTuple):
 
 def defines(kind: Kind) -> list[str]:
     """The compiler's flags."""
-    names = zip(("SIDE", "STRIDE", "K", "N", "FIRST"), kind, strict=True)
-    return [f"-D{name}={value}" for name, value in names]
+    values = dict(zip(("SIDE", "STRIDE", "K", "N", "FIRST"), kind, strict=True))
+    values |= {"LAYERS": MAX_LAYERS, "CLASSES": MAX_CLASSES, "SUM_THREADS": SUM_THREADS}
+    return [f"-D{name}={value}" for name, value in values.items()]
 
 
 def cubin(kind: Kind, capability: tuple[int, int]) -> bytes:
-    """The machine code for a kind of GPU, by the compiler that torch brings (half a second).
+    """The machine code for a GPU of a compute capability, (9, 0) of an H200, by NVRTC, which torch brings.
 
     Raises:
-        RuntimeError: It does not compile.
+        MachineError: It does not compile.
     """
     from cuda.bindings import nvrtc
 
@@ -72,7 +76,8 @@ def cubin(kind: Kind, capability: tuple[int, int]) -> bytes:
     if failed:
         log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"{SOURCE.name}: {log.decode(errors='replace').rstrip(chr(0))}")
+        words = log.decode(errors="replace").rstrip("\0")
+        raise MachineError(f"--layer-kernels do not compile; use --no-layer-kernels: {words}")
     code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
     _checked(nvrtc.nvrtcGetCUBIN(program, code))
     _checked(nvrtc.nvrtcDestroyProgram(program))
@@ -118,12 +123,13 @@ def launch(kernel: str, kind: Kind, programs: int | tuple[int, int], *args: Any)
     Args:
         kernel: Its name.
         kind: Of layer.
-        programs: Of them, or for each of some layers, and the number of layers.
+        programs: The grid: thread blocks, or (thread blocks, layers).
         args: Tensors, None, int and float, as the kernel has them; for its `Layers` three lists of tensors.
     """
     stream, grid = torch.cuda.current_stream(), programs if isinstance(programs, tuple) else (programs, 1)
     device = stream.device.index
-    # The first kind waits in full: others write its weights, and what they wrote is not surely seen before.
+    # The first layer waits in full: what updates the weights comes before it, and all layers fetch theirs before they
+    # wait for the launch ahead of them, whose end alone makes what was written visible.
     early = EARLY and not kind.first and torch.cuda.get_device_capability(device) >= (9, 0)
     _launch(kernels(kind, device)[kernel], grid, args, stream.cuda_stream, early=early)
 
@@ -167,9 +173,9 @@ def _checked(result: tuple[Any, ...]) -> Any:
     """What a call gave beside its status.
 
     Raises:
-        RuntimeError: It failed.
+        MachineError: It failed.
     """
     status, *values = result
     if status.value:
-        raise RuntimeError(f"CUDA: {status.name}")
+        raise MachineError(f"--layer-kernels: {status.name}; use --no-layer-kernels")
     return values[0] if len(values) == 1 else values

@@ -27,21 +27,21 @@ struct NormGrad {
     }
   }
 
-  // All threads wait inside, and once more after it.
-  static DEVICE void prepare(const float* shares, int num_shares, int count, const float* kept, float* grad_shift,
-                             float* grad_scale, float* room, float* factors) {
+  // Has one `sync_block` inside; the caller adds another before `factors` are read.
+  static DEVICE void prepare(const float* shares, int num_shares, int batch_pixels, const float* kept, float* grad_shift,
+                             float* grad_scale, float* scratch, float* factors) {
     const int n = thread();
     const bool own = n < CHANNELS;  // a thread has a channel
     const float mean = own ? kept[n] : 0, rstd = own ? kept[CHANNELS + n] : 0;
     const float factor = own ? kept[2 * CHANNELS + n] : 0;
-    Sums::add_up(shares, num_shares, room);
-    wait_for_all();
+    Sums::add_up(shares, num_shares, scratch);
+    sync_block();
     if (!own) return;
-    const float sum = Sums::total(room, 0, n), product = Sums::total(room, 0, CHANNELS + n);
-    const float by_maps = -factor * rstd * (product / count);
+    const float sum = Sums::total(scratch, 0, n), product = Sums::total(scratch, 0, CHANNELS + n);
+    const float by_maps = -factor * rstd * (product / batch_pixels);
     factors[n] = factor;
     factors[CHANNELS + n] = by_maps;
-    factors[2 * CHANNELS + n] = -factor * (sum / count) - by_maps * mean;
+    factors[2 * CHANNELS + n] = -factor * (sum / batch_pixels) - by_maps * mean;
     if (program() == 0) {
       grad_shift[n] = sum;
       grad_scale[n] = product;
@@ -66,18 +66,18 @@ constexpr int BACKWARD_BYTES = BackwardMaps::BYTES + WEIGHT_BYTES + BackwardWarp
 // What `backward_layer` begins with, for the first layer, whose source needs no gradient.
 KERNEL(BackwardWarps::THREADS)
 norm_backward(const Octet* grad, const Octet* maps, const float* kept, const float* grad_shares, float* grad_shift,
-              float* grad_scale, Octet* grad_maps, int num_shares, int count, int images) {
-  float* const room = reinterpret_cast<float*>(shared_memory());
+              float* grad_scale, Octet* grad_maps, int num_shares, int batch_pixels, int images) {
+  float* const scratch = reinterpret_cast<float*>(shared_memory());
   wait_for_launch_before();
   for (int i = 0; i < images; i++) {
     BackwardNorm norm = {grad, maps, program() * images + i};
     norm.load();
     if (i == 0) {
-      BackwardNorm::prepare(grad_shares, num_shares, count, kept, grad_shift, grad_scale, room,
-                            room + BackwardNorm::Sums::FLOATS);
-      wait_for_all();
+      BackwardNorm::prepare(grad_shares, num_shares, batch_pixels, kept, grad_shift, grad_scale, scratch,
+                            scratch + BackwardNorm::Sums::FLOATS);
+      sync_block();
     }
-    const float* const factors = room + BackwardNorm::Sums::FLOATS;
+    const float* const factors = scratch + BackwardNorm::Sums::FLOATS;
     const int octet = thread() % BackwardNorm::Whole::OCTETS;
     const Eight factor = eight(factors, octet), by_maps = eight(factors + N, octet);
     const Eight offset = eight(factors + 2 * N, octet);
@@ -101,20 +101,19 @@ constexpr int NORM_GRAD_BYTES = (BackwardNorm::Sums::FLOATS + BackwardNorm::FLOA
 //                           N channels, or null; where N is 2 K the source's channels begin at `pad`
 //   grad_source             becomes the gradient of the norm's result below, zero where its ReLU was
 //   shares                  become shares of the sums of it, one a program
-//   count                   pixels of the batch
 KERNEL(BackwardWarps::THREADS)
 backward_layer(const Octet* grad, const Octet* maps, const float* kept, const float* grad_shares, float* grad_shift,
                float* grad_scale, Octet* grad_maps, const Octet* weight, const Octet* below, const float* below_kept,
-               const Octet* source, const Octet* over, Octet* grad_source, float* shares, int num_shares, int count,
+               const Octet* source, const Octet* over, Octet* grad_source, float* shares, int num_shares, int batch_pixels,
                int images, int pad) {
   using Own = BackwardWarps;
   using Target = BackwardMaps;
   Octet* const window = reinterpret_cast<Octet*>(shared_memory());
   Octet* const weights = window + Target::BYTES / 16;
   Octet* const stages = weights + WEIGHT_BYTES / 16;
-  float* const room = reinterpret_cast<float*>(stages + Own::STAGES_BYTES / 16);
-  float* const factors = room + BACKWARD_FLOATS;
-  float* const under_kept = factors + BackwardNorm::FLOATS;
+  float* const scratch = reinterpret_cast<float*>(stages + Own::STAGES_BYTES / 16);
+  float* const factors = scratch + BACKWARD_FLOATS;
+  float* const pre_norm_kept = factors + BackwardNorm::FLOATS;
 
   const int warp = thread() / WARP, lane = thread() % WARP;
   const int tile_warp = warp % (Own::GROUPS * Own::COLUMNS), part = warp / (Own::GROUPS * Own::COLUMNS);
@@ -130,9 +129,9 @@ backward_layer(const Octet* grad, const Octet* maps, const float* kept, const fl
     BackwardNorm norm = {grad, maps, image};
     norm.load();
     if (i == 0) {
-      for (int j = thread(); j < 4 * K; j += Own::THREADS) under_kept[j] = below_kept[j];
-      BackwardNorm::prepare(grad_shares, num_shares, count, kept, grad_shift, grad_scale, room, factors);
-      wait_for_all();
+      for (int j = thread(); j < 4 * K; j += Own::THREADS) pre_norm_kept[j] = below_kept[j];
+      BackwardNorm::prepare(grad_shares, num_shares, batch_pixels, kept, grad_shift, grad_scale, scratch, factors);
+      sync_block();
     }
     const int octet = thread() % Target::OCTETS;
     const Eight factor = eight(factors, octet), by_maps = eight(factors + N, octet);
@@ -143,33 +142,33 @@ backward_layer(const Octet* grad, const Octet* maps, const float* kept, const fl
       window[Target::of(norm.at(j))] = whole;
       grad_maps[image * Target::COUNT + norm.at(j)] = whole;
     }
-    copies_end();
-    wait_for_all();
+    cp_async_wait_all();
+    sync_block();
 
-    // What the end needs is under way while the products are made.
-    Octet under[TILES], result[TILES], across[TILES];
+    // What the end needs is pre_norm way while the products are made.
+    Octet pre_norm[TILES], result[TILES], over_grad[TILES];
     int at[TILES];
     if (part == 0)
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) {
         const Place there = place<SOURCE, STRIDE == 2>(group, tile, lane / 2);
         at[tile] = ((image * SOURCE + there.row) * SOURCE + there.column) * (K / 8) + own;
-        under[tile] = below[at[tile]];
+        pre_norm[tile] = below[at[tile]];
         if (source) result[tile] = source[at[tile]];
-        across[tile] = zeros();
+        over_grad[tile] = zeros();
         if (over) {
           if (N == K)
-            across[tile] = over[at[tile]];
+            over_grad[tile] = over[at[tile]];
           else if (there.row % 2 == 0 && there.column % 2 == 0)
-            across[tile] = over[((image * SOURCE + there.row) / 2 * SIDE + there.column / 2) * (N / 8) + own + pad / 8];
+            over_grad[tile] = over[((image * SOURCE + there.row) / 2 * SIDE + there.column / 2) * (N / 8) + own + pad / 8];
         }
       }
     float acc[TILES][2][4];
     constexpr int STEPS = N / TILE / Own::SPLIT;
     convolve<SOURCE, true, Target>(acc, window, weights, group, column, part * STEPS, (part + 1) * STEPS);
     if constexpr (Own::SPLIT > 1) {
-      add_halves<Own>(acc, room, warp);
-      wait_for_all();
+      add_halves<Own>(acc, scratch, warp);
+      sync_block();
     }
     if (part == 0) {
       Octet* const stage = stages + warp * (STAGE_BYTES / 16);
@@ -182,9 +181,9 @@ backward_layer(const Octet* grad, const Octet* maps, const float* kept, const fl
             u32* to = reinterpret_cast<u32*>(stage + half * STAGE_PLANE + tile * TILE + run * 8 + lane / 4);
             to[lane % 4] = pack(acc[tile][half][2 * run], acc[tile][half][2 * run + 1]);
           }
-      wait_for_warp();
-      const Eight mean = eight(under_kept, own), rstd = eight(under_kept + K, own);
-      const Eight factor = eight(under_kept + 2 * K, own), offset = eight(under_kept + 3 * K, own);
+      sync_warp();
+      const Eight mean = eight(pre_norm_kept, own), rstd = eight(pre_norm_kept + K, own);
+      const Eight factor = eight(pre_norm_kept + 2 * K, own), offset = eight(pre_norm_kept + 3 * K, own);
       float sums[16] = {};  // of 8 channels; then of products
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) {
@@ -192,27 +191,27 @@ backward_layer(const Octet* grad, const Octet* maps, const float* kept, const fl
         float gradient[8];
 #pragma unroll
         for (int c = 0; c < 8; c++) {
-          const float was =
-              source ? channel(result[tile], c) : channel(under[tile], c) * factor.value[c] + offset.value[c];
-          gradient[c] = was > 0 ? channel(made, c) + channel(across[tile], c) : 0;
+          const float relu_input =
+              source ? channel(result[tile], c) : channel(pre_norm[tile], c) * factor.value[c] + offset.value[c];
+          gradient[c] = relu_input > 0 ? channel(made, c) + channel(over_grad[tile], c) : 0;
         }
         const Octet whole = packed(gradient);
         grad_source[at[tile]] = whole;
 #pragma unroll
         for (int c = 0; c < 8; c++) {
           sums[c] += channel(whole, c);
-          sums[8 + c] += channel(whole, c) * (channel(under[tile], c) - mean.value[c]);
+          sums[8 + c] += channel(whole, c) * (channel(pre_norm[tile], c) - mean.value[c]);
         }
       }
 #pragma unroll
       for (int c = 0; c < 8; c++) sums[8 + c] *= rstd.value[c];
       scatter_sums<8, 16>(sums);
       const int of = lane / 2;  // which 8, and channel
-      room[(group * 2 + of / 8) * K + own * 8 + of % 8] = sums[0];
+      scratch[(group * 2 + of / 8) * K + own * 8 + of % 8] = sums[0];
     }
-    wait_for_all();
+    sync_block();
     for (int j = thread(); j < 2 * K; j += Own::THREADS)
-      for (int g = 0; g < Own::GROUPS; g++) sum_so_far += room[g * 2 * K + j];
+      for (int g = 0; g < Own::GROUPS; g++) sum_so_far += scratch[g * 2 * K + j];
   }
   static_assert(2 * K <= Own::THREADS, "a thread has one sum");
   if (thread() < 2 * K) shares[program() * 2 * K + thread()] = sum_so_far;

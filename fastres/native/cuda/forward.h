@@ -37,28 +37,29 @@ struct Norm {
     }
   }
 
-  // From shares, or without any from the running statistics. All threads wait inside, and once more after it.
-  static DEVICE void prepare(const float* shares, int num_shares, int count, const float* scale, const float* shift,
+  // From shares, or without any from the running statistics. Has one `sync_block` inside; the caller adds another before
+  // `factors` are read.
+  static DEVICE void prepare(const float* shares, int num_shares, int share_pixels, const float* scale, const float* shift,
                              float* running_mean, float* running_var, float* kept, float eps, float momentum,
-                             float* room, float* factors) {
+                             float* scratch, float* factors) {
     const int k = thread();
     const bool own = k < CHANNELS;  // a thread has a channel
     const bool reads = own && (program() == 0 || !num_shares);  // the running statistics
     // Asked for before all wait.
     const float its_scale = own ? scale[k] : 0, its_shift = own ? shift[k] : 0;
     float mean = reads ? running_mean[k] : 0, var = reads ? running_var[k] : 0;
-    if (num_shares) Sums::add_up(shares, num_shares, room);
-    wait_for_all();
+    if (num_shares) Sums::add_up(shares, num_shares, scratch);
+    sync_block();
     if (!own) return;
     if (num_shares) {
       const float was_mean = mean, was_var = var;
-      const float total = Sums::total(room, 0, k), off = total / num_shares;
+      const float total = Sums::total(scratch, 0, k), off = total / num_shares;
       mean = shares[k] + off;
-      float between = Sums::total(room, 1, k) - total * off;  // of the shares' means
+      float between = Sums::total(scratch, 1, k) - total * off;  // of the shares' means
       between = between < 0 ? 0 : between;
-      const float within = Sums::total(room, 0, CHANNELS + k) + shares[CHANNELS + k] * num_shares;
-      const float pixels = static_cast<float>(num_shares) * count;
-      var = (within + count * between) / pixels;
+      const float within = Sums::total(scratch, 0, CHANNELS + k) + shares[CHANNELS + k] * num_shares;
+      const float pixels = static_cast<float>(num_shares) * share_pixels;
+      var = (within + share_pixels * between) / pixels;
       if (program() == 0) {
         running_mean[k] = was_mean + momentum * (mean - was_mean);
         running_var[k] = was_var + momentum * (var * (pixels / (pixels - 1)) - was_var);
@@ -98,7 +99,7 @@ constexpr int FORWARD_BYTES = ForwardMaps::BYTES + WEIGHT_BYTES + ForwardWarps::
 
 // source = ReLU(norm(below) + add), and maps = its convolution. Of the first layer the source are the images, `below`.
 //
-//   below, below_shares  what the layer below made, (images, SOURCE, SOURCE, K); `num_shares` of `count` pixels each:
+//   below, below_shares  what the layer below made, (images, SOURCE, SOURCE, K); `num_shares` of `share_pixels` pixels each:
 //                        [2][K], mean and sum of squared differences from it; none: by the running statistics
 //   add                  what its shortcut begins with, or null: of K channels, or of K / 2 and maps twice as long and
 //                        wide, whose every second pixel and row goes to channels from `pad` on
@@ -109,15 +110,15 @@ constexpr int FORWARD_BYTES = ForwardMaps::BYTES + WEIGHT_BYTES + ForwardWarps::
 KERNEL(ForwardWarps::THREADS)
 forward_layer(const Octet* below, const float* below_shares, const Octet* add, const float* scale, const float* shift,
               float* running_mean, float* running_var, Octet* source, float* kept, const Octet* weight, Octet* maps,
-              float* shares, int num_shares, int count, int images, int add_channels, int pad, float eps,
+              float* shares, int num_shares, int share_pixels, int images, int add_channels, int pad, float eps,
               float momentum) {
   using Own = ForwardWarps;
   using Source = ForwardMaps;
   Octet* const window = reinterpret_cast<Octet*>(shared_memory());
   Octet* const weights = window + Source::BYTES / 16;
   Octet* const stages = weights + WEIGHT_BYTES / 16;
-  float* const room = reinterpret_cast<float*>(stages + Own::STAGES_BYTES / 16);
-  float* const factors = room + FORWARD_FLOATS;
+  float* const scratch = reinterpret_cast<float*>(stages + Own::STAGES_BYTES / 16);
+  float* const factors = scratch + FORWARD_FLOATS;
 
   const int warp = thread() / WARP, lane = thread() % WARP;
   const int tile_warp = warp % (Own::GROUPS * Own::COLUMNS), part = warp / (Own::GROUPS * Own::COLUMNS);
@@ -137,9 +138,9 @@ forward_layer(const Octet* below, const float* below_shares, const Octet* add, c
       ForwardNorm norm = {below, add, image, add_channels, pad};
       norm.load();
       if (i == 0) {
-        ForwardNorm::prepare(below_shares, num_shares, count, scale, shift, running_mean, running_var, kept, eps,
-                             momentum, room, factors);
-        wait_for_all();
+        ForwardNorm::prepare(below_shares, num_shares, share_pixels, scale, shift, running_mean, running_var, kept, eps,
+                             momentum, scratch, factors);
+        sync_block();
       }
       const int octet = thread() % Source::OCTETS;
       const Eight factor = eight(factors, octet), offset = eight(factors + K, octet);
@@ -150,15 +151,15 @@ forward_layer(const Octet* below, const float* below_shares, const Octet* add, c
         source[image * Source::COUNT + norm.at(j)] = whole;
       }
     }
-    copies_end();
-    wait_for_all();
+    cp_async_wait_all();
+    sync_block();
 
     float acc[TILES][2][4];
     constexpr int STEPS = K / TILE / Own::SPLIT;
     convolve<SIDE, false, Source>(acc, window, weights, group, column, part * STEPS, (part + 1) * STEPS);
     if constexpr (Own::SPLIT > 1) {
-      add_halves<Own>(acc, room, warp);
-      wait_for_all();
+      add_halves<Own>(acc, scratch, warp);
+      sync_block();
     }
     if (part == 0) {
       Octet* const stage = stages + warp * (STAGE_BYTES / 16);
@@ -175,7 +176,7 @@ forward_layer(const Octet* below, const float* below_shares, const Octet* add, c
             const float x[2] = {low(pair), high(pair)};
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-              if (tile == 0 && run == 0) pivot[half * 2 + e] = from_lane(x[e], lane % 4);
+              if (tile == 0 && run == 0) pivot[half * 2 + e] = shuffle(x[e], lane % 4);
               const float off = x[e] - pivot[half * 2 + e];
               sums[half * 2 + e] += off;
               sums[4 + half * 2 + e] += off * off;
@@ -183,13 +184,13 @@ forward_layer(const Octet* below, const float* below_shares, const Octet* add, c
           }
       scatter_sums<4, 16>(sums);
       const int of = lane / 4 % 4;  // lanes below 16 have sums, the others those of squares
-      const float squares = from_lane_xor(sums[0], 16), off = sums[0] / (TILES * TILE);
+      const float squares = shuffle_xor(sums[0], 16), off = sums[0] / (TILES * TILE);
       if (lane < 16) {
-        float* to = room + group * 2 * N + column * TILE + of / 2 * 8 + lane % 4 * 2 + of % 2;
+        float* to = scratch + group * 2 * N + column * TILE + of / 2 * 8 + lane % 4 * 2 + of % 2;
         to[0] = (of == 0 ? pivot[0] : of == 1 ? pivot[1] : of == 2 ? pivot[2] : pivot[3]) + off;
         to[N] = squares - sums[0] * off;
       }
-      wait_for_warp();
+      sync_warp();
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) {
         const Place at = place<SIDE, false>(group, tile, lane / 2);
@@ -197,14 +198,14 @@ forward_layer(const Octet* below, const float* below_shares, const Octet* add, c
             stage[lane % 2 * STAGE_PLANE + tile * TILE + lane / 2];
       }
     }
-    wait_for_all();
+    sync_block();
     if (thread() < N) {  // images so far and this one, groups of 64 pixels each: Chan, Golub and LeVeque 1979
       float mean = 0, squares = 0;
-      for (int g = 0; g < Own::GROUPS; g++) mean += room[g * 2 * N + thread()];
+      for (int g = 0; g < Own::GROUPS; g++) mean += scratch[g * 2 * N + thread()];
       mean /= Own::GROUPS;
       for (int g = 0; g < Own::GROUPS; g++) {
-        const float off = room[g * 2 * N + thread()] - mean;
-        squares += room[(g * 2 + 1) * N + thread()] + TILES * TILE * off * off;
+        const float off = scratch[g * 2 * N + thread()] - mean;
+        squares += scratch[(g * 2 + 1) * N + thread()] + TILES * TILE * off * off;
       }
       const float delta = mean - mean_so_far;
       mean_so_far += delta / (i + 1);
@@ -217,28 +218,25 @@ forward_layer(const Octet* below, const float* below_shares, const Octet* add, c
   }
 }
 
-// What `forward_layer` begins with, for the last layer's maps, (images, SIDE, SIDE, N).
+// What `forward_layer` begins with, for the last layer's maps, (images, SIDE, SIDE, N), in evaluation.
 KERNEL(ForwardWarps::THREADS)
-norm_forward(const Octet* maps, const float* maps_shares, const Octet* add, const float* scale, const float* shift,
-             float* running_mean, float* running_var, Octet* result, float* kept, int num_shares, int count, int images,
-             int add_channels, int pad, float eps, float momentum) {
+norm_forward(const Octet* maps, const Octet* add, const float* scale, const float* shift, float* running_mean,
+             float* running_var, Octet* result, int images, int add_channels, int pad, float eps) {
   using Own = Norm<N, SIDE, ForwardWarps::THREADS>;
-  float* const room = reinterpret_cast<float*>(shared_memory());
+  float* const factors = reinterpret_cast<float*>(shared_memory());
   wait_for_launch_before();
   for (int i = 0; i < images; i++) {
     Own norm = {maps, add, program() * images + i, add_channels, pad};
     norm.load();
     if (i == 0) {
-      Own::prepare(maps_shares, num_shares, count, scale, shift, running_mean, running_var, kept, eps, momentum, room,
-                   room + Own::Sums::FLOATS);
-      wait_for_all();
+      Own::prepare(nullptr, 0, 0, scale, shift, running_mean, running_var, nullptr, eps, 0, nullptr, factors);
+      sync_block();
     }
     const int octet = thread() % Own::Whole::OCTETS;
-    const Eight factor = eight(room + Own::Sums::FLOATS, octet), offset = eight(room + Own::Sums::FLOATS + N, octet);
+    const Eight factor = eight(factors, octet), offset = eight(factors + N, octet);
 #pragma unroll
     for (int j = 0; j < Own::NUM; j++)
       result[norm.image * Own::Whole::COUNT + norm.at(j)] = norm.result(j, factor, offset);
   }
 }
-constexpr int NORM_BYTES =
-    (Norm<N, SIDE, ForwardWarps::THREADS>::Sums::FLOATS + Norm<N, SIDE, ForwardWarps::THREADS>::FLOATS) * 4;
+constexpr int NORM_BYTES = Norm<N, SIDE, ForwardWarps::THREADS>::FLOATS * 4;

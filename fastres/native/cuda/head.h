@@ -2,35 +2,34 @@
 #pragma once
 #include "forward.h"
 
-// Sums over all threads of a program of what each has of the 8 channels of octet `thread() % OCTETS`; room: [warps][8 *
+// Sums over all threads of a program of what each has of the 8 channels of octet `thread() % OCTETS`; scratch: [warps][8 *
 // OCTETS]. `total` gives them after all threads have waited.
 template <int OCTETS, int WARPS>
 struct ChannelSums {
   static constexpr int FLOATS = WARPS * 8 * OCTETS;
 
-  static DEVICE void add_up(const float* value, float* room) {
+  static DEVICE void add_up(const float* value, float* scratch) {
 #pragma unroll
     for (int c = 0; c < 8; c++) {
       float sum = value[c];
 #pragma unroll
-      for (int mask = WARP / 2; mask >= OCTETS; mask /= 2) sum += from_lane_xor(sum, mask);
-      if (thread() % WARP < OCTETS) room[thread() / WARP * 8 * OCTETS + thread() % OCTETS * 8 + c] = sum;
+      for (int mask = WARP / 2; mask >= OCTETS; mask /= 2) sum += shuffle_xor(sum, mask);
+      if (thread() % WARP < OCTETS) scratch[thread() / WARP * 8 * OCTETS + thread() % OCTETS * 8 + c] = sum;
     }
   }
-  static DEVICE float total(const float* room, int i) {
+  static DEVICE float total(const float* scratch, int i) {
     float total = 0;
 #pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) total += room[warp * 8 * OCTETS + i];
+    for (int warp = 0; warp < WARPS; warp++) total += scratch[warp * 8 * OCTETS + i];
     return total;
   }
 };
 
-constexpr int CLASSES = 128;  // at most
-
 // All that comes after the last convolution, both ways: norm, shortcut and ReLU, the mean over the pixels, logits, softmax
 // and cross-entropy, and the gradients of all that.
 //
-//   maps ... momentum       as of `forward_layer`
+//   maps, maps_shares       the last convolution's result, (images, SIDE, SIDE, N), and shares of its statistics
+//   add ... kept, momentum  as of `forward_layer`
 //   weight, bias            of the last layer, (num_classes, N) and (num_classes)
 //   labels                  of the batch's images
 //   grad                    becomes the gradient of what the norm gave, zero where ReLU was
@@ -41,12 +40,12 @@ KERNEL(ForwardWarps::THREADS)
 head(const Octet* maps, const float* maps_shares, const Octet* add, const float* scale, const float* shift,
      float* running_mean, float* running_var, float* kept, const float* weight, const float* bias,
      const long long* labels, Octet* grad, float* shares, float* pooled, float* grad_logits, float* losses, int* wrong,
-     int num_shares, int count, int images, int add_channels, int pad, float eps, float momentum, int num_classes) {
+     int num_shares, int share_pixels, int images, int add_channels, int pad, float eps, float momentum, int num_classes) {
   using Own = Norm<N, SIDE, ForwardWarps::THREADS>;
   using Sums = ChannelSums<Own::Whole::OCTETS, ForwardWarps::NUM>;
   constexpr int OCTETS = Own::Whole::OCTETS, WARPS = ForwardWarps::NUM;
-  float* const room = reinterpret_cast<float*>(shared_memory());
-  float* const factors = room + at_least(Own::Sums::FLOATS, 2 * Sums::FLOATS);
+  float* const scratch = reinterpret_cast<float*>(shared_memory());
+  float* const factors = scratch + at_least(Own::Sums::FLOATS, 2 * Sums::FLOATS);
   float* const means = factors + Own::FLOATS;  // of the channels, then their gradients
   float* const logits = means + N;             // then their gradients
   float* const last = logits + CLASSES;        // the weight
@@ -60,9 +59,9 @@ head(const Octet* maps, const float* maps_shares, const Octet* add, const float*
     Own norm = {maps, add, image, add_channels, pad};
     norm.load();
     if (i == 0)
-      Own::prepare(maps_shares, num_shares, count, scale, shift, running_mean, running_var, kept, eps, momentum, room,
+      Own::prepare(maps_shares, num_shares, share_pixels, scale, shift, running_mean, running_var, kept, eps, momentum, scratch,
                    factors);
-    wait_for_all();
+    sync_block();
     const Eight factor = eight(factors, octet), offset = eight(factors + N, octet);
     Octet result[Own::NUM];
     float sum[8] = {};
@@ -72,22 +71,22 @@ head(const Octet* maps, const float* maps_shares, const Octet* add, const float*
 #pragma unroll
       for (int c = 0; c < 8; c++) sum[c] += channel(result[j], c);
     }
-    Sums::add_up(sum, room);
-    wait_for_all();
+    Sums::add_up(sum, scratch);
+    sync_block();
     if (thread() < N) {
-      const float mean = Sums::total(room, thread()) / (SIDE * SIDE);
+      const float mean = Sums::total(scratch, thread()) / (SIDE * SIDE);
       means[thread()] = mean;
       pooled[image * N + thread()] = mean;
     }
-    wait_for_all();
+    sync_block();
     for (int c = warp; c < num_classes; c += WARPS) {
       float logit = 0;
       for (int k = lane; k < N; k += WARP) logit += means[k] * last[c * N + k];
 #pragma unroll
-      for (int mask = WARP / 2; mask; mask /= 2) logit += from_lane_xor(logit, mask);
+      for (int mask = WARP / 2; mask; mask /= 2) logit += shuffle_xor(logit, mask);
       if (lane == 0) logits[c] = logit + bias[c];
     }
-    wait_for_all();
+    sync_block();
     const int label = static_cast<int>(labels[image]), own_class = thread();
     float most = logits[0], total = 0;
     int answer = 0;
@@ -102,19 +101,19 @@ head(const Octet* maps, const float* maps_shares, const Octet* add, const float*
       losses[image] = logarithm(total) + most - logits[label];
       wrong[image] = answer != label;
     }
-    wait_for_all();
+    sync_block();
     if (own_class < num_classes) {
       const float gradient = (exponential(own_logit - most) / total - (own_class == label)) / batch;
       logits[own_class] = gradient;
       grad_logits[image * num_classes + own_class] = gradient;
     }
-    wait_for_all();
+    sync_block();
     if (thread() < N) {
       float gradient = 0;
       for (int c = 0; c < num_classes; c++) gradient += logits[c] * last[c * N + thread()];
       means[thread()] = gradient / (SIDE * SIDE);
     }
-    wait_for_all();
+    sync_block();
     const Eight gradient = eight(means, octet), mean = eight(factors + 2 * N, octet);
 #pragma unroll
     for (int j = 0; j < Own::NUM; j++) {
@@ -130,12 +129,12 @@ head(const Octet* maps, const float* maps_shares, const Octet* add, const float*
       }
     }
   }
-  Sums::add_up(sums, room);
-  Sums::add_up(sums + 8, room + Sums::FLOATS);
-  wait_for_all();
+  Sums::add_up(sums, scratch);
+  Sums::add_up(sums + 8, scratch + Sums::FLOATS);
+  sync_block();
   if (thread() < N) {
-    shares[program() * 2 * N + thread()] = Sums::total(room, thread());
-    shares[program() * 2 * N + N + thread()] = Sums::total(room + Sums::FLOATS, thread()) * factors[3 * N + thread()];
+    shares[program() * 2 * N + thread()] = Sums::total(scratch, thread());
+    shares[program() * 2 * N + N + thread()] = Sums::total(scratch + Sums::FLOATS, thread()) * factors[3 * N + thread()];
   }
 }
 constexpr int HEAD_BYTES =
@@ -144,11 +143,11 @@ constexpr int HEAD_BYTES =
 
 // Gradients of the last layer's weight and bias, one after the other, from what `head` gave. A lane has one number, each
 // warp a part of the batch.
-constexpr int HEAD_GRADS_THREADS = 256;
+constexpr int HEAD_GRADS_THREADS = 8 * WARP;
 KERNEL(HEAD_GRADS_THREADS)
 head_grads(const float* pooled, const float* grad_logits, float* result, int batch, int num_classes) {
   constexpr int WARPS = HEAD_GRADS_THREADS / WARP;
-  float* const room = reinterpret_cast<float*>(shared_memory());  // [warps][lanes]
+  float* const scratch = reinterpret_cast<float*>(shared_memory());  // [warps][lanes]
   wait_for_launch_before();
   const int at = program() * WARP + thread() % WARP, c = at < num_classes * N ? at / N : at - num_classes * N;
   float total = 0;
@@ -156,9 +155,9 @@ head_grads(const float* pooled, const float* grad_logits, float* result, int bat
 #pragma unroll 8
     for (int image = thread() / WARP; image < batch; image += WARPS)
       total += grad_logits[image * num_classes + c] * (at < num_classes * N ? pooled[image * N + at % N] : 1);
-  room[thread()] = total;
-  wait_for_all();
+  scratch[thread()] = total;
+  sync_block();
   if (thread() >= WARP || c >= num_classes) return;
-  for (int warp = 1; warp < WARPS; warp++) total += room[warp * WARP + thread()];
+  for (int warp = 1; warp < WARPS; warp++) total += scratch[warp * WARP + thread()];
   result[at] = total;
 }

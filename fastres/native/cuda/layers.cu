@@ -4,6 +4,8 @@
 //   STRIDE  1 or 2: the source's maps are SIDE * STRIDE
 //   K, N    channels of source and target: 16, 32, 64
 //   FIRST   1 for the first layer, whose source are the images: 3 channels, K = 16
+//   LAYERS, CLASSES   at most, of a launch of `weight_grads` and of `head`
+//   SUM_THREADS       of a program of `sum_weight_shares`
 //
 // A program (block of threads) takes whole images, one after the other, so nothing is read twice and no border is
 // exchanged. Maps and weights are bfloat16, channels last; sums and all between are float32.
@@ -30,7 +32,7 @@ KERNEL(1) tell_sizes(int* to) {
   const int sizes[] = {
       ForwardWarps::THREADS, FORWARD_BYTES, BackwardWarps::THREADS, BACKWARD_BYTES,  WEIGHT_THREADS, WEIGHTS_BYTES,
       ForwardWarps::THREADS, NORM_BYTES,    BackwardWarps::THREADS, NORM_GRAD_BYTES, ForwardWarps::THREADS, HEAD_BYTES,
-      ADD_UP_THREADS, 0, HEAD_GRADS_THREADS, HEAD_GRADS_THREADS * 4,
+      SUM_THREADS, 0, HEAD_GRADS_THREADS, HEAD_GRADS_THREADS * 4,
   };
   for (int i = 0; i < static_cast<int>(sizeof(sizes) / sizeof(int)); i++) to[i] = sizes[i];
 }

@@ -7,8 +7,8 @@ typedef unsigned char u8;
 
 #ifdef __CUDACC_RTC__
 #define DEVICE __device__ __forceinline__
-// Of programs of up to 256 threads two fit a multiprocessor (at 64 channels on an H100 or H200): the next launch's, or
-// another network's beside it.
+// A program is a thread block. Of those of up to 256 threads two fit a multiprocessor (at 64 channels on an H100 or H200):
+// the next launch's, or another network's beside it.
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, (threads) > 256 ? 1 : 2)
 struct alignas(16) Octet { u32 pair[4]; };  // 8 channels of a pixel
 
@@ -28,10 +28,10 @@ DEVICE void wait_for_launch_before() {
   asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
 #endif
 }
-DEVICE void wait_for_all() { __syncthreads(); }
-DEVICE void wait_for_warp() { __syncwarp(); }
-DEVICE float from_lane_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
-DEVICE float from_lane(float value, int lane) { return __shfl_sync(~0u, value, lane); }
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+DEVICE float shuffle(float value, int lane) { return __shfl_sync(~0u, value, lane); }
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE float exponential(float value) { return expf(value); }
 DEVICE float logarithm(float value) { return logf(value); }
@@ -46,24 +46,24 @@ DEVICE u32 pack(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
 }
-DEVICE void copy_begin(Octet* shared, const Octet* global) {
+DEVICE void cp_async_16(Octet* shared, const Octet* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
-DEVICE void copies_end() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // Four 8 x 8 matrices, whose 8 rows of 16 bytes lanes 0 to 7, 8 to 15 and so on point to.
-DEVICE void matrices(u32 (&to)[4], const Octet* row) {
+DEVICE void ldmatrix_x4(u32 (&to)[4], const Octet* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(shared_address(row))
                : "memory");
 }
-DEVICE void matrices_transposed(u32 (&to)[4], const Octet* row) {
+DEVICE void ldmatrix_x4_trans(u32 (&to)[4], const Octet* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(shared_address(row))
                : "memory");
 }
-DEVICE void multiply_add(float (&acc)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+DEVICE void mma_m16n8k16(float (&acc)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])

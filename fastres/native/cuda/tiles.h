@@ -78,10 +78,10 @@ DEVICE void convolve(float (&acc)[TILES][2][4], const Octet* maps, const Octet* 
   const auto weights = [&](u32 (&b)[4], int tap, int step) {
     if (TRANSPOSED) {
       const int octet = tap * (K / 8) + column * 2 + second;
-      matrices_transposed(b, weight + octet * WEIGHT_ROW + step * TILE + first * 8 + row_of);
+      ldmatrix_x4_trans(b, weight + octet * WEIGHT_ROW + step * TILE + first * 8 + row_of);
     } else {
       const int octet = tap * (K / 8) + step * 2 + first;
-      matrices(b, weight + octet * WEIGHT_ROW + column * TILE + second * 8 + row_of);
+      ldmatrix_x4(b, weight + octet * WEIGHT_ROW + column * TILE + second * 8 + row_of);
     }
   };
   for (int step = begin; step < end; step++) {
@@ -93,7 +93,7 @@ DEVICE void convolve(float (&acc)[TILES][2][4], const Octet* maps, const Octet* 
         u32 a[TILES + 2][4];  // a row of the window serves three of the result
 #pragma unroll
         for (int r = 0; r < TILES + 2; r++)
-          matrices(a[r], maps + Source::at(octet, corner.row + r, corner.column + dx + first * 8 + row_of));
+          ldmatrix_x4(a[r], maps + Source::at(octet, corner.row + r, corner.column + dx + first * 8 + row_of));
 #pragma unroll
         for (int dy = 0; dy < 3; dy++) {
           u32 b[4];
@@ -102,7 +102,7 @@ DEVICE void convolve(float (&acc)[TILES][2][4], const Octet* maps, const Octet* 
           for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-              multiply_add(acc[tile][half], a[tile + dy][0], a[tile + dy][1], a[tile + dy][2], a[tile + dy][3],
+              mma_m16n8k16(acc[tile][half], a[tile + dy][0], a[tile + dy][1], a[tile + dy][2], a[tile + dy][3],
                            b[2 * half], b[2 * half + 1]);
         }
       }
@@ -111,7 +111,7 @@ DEVICE void convolve(float (&acc)[TILES][2][4], const Octet* maps, const Octet* 
       for (int dx = 0; dx < 3; dx++) {
         u32 a[TILES + 1][4];  // of two rows each
 #pragma unroll
-        for (int r = 0; r < TILES + 1; r++) matrices(a[r], maps + Source::at(octet, 2 * r + first, dx + row_of));
+        for (int r = 0; r < TILES + 1; r++) ldmatrix_x4(a[r], maps + Source::at(octet, 2 * r + first, dx + row_of));
 #pragma unroll
         for (int dy = 0; dy < 3; dy++) {
           u32 b[4];
@@ -121,7 +121,7 @@ DEVICE void convolve(float (&acc)[TILES][2][4], const Octet* maps, const Octet* 
             const int r = tile + dy / 2, odd = dy % 2, next = r + odd;
 #pragma unroll
             for (int half = 0; half < 2; half++)
-              multiply_add(acc[tile][half], a[r][odd], a[next][1 - odd], a[r][2 + odd], a[next][3 - odd], b[2 * half],
+              mma_m16n8k16(acc[tile][half], a[r][odd], a[next][1 - odd], a[r][2 + odd], a[next][3 - odd], b[2 * half],
                            b[2 * half + 1]);
           }
         }
@@ -142,10 +142,10 @@ DEVICE void convolve(float (&acc)[TILES][2][4], const Octet* maps, const Octet* 
             at = {at.row * 2 + tap / 3, at.column * 2 + tap % 3};
           }
           u32 a[4];
-          matrices(a, maps + Source::at(octet, at.row, at.column));
+          ldmatrix_x4(a, maps + Source::at(octet, at.row, at.column));
 #pragma unroll
           for (int half = 0; half < 2; half++)
-            multiply_add(acc[tile][half], a[0], a[1], a[2], a[3], b[2 * half], b[2 * half + 1]);
+            mma_m16n8k16(acc[tile][half], a[0], a[1], a[2], a[3], b[2 * half], b[2 * half + 1]);
         }
       }
     }
@@ -154,13 +154,13 @@ DEVICE void convolve(float (&acc)[TILES][2][4], const Octet* maps, const Octet* 
 
 // Add up what the second half of the warps has, into the first half's.
 template <typename Own>
-DEVICE void add_halves(float (&acc)[TILES][2][4], float* room, int warp) {
+DEVICE void add_halves(float (&acc)[TILES][2][4], float* scratch, int warp) {
   const int own = Own::NUM / 2, lane = thread() % WARP;
-  float* at = room + (warp % own * TILES * 8) * WARP + lane;
+  float* at = scratch + (warp % own * TILES * 8) * WARP + lane;
   if (warp >= own)
 #pragma unroll
     for (int i = 0; i < TILES * 8; i++) at[i * WARP] = acc[i / 8][i / 4 % 2][i % 4];
-  wait_for_all();
+  sync_block();
   if (warp < own)
 #pragma unroll
     for (int i = 0; i < TILES * 8; i++) acc[i / 8][i / 4 % 2][i % 4] += at[i * WARP];
@@ -173,13 +173,13 @@ DEVICE void scatter_sums(float (&value)[NUM]) {
 #pragma unroll
   for (int i = 0; i < HALF; i++) {
     const float keep = upper ? value[i + HALF] : value[i], give = upper ? value[i] : value[i + HALF];
-    value[i] = keep + from_lane_xor(give, MASK);
+    value[i] = keep + shuffle_xor(give, MASK);
   }
   if constexpr (HALF > 1) scatter_sums<HALF / 2, MASK / 2>(value);
 }
 
-// Sums over shares, rows of 2 * CHANNELS, by all threads: room[0][...], and of squared differences from the first row
-// (`SQUARES`): room[1][...].
+// Sums over shares, rows of 2 * CHANNELS, by all threads: scratch[0][...], and of squared differences from the first row
+// (`SQUARES`): scratch[1][...].
 template <int CHANNELS, int THREADS, bool SQUARES>
 struct Shares {
   static constexpr int QUADS = CHANNELS / 2, ROWS = THREADS / QUADS, WARPS = THREADS / WARP;
@@ -187,7 +187,7 @@ struct Shares {
   static constexpr int AHEAD = at_least(128 / ROWS, 2);  // rows that are asked for at once: of 128 programs all
   struct alignas(16) Quad { float value[4]; };
 
-  static DEVICE void add_up(const float* shares, int num, float* room) {
+  static DEVICE void add_up(const float* shares, int num, float* scratch) {
     const int quad = thread() % QUADS;
     const Quad* column = reinterpret_cast<const Quad*>(shares) + quad;
     float sum[4] = {}, squares[4] = {};
@@ -207,11 +207,11 @@ struct Shares {
     for (int mask = WARP / 2; mask >= QUADS; mask /= 2)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        sum[i] += from_lane_xor(sum[i], mask);
-        if (SQUARES) squares[i] += from_lane_xor(squares[i], mask);
+        sum[i] += shuffle_xor(sum[i], mask);
+        if (SQUARES) squares[i] += shuffle_xor(squares[i], mask);
       }
     if (thread() % WARP < QUADS) {
-      float* to = room + thread() / WARP * (2 * 2 * CHANNELS) + quad * 4;
+      float* to = scratch + thread() / WARP * (2 * 2 * CHANNELS) + quad * 4;
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         to[i] = sum[i];
@@ -220,9 +220,9 @@ struct Shares {
     }
   }
   // After all threads have waited.
-  static DEVICE float total(const float* room, int which, int i) {
+  static DEVICE float total(const float* scratch, int which, int i) {
     float total = 0;
-    for (int warp = 0; warp < WARPS; warp++) total += room[(warp * 2 + which) * (2 * CHANNELS) + i];
+    for (int warp = 0; warp < WARPS; warp++) total += scratch[(warp * 2 + which) * (2 * CHANNELS) + i];
     return total;
   }
 };
@@ -240,7 +240,7 @@ DEVICE void begin_weights(Octet* to, const Octet* weight, int threads) {
     if (FIRST)
       *at = octet ? zeros() : of_image(weight, n * 9 + tap);
     else
-      copy_begin(at, weight + i);
+      cp_async_16(at, weight + i);
   }
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 #include "tiles.h"
 
-constexpr int LAYERS = 48;  // of a launch, at most
 struct Layers {
   const Octet* grad[LAYERS];    // of the convolution's result
   const Octet* source[LAYERS];
@@ -29,14 +28,14 @@ KERNEL(WEIGHT_THREADS) weight_grads(const Layers layers, int num_images) {
   const int tile = warp % WEIGHT_TILES, group = warp / WEIGHT_TILES, out = tile / (K / TILE), in = tile % (K / TILE);
   const auto fetch = [&](int image, Octet* to) {
     for (int i = thread(); i < GradMaps::COUNT; i += WEIGHT_THREADS)
-      copy_begin(to + GradMaps::of(i), grad + image * GradMaps::COUNT + i);
+      cp_async_16(to + GradMaps::of(i), grad + image * GradMaps::COUNT + i);
     to += GradMaps::BYTES / 16;
     for (int i = thread(); i < SourceMaps::COUNT; i += WEIGHT_THREADS) {
       Octet* const at = to + SourceMaps::of(i);
       if (FIRST)
         *at = i % SourceMaps::OCTETS ? zeros() : of_image(source, image * SourceMaps::PIXELS + i / SourceMaps::OCTETS);
       else
-        copy_begin(at, source + image * SourceMaps::COUNT + i);
+        cp_async_16(at, source + image * SourceMaps::COUNT + i);
     }
   };
   for (int which = 0; which < 2; which++)
@@ -47,13 +46,13 @@ KERNEL(WEIGHT_THREADS) weight_grads(const Layers layers, int num_images) {
   for (int image = begin; image < end; image++) {
     const Octet* const own = memory + (image - begin) % 2 * (PAIR_BYTES / 16);
     const Octet* const window = own + GradMaps::BYTES / 16;
-    copies_end();
-    wait_for_all();
+    cp_async_wait_all();
+    sync_block();
     if (image + 1 < end) fetch(image + 1, memory + (image + 1 - begin) % 2 * (PAIR_BYTES / 16));
     u32 a[GROUP_TILES][4];
 #pragma unroll
     for (int t = 0; t < GROUP_TILES; t++)
-      matrices_transposed(
+      ldmatrix_x4_trans(
           a[t], own + GradMaps::at(out * 2 + first, 0, (group * GROUP_TILES + t) * TILE + second * 8 + row_of));
     const int octet = in * 2 + second;
     if (STRIDE == 1 && SIDE >= 16) {
@@ -65,7 +64,7 @@ KERNEL(WEIGHT_THREADS) weight_grads(const Layers layers, int num_images) {
 #pragma unroll
           for (int r = 0; r < GROUP_ROWS + 2; r++) {
             u32 b[4];
-            matrices_transposed(
+            ldmatrix_x4_trans(
                 b, window + SourceMaps::at(octet, group * GROUP_ROWS + r, part * TILE + dx + first * 8 + row_of));
 #pragma unroll
             for (int dy = 0; dy < 3; dy++) {
@@ -74,7 +73,7 @@ KERNEL(WEIGHT_THREADS) weight_grads(const Layers layers, int num_images) {
               const u32(&g)[4] = a[row * ACROSS + part];
 #pragma unroll
               for (int half = 0; half < 2; half++)
-                multiply_add(acc[dy * 3 + dx][half], g[0], g[1], g[2], g[3], b[2 * half], b[2 * half + 1]);
+                mma_m16n8k16(acc[dy * 3 + dx][half], g[0], g[1], g[2], g[3], b[2 * half], b[2 * half + 1]);
             }
           }
     } else if (STRIDE == 1) {
@@ -83,7 +82,7 @@ KERNEL(WEIGHT_THREADS) weight_grads(const Layers layers, int num_images) {
         u32 b[5][4];  // of two rows each
 #pragma unroll
         for (int r = 0; r < 5; r++)
-          matrices_transposed(b[r], window + SourceMaps::at(octet, 2 * r + first, dx + row_of));
+          ldmatrix_x4_trans(b[r], window + SourceMaps::at(octet, 2 * r + first, dx + row_of));
 #pragma unroll
         for (int dy = 0; dy < 3; dy++)
 #pragma unroll
@@ -91,7 +90,7 @@ KERNEL(WEIGHT_THREADS) weight_grads(const Layers layers, int num_images) {
             const int r = t + dy / 2, odd = dy % 2, next = r + odd;
 #pragma unroll
             for (int half = 0; half < 2; half++)
-              multiply_add(acc[dy * 3 + dx][half], a[t][0], a[t][1], a[t][2], a[t][3], b[r][2 * half + odd],
+              mma_m16n8k16(acc[dy * 3 + dx][half], a[t][0], a[t][1], a[t][2], a[t][3], b[r][2 * half + odd],
                            b[next][2 * half + 1 - odd]);
           }
       }
@@ -102,11 +101,11 @@ KERNEL(WEIGHT_THREADS) weight_grads(const Layers layers, int num_images) {
 #pragma unroll
         for (int tap = 0; tap < 9; tap++) {
           u32 b[4];
-          matrices_transposed(
+          ldmatrix_x4_trans(
               b, window + SourceMaps::at(octet, pixel / SIDE * 2 + tap / 3, pixel % SIDE * 2 + tap % 3));
 #pragma unroll
           for (int half = 0; half < 2; half++)
-            multiply_add(acc[tap][half], a[t][0], a[t][1], a[t][2], a[t][3], b[2 * half], b[2 * half + 1]);
+            mma_m16n8k16(acc[tap][half], a[t][0], a[t][1], a[t][2], a[t][3], b[2 * half], b[2 * half + 1]);
         }
       }
     }
@@ -114,7 +113,7 @@ KERNEL(WEIGHT_THREADS) weight_grads(const Layers layers, int num_images) {
   constexpr int THERE = FIRST ? IMAGE_CHANNELS : K;
   float* const share = layers.shares[which_layer()] + program() * (9 * THERE * N);
   float* const to = PIXEL_GROUPS > 1 ? reinterpret_cast<float*>(memory) + group * (9 * K * N) : share;
-  if (PIXEL_GROUPS > 1) wait_for_all();
+  if (PIXEL_GROUPS > 1) sync_block();
 #pragma unroll
   for (int tap = 0; tap < 9; tap++)
 #pragma unroll
@@ -126,7 +125,7 @@ KERNEL(WEIGHT_THREADS) weight_grads(const Layers layers, int num_images) {
         at[1] = acc[tap][half][2 * run + 1];
       }
   if (PIXEL_GROUPS > 1) {
-    wait_for_all();
+    sync_block();
     for (int i = thread(); i < 9 * THERE * N; i += WEIGHT_THREADS) {
       const float* at = reinterpret_cast<const float*>(memory) + i / THERE * K + i % THERE;
       float total = 0;
@@ -139,9 +138,8 @@ KERNEL(WEIGHT_THREADS) weight_grads(const Layers layers, int num_images) {
 
 // Sums of shares of many layers' weights. A program's row of the table: the place of its first share, shares, their
 // size, first weight of the layer's, and where the layer's begin in `result`. A thread has one weight.
-constexpr int ADD_UP_THREADS = 256;
 struct Row { int start, num_shares, size, first, place; };
-KERNEL(ADD_UP_THREADS) add_up(const float* shares, const Row* table, float* result) {
+KERNEL(SUM_THREADS) sum_weight_shares(const float* shares, const Row* table, float* result) {
   const Row row = table[program()];
   wait_for_launch_before();
   const int at = row.first + thread();
