@@ -239,11 +239,14 @@ def test_a_cell_that_only_one_report_has_is_named(
     fewer = copy.deepcopy(report)
     lost = fewer["cells"].pop()["label"]
     fewer["cells"][0]["resolved"]["native"] = "no"
+    del report["cells"][0]["resolved"]["layer_kernels"]  # as reports were before there were any
+    fewer["cells"][0]["resolved"]["layer_kernels"] = True
     paths = [str(saved(report, tmp_path / "a.json")), str(saved(fewer, tmp_path / "b.json"))]
     assert run(["bench", "--compare", *paths]) == 0
     printed = capsys.readouterr().out
     assert f"only in the first report: {lost}" in printed
     assert "ran otherwise: native " in printed
+    assert "layer_kernels False and True" in printed
     assert run(["bench", "--compare", *paths, "--fail-if-slower", "1%"]) == 2
     assert "--fail-if-slower needs the same cells" in capsys.readouterr().err
 

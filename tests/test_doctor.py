@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastres import checks, doctor, driver, host, runtime
+from fastres import checks, doctor, driver, host, layernet, runtime
 from fastres.checks import Finding
 from fastres.cli import run
 from fastres.cli.doctor import plain, table
@@ -87,7 +87,7 @@ def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_plan_is_what_training_resolves_to(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = runtime.Runtime(torch.device("cuda", 0), "bf16", compile_scope="whole", cuda_graph=True)
-    monkeypatch.setattr(runtime, "prepare", lambda *_, **__: resolved)
+    monkeypatch.setattr(layernet, "prepare", lambda *_, **__: resolved)
     monkeypatch.setattr("fastres.data.dali.dali_available", lambda: True)
     assert doctor._plan() == "cuda:0, bf16, dali loader, compiled (whole), a step as one CUDA graph"
 
@@ -110,7 +110,7 @@ def test_where_training_cannot_be_prepared_it_says_so(monkeypatch: pytest.Monkey
     def prepare(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(runtime, "prepare", prepare)
+    monkeypatch.setattr(layernet, "prepare", prepare)
     found = doctor.examine()
     assert not found.possible
     assert str(error) in found.verdict

@@ -237,9 +237,11 @@ def test_graph_equals_no_graph_with_the_papers_other_readings() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
-def test_warm_up_and_capture_leave_no_trace() -> None:
-    step, _ = built(config(execution=DETERMINISTIC))
-    fresh, _ = built(config(execution={**DETERMINISTIC, "compile": False, "cuda_graph": False}))
+@pytest.mark.parametrize("layer_kernels", [False, True])
+def test_warm_up_and_capture_leave_no_trace(layer_kernels: bool) -> None:
+    how = {**DETERMINISTIC, "layer_kernels": layer_kernels}
+    step, _ = built(config(execution=how))
+    fresh, _ = built(config(execution={**how, "compile": False, "cuda_graph": False}))
     for a, b in zip(step.replicas[0].state(), fresh.replicas[0].state(), strict=True):
         assert torch.equal(a, b)
     close(step)
@@ -263,10 +265,11 @@ def test_replicas_side_by_side_are_what_each_is_alone(loader: str, layer_kernels
     close(together)
 
 
+@pytest.mark.parametrize("layer_kernels", [False, True])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_steps_wait_for_nothing(loader: str) -> None:
+def test_steps_wait_for_nothing(loader: str, layer_kernels: bool) -> None:
     """No host sync in 200 timed steps, which are launched in under 20 % of the time the GPU takes for them."""
-    step, _ = built(config(execution={"loader": loader}))
+    step, _ = built(config(execution={"loader": loader, "layer_kernels": layer_kernels}))
     for k in range(64):
         step(k)
     torch.cuda.synchronize()
