@@ -1,8 +1,8 @@
-// A GPU for fastres/native/cuda, on a CPU: each thread of a program is a fiber, and what a warp does together is done when all
-// its lanes have come to it. What real ones would not forgive is not forgiven: lanes that part, shared memory read before
-// it is written (it begins as NaN), a copy read before it was waited for. Warps run one after the other, as far as they
-// get, forwards or backwards: a missing sync_block shows in one of the two. A missing sync_warp does not where a shuffle
-// follows, at which all lanes of a warp meet here with all that they stored.
+// A GPU for fastres/native/cuda, on a CPU: each thread of a program is a fiber, and what a warp does together is done
+// when all its lanes have come to it. What real ones would not forgive is not forgiven: lanes that part, shared memory
+// read before it is written (it begins as NaN), a copy read before it was waited for. Warps run one after the other, as
+// far as they get, forwards or backwards: a missing sync_block shows in one of the two. A missing sync_warp does not
+// where a shuffle follows, at which all lanes of a warp meet here with all that they stored.
 #include <setjmp.h>
 #include <ucontext.h>
 

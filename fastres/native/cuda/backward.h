@@ -28,8 +28,8 @@ struct NormGrad {
   }
 
   // Has one `sync_block` inside; the caller adds another before `factors` are read.
-  static DEVICE void prepare(const float* shares, int num_shares, int batch_pixels, const float* kept, float* grad_shift,
-                             float* grad_scale, float* scratch, float* factors) {
+  static DEVICE void prepare(const float* shares, int num_shares, int batch_pixels, const float* kept,
+                             float* grad_shift, float* grad_scale, float* scratch, float* factors) {
     const int n = thread();
     const bool own = n < CHANNELS;  // a thread has a channel
     const float mean = own ? kept[n] : 0, rstd = own ? kept[CHANNELS + n] : 0;
@@ -104,8 +104,8 @@ constexpr int NORM_GRAD_BYTES = (BackwardNorm::Sums::FLOATS + BackwardNorm::FLOA
 KERNEL(BackwardWarps::THREADS)
 backward_layer(const Octet* grad, const Octet* maps, const float* kept, const float* grad_shares, float* grad_shift,
                float* grad_scale, Octet* grad_maps, const Octet* weight, const Octet* below, const float* below_kept,
-               const Octet* source, const Octet* over, Octet* grad_source, float* shares, int num_shares, int batch_pixels,
-               int images, int pad) {
+               const Octet* source, const Octet* over, Octet* grad_source, float* shares, int num_shares,
+               int batch_pixels, int images, int pad) {
   using Own = BackwardWarps;
   using Target = BackwardMaps;
   Octet* const window = reinterpret_cast<Octet*>(shared_memory());
@@ -145,7 +145,7 @@ backward_layer(const Octet* grad, const Octet* maps, const float* kept, const fl
     cp_async_wait_all();
     sync_block();
 
-    // What the end needs is pre_norm way while the products are made.
+    // What the end needs is under way while the products are made.
     Octet pre_norm[TILES], result[TILES], over_grad[TILES];
     int at[TILES];
     if (part == 0)
@@ -160,7 +160,8 @@ backward_layer(const Octet* grad, const Octet* maps, const float* kept, const fl
           if (N == K)
             over_grad[tile] = over[at[tile]];
           else if (there.row % 2 == 0 && there.column % 2 == 0)
-            over_grad[tile] = over[((image * SOURCE + there.row) / 2 * SIDE + there.column / 2) * (N / 8) + own + pad / 8];
+            over_grad[tile] =
+                over[((image * SOURCE + there.row) / 2 * SIDE + there.column / 2) * (N / 8) + own + pad / 8];
         }
       }
     float acc[TILES][2][4];

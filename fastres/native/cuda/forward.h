@@ -37,11 +37,11 @@ struct Norm {
     }
   }
 
-  // From shares, or without any from the running statistics. Has one `sync_block` inside; the caller adds another before
-  // `factors` are read.
-  static DEVICE void prepare(const float* shares, int num_shares, int share_pixels, const float* scale, const float* shift,
-                             float* running_mean, float* running_var, float* kept, float eps, float momentum,
-                             float* scratch, float* factors) {
+  // From shares, or without any from the running statistics. Has one `sync_block` inside; the caller adds another
+  // before `factors` are read.
+  static DEVICE void prepare(const float* shares, int num_shares, int share_pixels, const float* scale,
+                             const float* shift, float* running_mean, float* running_var, float* kept, float eps,
+                             float momentum, float* scratch, float* factors) {
     const int k = thread();
     const bool own = k < CHANNELS;  // a thread has a channel
     const bool reads = own && (program() == 0 || !num_shares);  // the running statistics
@@ -99,12 +99,12 @@ constexpr int FORWARD_BYTES = ForwardMaps::BYTES + WEIGHT_BYTES + ForwardWarps::
 
 // source = ReLU(norm(below) + add), and maps = its convolution. Of the first layer the source are the images, `below`.
 //
-//   below, below_shares  what the layer below made, (images, SOURCE, SOURCE, K); `num_shares` of `share_pixels` pixels each:
+//   below, below_shares  what the layer below made, (images, SOURCE, SOURCE, K); `num_shares` of `share_pixels` each:
 //                        [2][K], mean and sum of squared differences from it; none: by the running statistics
 //   add                  what its shortcut begins with, or null: of K channels, or of K / 2 and maps twice as long and
 //                        wide, whose every second pixel and row goes to channels from `pad` on
-//   kept                 becomes [4][K]: mean, one over the standard deviation, what maps are multiplied by, and what is
-//                        then added
+//   kept                 becomes [4][K]: mean, one over the standard deviation, what maps are multiplied by, and what
+//                        is then added
 //   shares               become those of `maps`, one a program
 //   images               of a program
 KERNEL(ForwardWarps::THREADS)

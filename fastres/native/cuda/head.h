@@ -2,8 +2,8 @@
 #pragma once
 #include "forward.h"
 
-// Sums over all threads of a program of what each has of the 8 channels of octet `thread() % OCTETS`; scratch: [warps][8 *
-// OCTETS]. `total` gives them after all threads have waited.
+// Sums over all threads of a program of what each has of the 8 channels of octet `thread() % OCTETS`; scratch:
+// [warps][8 * OCTETS]. `total` gives them after a `sync_block`.
 template <int OCTETS, int WARPS>
 struct ChannelSums {
   static constexpr int FLOATS = WARPS * 8 * OCTETS;
@@ -25,8 +25,8 @@ struct ChannelSums {
   }
 };
 
-// All that comes after the last convolution, both ways: norm, shortcut and ReLU, the mean over the pixels, logits, softmax
-// and cross-entropy, and the gradients of all that.
+// All that comes after the last convolution, both ways: norm, shortcut and ReLU, the mean over the pixels, logits,
+// softmax and cross-entropy, and the gradients of all that.
 //
 //   maps, maps_shares       the last convolution's result, (images, SIDE, SIDE, N), and shares of its statistics
 //   add ... kept, momentum  as of `forward_layer`
@@ -40,7 +40,8 @@ KERNEL(ForwardWarps::THREADS)
 head(const Octet* maps, const float* maps_shares, const Octet* add, const float* scale, const float* shift,
      float* running_mean, float* running_var, float* kept, const float* weight, const float* bias,
      const long long* labels, Octet* grad, float* shares, float* pooled, float* grad_logits, float* losses, int* wrong,
-     int num_shares, int share_pixels, int images, int add_channels, int pad, float eps, float momentum, int num_classes) {
+     int num_shares, int share_pixels, int images, int add_channels, int pad, float eps, float momentum,
+     int num_classes) {
   using Own = Norm<N, SIDE, ForwardWarps::THREADS>;
   using Sums = ChannelSums<Own::Whole::OCTETS, ForwardWarps::NUM>;
   constexpr int OCTETS = Own::Whole::OCTETS, WARPS = ForwardWarps::NUM;
@@ -59,8 +60,8 @@ head(const Octet* maps, const float* maps_shares, const Octet* add, const float*
     Own norm = {maps, add, image, add_channels, pad};
     norm.load();
     if (i == 0)
-      Own::prepare(maps_shares, num_shares, share_pixels, scale, shift, running_mean, running_var, kept, eps, momentum, scratch,
-                   factors);
+      Own::prepare(maps_shares, num_shares, share_pixels, scale, shift, running_mean, running_var, kept, eps, momentum,
+                   scratch, factors);
     sync_block();
     const Eight factor = eight(factors, octet), offset = eight(factors + N, octet);
     Octet result[Own::NUM];
@@ -133,16 +134,17 @@ head(const Octet* maps, const float* maps_shares, const Octet* add, const float*
   Sums::add_up(sums + 8, scratch + Sums::FLOATS);
   sync_block();
   if (thread() < N) {
+    const float rstd = factors[3 * N + thread()];
     shares[program() * 2 * N + thread()] = Sums::total(scratch, thread());
-    shares[program() * 2 * N + N + thread()] = Sums::total(scratch + Sums::FLOATS, thread()) * factors[3 * N + thread()];
+    shares[program() * 2 * N + N + thread()] = Sums::total(scratch + Sums::FLOATS, thread()) * rstd;
   }
 }
 constexpr int HEAD_BYTES =
     (at_least(Norm<N, SIDE, ForwardWarps::THREADS>::Sums::FLOATS, 2 * ChannelSums<N / 8, ForwardWarps::NUM>::FLOATS) +
      Norm<N, SIDE, ForwardWarps::THREADS>::FLOATS + N + CLASSES + CLASSES * N) * 4;
 
-// Gradients of the last layer's weight and bias, one after the other, from what `head` gave. A lane has one number, each
-// warp a part of the batch.
+// Gradients of the last layer's weight and bias, one after the other, from what `head` gave. A lane has one number,
+// each warp a part of the batch.
 constexpr int HEAD_GRADS_THREADS = 8 * WARP;
 KERNEL(HEAD_GRADS_THREADS)
 head_grads(const float* pooled, const float* grad_logits, float* result, int batch, int num_classes) {

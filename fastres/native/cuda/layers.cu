@@ -11,10 +11,10 @@
 // exchanged. Maps and weights are bfloat16, channels last; sums and all between are float32.
 //
 // `forward_layer` begins with the norm of the layer below, which needs its statistics over the batch, and ends with
-// shares of the statistics of its own maps: one launch a layer. `backward_layer` is its mirror, and `head` turns from one
-// to the other. A program's share is one row of two numbers a channel; the next launch's programs each sum all rows by
-// themselves, in one order: the same bits every time. Gradients of weights wait for no one, so `weight_grads` makes those
-// of many layers in one launch.
+// shares of the statistics of its own maps: one launch a layer. `backward_layer` is its mirror, and `head` turns from
+// one to the other. A program's share is one row of two numbers a channel; the next launch's programs each sum all rows
+// by themselves, in one order: the same bits every time. Gradients of weights wait for no one, so `weight_grads` makes
+// those of many layers in one launch.
 //
 // Products are mma.m16n8k16. A warp has 64 pixels and 16 channels of the result: 4 tiles of 16 pixels, each two runs of
 // 8 neighbours in a row, by 2 tiles of 8 channels. In shared memory maps lie in planes of 8 channels (an Octet, 16
@@ -26,8 +26,8 @@
 #include "head.h"
 #include "weights.h"
 
-// Threads and bytes of shared memory, in the order of `gpu_layers.NAMES`. Told by a kernel, since NVRTC makes a variable
-// that the driver may not find.
+// Threads and bytes of shared memory, in the order of `gpu_layers.NAMES`. Told by a kernel, since NVRTC makes a
+// variable's symbol local, which a driver may not find.
 KERNEL(1) tell_sizes(int* to) {
   const int sizes[] = {
       ForwardWarps::THREADS, FORWARD_BYTES, BackwardWarps::THREADS, BACKWARD_BYTES,  WEIGHT_THREADS, WEIGHTS_BYTES,

@@ -7,8 +7,8 @@ typedef unsigned char u8;
 
 #ifdef __CUDACC_RTC__
 #define DEVICE __device__ __forceinline__
-// A program is a thread block. Of those of up to 256 threads two fit a multiprocessor (at 64 channels on an H100 or H200):
-// the next launch's, or another network's beside it.
+// A program is a thread block. Of those of up to 256 threads two fit a multiprocessor (at 64 channels on an H100 or
+// H200): the next launch's, or another network's beside it.
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, (threads) > 256 ? 1 : 2)
 struct alignas(16) Octet { u32 pair[4]; };  // 8 channels of a pixel
 

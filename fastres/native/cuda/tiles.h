@@ -178,8 +178,8 @@ DEVICE void scatter_sums(float (&value)[NUM]) {
   if constexpr (HALF > 1) scatter_sums<HALF / 2, MASK / 2>(value);
 }
 
-// Sums over shares, rows of 2 * CHANNELS, by all threads: scratch[0][...], and of squared differences from the first row
-// (`SQUARES`): scratch[1][...].
+// Sums over shares, rows of 2 * CHANNELS, by all threads: scratch[0][...], and of squared differences from the first
+// row (`SQUARES`): scratch[1][...].
 template <int CHANNELS, int THREADS, bool SQUARES>
 struct Shares {
   static constexpr int QUADS = CHANNELS / 2, ROWS = THREADS / QUADS, WARPS = THREADS / WARP;
@@ -219,7 +219,7 @@ struct Shares {
       }
     }
   }
-  // After all threads have waited.
+  // After a `sync_block`.
   static DEVICE float total(const float* scratch, int which, int i) {
     float total = 0;
     for (int warp = 0; warp < WARPS; warp++) total += scratch[(warp * 2 + which) * (2 * CHANNELS) + i];
