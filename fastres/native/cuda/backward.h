@@ -115,9 +115,7 @@ backward_layer(const Octet* grad, const Octet* maps, const float* kept, const fl
   float* const factors = scratch + BACKWARD_FLOATS;
   float* const pre_norm_kept = factors + BackwardNorm::FLOATS;
 
-  const int warp = thread() / WARP, lane = thread() % WARP;
-  const int tile_warp = warp % (Own::GROUPS * Own::COLUMNS), part = warp / (Own::GROUPS * Own::COLUMNS);
-  const int column = tile_warp % Own::COLUMNS, group = tile_warp / Own::COLUMNS;
+  const auto [warp, lane, group, column, part] = Own::seat();
   const int own = column * 2 + lane % 2;  // octet of the result
   begin_weights(weights, weight, Own::THREADS);
   Target::clear_border(window, Own::THREADS);

@@ -120,9 +120,7 @@ forward_layer(const Octet* below, const float* below_shares, const Octet* add, c
   float* const scratch = reinterpret_cast<float*>(stages + Own::STAGES_BYTES / 16);
   float* const factors = scratch + FORWARD_FLOATS;
 
-  const int warp = thread() / WARP, lane = thread() % WARP;
-  const int tile_warp = warp % (Own::GROUPS * Own::COLUMNS), part = warp / (Own::GROUPS * Own::COLUMNS);
-  const int column = tile_warp % Own::COLUMNS, group = tile_warp / Own::COLUMNS;
+  const auto [warp, lane, group, column, part] = Own::seat();
   begin_weights(weights, weight, Own::THREADS);
   Source::clear_border(window, Own::THREADS);
   wait_for_launch_before();

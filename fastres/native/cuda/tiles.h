@@ -49,6 +49,12 @@ struct Warps {
   static constexpr int SPLIT = GROUPS * COLUMNS < 8 ? 2 : 1;  // so many share a product's terms, to have 8 warps
   static constexpr int NUM = GROUPS * COLUMNS * SPLIT, THREADS = NUM * WARP;
   static constexpr int STAGES_BYTES = GROUPS * COLUMNS * STAGE_BYTES;  // of those that end with a result
+
+  struct Seat { int warp, lane, group, column, part; };  // the thread's; of its warp: 64 pixels, 16 channels, terms
+  static DEVICE Seat seat() {
+    const int warp = thread() / WARP, tile = warp % (GROUPS * COLUMNS);
+    return {warp, thread() % WARP, tile / COLUMNS, tile % COLUMNS, warp / (GROUPS * COLUMNS)};
+  }
 };
 
 // The i-th of a tile's 16 pixels, of LENGTH x LENGTH in 64s. SPREAD: every second column (and row) goes together, since
