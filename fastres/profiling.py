@@ -1,5 +1,6 @@
 """Where a step's time goes, kernel by kernel, by torch.profiler."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ def take_profile(cell: Cell, trace: Path, *, say: Callable[[str], None]) -> Prof
     gpu = bench.runtime.device.type == "cuda"
     unmodified = median(bench.run(STEPS) for _ in range(3))
     activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
+    if not gpu:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's library logs that there is no GPU
     with profile(activities=[activity], acc_events=True) as profiler:  # else torch 2.11 warns
         profiled = bench.timed(STEPS)
     bench.close()

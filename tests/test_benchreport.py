@@ -299,9 +299,10 @@ def test_a_profile_cuts_names_and_never_numbers(width: int) -> None:
     assert all(len(row) <= width for row in rows)
 
 
-def test_profile(tmp_path: Path) -> None:
+def test_profile(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.json"
     title, table = profile_cell(Cell("tiny", tiny(tmp_path), frozen=True), trace, say=lambda _: None)
+    assert capfd.readouterr() == ("", "")  # nor does the profiler's library speak
     assert "ms a step" in title
     assert table.row_count == 10
     names = [name.whole for name in table.columns[-1].cells if isinstance(name, Name)]
