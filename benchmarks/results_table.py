@@ -21,32 +21,58 @@ Result = dict[str, Any]
 
 
 def render(paths: Iterable[Path]) -> str:
-    """Every result as Markdown, newest first: throughput reports, and races against other scripts.
+    """Every result as Markdown, newest first: Table 6, throughput reports, and races against other scripts.
+
+    What a CPU gave comes after what a GPU gave, folded.
+
+    Args:
+        paths: Reports and races, and folders with a `table6.md` and the runs behind it.
 
     Raises:
-        SystemExit: A file is neither.
+        SystemExit: One is neither.
     """
-    parts = []
+    gpu: list[str] = []
+    cpu: list[str] = []
     for path in sorted(paths, reverse=True):
         link = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            drawn = _report(result) if "cells" in result else _race(result)
-            parts.append(f"{_machine(result, path.name[:10])} ([{path.name}]({link}))\n\n{drawn}")
+            env, drawn = _table6(path) if path.is_dir() else _file(path)
+            part = f"{path.name[:10]}, {_machine(env)} ([{path.name}]({link}))\n\n{drawn}"
+            (gpu if env["gpu"] else cpu).append(part)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise SystemExit(f"results-table: {link} is no result that can be drawn: {error!r}") from error
-    return "\n" + "\n".join(parts) + "\n" if parts else "\nNothing is measured yet.\n\n"
+    if cpu:
+        cpu = ["<details>\n<summary>On CPUs, file by file</summary>\n", *cpu, "</details>\n"]
+    return "\n" + "\n".join(gpu + cpu) + "\n" if gpu or cpu else "\nNothing is measured yet.\n\n"
 
 
-def _machine(result: Result, date: str) -> str:
-    env = result["environment"]
+def results() -> list[Path]:
+    """What is drawn."""
+    return [*RESULTS.glob("*.json"), *(table.parent for table in RESULTS.glob("*/table6.md"))]
+
+
+def _table6(folder: Path) -> tuple[Result, str]:
+    text = (folder / "table6.md").read_text(encoding="utf-8")
+    env = json.loads(min(folder.glob("*/*/environment.json")).read_text(encoding="utf-8"))
+    note = "" if env["data"]["official"] else "Of images that are not the official CIFAR-10 files:\n\n"
+    return env, note + "".join(f"{line}\n" for line in text.splitlines() if line.startswith("|"))
+
+
+def _file(path: Path) -> tuple[Result, str]:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    env = dict(result["environment"])
+    if "cells" not in result:
+        return env | {"compiled": env.get("compile", "none") != "none"}, _race(result)
+    chosen = dict.fromkeys(cell["config"]["execution"]["precision"] for cell in result["cells"])  # as asked
+    return env | ({"precision": " and ".join(chosen)} if len(chosen) > 1 else {}), _report(result)
+
+
+def _machine(env: Result) -> str:
     driver = f", driver {env['driver']}" if env.get("driver") else ""
     commit = f", commit {short(env['commit'])}" if env.get("commit") else ""
-    where = env["gpu"] or f"{env['cpu']}, {env['threads']} cores"
-    chosen = dict.fromkeys(cell["config"]["execution"]["precision"] for cell in result.get("cells", ()))  # as asked
-    precision = " and ".join(chosen) if len(chosen) > 1 else env["precision"]
-    compiled = ", compiled" if "cells" not in result and env.get("compile", "none") != "none" else ""  # of a race
-    return f"{date}, {where}{driver}, torch {env['torch']}, {precision}{compiled}{commit}"
+    where = env["gpu"] or f"{env['cpu']}, {env['threads']} core{'s' * (env['threads'] > 1)}"
+    compiled = ", compiled" if env.get("compiled") else ""  # of a race
+    return f"{where}{driver}, torch {env['torch']}, {env['precision']}{compiled}{commit}"
 
 
 def _report(report: Result) -> str:
@@ -87,7 +113,7 @@ def main() -> None:
     before = README.read_text(encoding="utf-8")
     if not BLOCK.search(before):
         raise SystemExit("results-table: README.md has no place for the results")
-    drawn = render(RESULTS.glob("*.json"))
+    drawn = render(results())
     after = BLOCK.sub(lambda _: drawn, before)
     if check and after != before:
         print("README.md does not show what is in benchmarks/results; type: scripts/results-table")

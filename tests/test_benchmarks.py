@@ -197,7 +197,7 @@ def test_an_unknown_commit_is_said() -> None:
 def test_the_readme_shows_the_results() -> None:
     drawn = results_table.BLOCK.search((ROOT / "README.md").read_text())
     assert drawn is not None
-    assert drawn[0] == results_table.render(results_table.RESULTS.glob("*.json"))
+    assert drawn[0] == results_table.render(results_table.results())
 
 
 def test_results_are_whole_and_of_a_commit() -> None:
@@ -227,9 +227,25 @@ def test_tables_follow_the_files(tmp_path: Path) -> None:
     assert heads == sorted(heads)  # files from before there was a choice are of 20
     assert "| plain | 400 | 2.50x (2.40 to 2.75) |\n| fastres | 1,000 |  |" in text
     assert "| ResNet20 dali | 1,234 | 100 | 90 to 120 | 1.50 |" in text
-    assert text.index("NVIDIA H200, driver 570") < text.index("2026-01-01, Some CPU, 2 cores")  # newest first
+    assert text.index("NVIDIA H200, driver 570") < text.index("<details>") < text.index("2026-01-04, Some CPU, 2 cores")
+    assert text.index("2026-01-04, Some CPU") < text.index("2026-01-01, Some CPU") < text.index("</details>")
     assert "2026-01-02, NVIDIA H200, driver 570, torch 2, fp32, commit" in text
     assert "2026-01-03, Some CPU, 2 cores, torch 2, auto and bf16, commit" in text
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_a_table_6_is_drawn_with_its_machine(tmp_path: Path, official: bool) -> None:
+    run = tmp_path / "2026-01-01_x_table6" / "resnet20" / "seed0"
+    run.mkdir(parents=True)
+    env = {"gpu": "NVIDIA H200", "torch": "2", "precision": "bf16", "commit": None, "data": {"official": official}}
+    (run / "environment.json").write_text(json.dumps(env))
+    with pytest.raises(SystemExit, match="2026-01-01_x_table6 is no result"):
+        results_table.render([run.parent.parent])
+    (run.parent.parent / "table6.md").write_text("**A note.**\n\n| network | n |\n| --- | ---: |\n| A | 3 |\n\nMore.\n")
+    text = results_table.render([run.parent.parent])
+    assert "2026-01-01, NVIDIA H200, torch 2, bf16 ([2026-01-01_x_table6](2026-01-01_x_table6))\n" in text
+    assert "\n\n| network | n |\n| --- | ---: |\n| A | 3 |\n\n" in text
+    assert ("not the official" in text) is not official
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"cells": [{}], "environment": {}}', '{"cells": 1}'])
