@@ -82,9 +82,11 @@ SWITCHES_OF_A_GPU = ("layer-kernels", "precision")  # without a GPU not there, o
 # What a first half hour on a GPU is for: whether the fast path is right, how fast it is, and what to mend.
 FIRST = (
     "ceilings/all",
-    "parity/test_graph_equals_no_graph_in_every_bit",
-    "parity/test_batches_are_right_while_the_host_runs_ahead",
-    "parity/test_steps_wait_for_nothing",
+    "parity/test_a_launch_a_layer_is_as_exact_as_autocast_and_the_same_each_time_1of4",
+    "parity/test_graph_equals_no_graph_in_every_bit_1of10",  # resident, then DALI; the default, then layer kernels
+    "parity/test_graph_equals_no_graph_in_every_bit_2of10",
+    "parity/test_graph_equals_no_graph_in_every_bit_3of10",
+    "parity/test_batches_are_right_while_the_host_runs_ahead_2of2",
     "bench/resnet20",
     "profile/resnet20",
     "host/resnet20",
@@ -107,8 +109,10 @@ def all_tasks(setting: Setting) -> list[Task]:
 
 def _tasks(setting: Setting) -> Iterator[Task]:
     yield Task("ceilings/all", 60, ceilings)
-    for test in gpu_tests():
-        yield Task(f"parity/{test}", 150, partial(parity, test=test))
+    for test, num_cases in gpu_tests().items():
+        for case in range(num_cases):
+            number = f"_{case + 1}of{num_cases}" if num_cases > 1 else ""
+            yield Task(f"parity/{test}{number}", 75, partial(parity, test=test, case=case, num_cases=num_cases))
     for depth in DEPTHS:
         yield Task(f"bench/resnet{depth}", 60 + depth, partial(timing.bench, depth=depth))
     for depth, baseline, seconds in RACES:
@@ -145,10 +149,31 @@ def _tasks(setting: Setting) -> Iterator[Task]:
     yield Task("table6/all", 120, table6, goes_on=True)
 
 
-def gpu_tests() -> list[str]:
-    """The names of the tests in tests/test_gpu.py."""
+def gpu_tests() -> dict[str, int]:
+    """The tests in tests/test_gpu.py and how many cases each has, read and not run: collecting takes seconds."""
     tree = ast.parse(GPU_TESTS.read_text(encoding="utf-8"))
-    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    lists = {
+        target.id: len(node.value.elts)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+    def num_cases(decorator: ast.expr) -> int:
+        if not isinstance(decorator, ast.Call) or not ast.unparse(decorator.func).endswith("parametrize"):
+            return 1
+        values = decorator.args[1]
+        if isinstance(values, ast.Name):
+            return lists[values.id]
+        assert isinstance(values, ast.List)
+        return len(values.elts)
+
+    return {
+        node.name: math.prod(map(num_cases, node.decorator_list))
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
 
 
 def machine(setting: Setting) -> Result:
@@ -177,10 +202,16 @@ def ceilings(setting: Setting) -> Result:
 
 
 class _Outcomes:
-    """Collects what pytest says of each test."""
+    """Picks one case of a test, and collects what pytest says of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, case: int, num_cases: int) -> None:
+        self.case, self.num_cases = case, num_cases
         self.tests: list[Result] = []
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """pytest's hook: tests are found."""
+        assert len(items) == self.num_cases, f"{len(items)} cases and not {self.num_cases}"
+        items[:] = [items[self.case]]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """pytest's hook: a phase of a test has ended."""
@@ -190,15 +221,15 @@ class _Outcomes:
             self.tests.append(seen)
 
 
-def parity(setting: Setting, test: str) -> Result:
-    """One function of tests/test_gpu.py with all its parameters.
+def parity(setting: Setting, test: str, case: int, num_cases: int) -> Result:
+    """One case of a test in tests/test_gpu.py.
 
     Raises:
-        TaskFailed: One of them failed, or none was there.
+        TaskFailed: It failed, was skipped, or is not there.
     """
     import pytest
 
-    outcomes = _Outcomes()
+    outcomes = _Outcomes(case, num_cases)
     options = ["-m", "gpu", "-p", "no:cacheprovider", "-q", "--rootdir", str(ROOT), f"{GPU_TESTS}::{test}"]
     code = pytest.main(options, plugins=[outcomes])
     result: Result = {"tests": outcomes.tests}

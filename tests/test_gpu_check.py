@@ -307,8 +307,7 @@ def test_sections_in_the_order_of_use_and_a_task_for_every_gpu_test() -> None:
     assert [task.name for task in tasks[: len(gpu_tasks.FIRST)]] == list(gpu_tasks.FIRST)
     # the start of a machine and three calls of nine minutes
     assert sum(task.seconds for task in tasks[: len(gpu_tasks.FIRST)]) < 30 * 60
-    assert {task.name for task in tasks if task.section == "parity"} == {f"parity/{test}" for test in gpu_tests()}
-    assert "test_steps_wait_for_nothing" in gpu_tests()
+    assert sum(task.section == "parity" for task in tasks) == sum(gpu_tests().values())
     names = {task.name for task in tasks}
     assert {f"bench/race_resnet{depth}_{side}" for depth in (20, 56, 110) for side in ("tuned", "tuned_graphs")} < names
     longest = max(task.seconds for task in tasks)
@@ -487,17 +486,28 @@ def test_real_training_is_on_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.data.dataset, config.recipe.steps, config.recipe.warmup) == ("cifar10", 64_000, "constant")
 
 
+def test_cases_are_counted_as_pytest_counts_them() -> None:
+    options = ["--collect-only", "-qq", "-m", "gpu", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    command = [sys.executable, "-m", "pytest", *options, "tests/test_gpu.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"tests/test_gpu.py: {sum(gpu_tests().values())}\n" in done.stdout
+    per_test = [*gpu_tests().values()]
+    assert max(per_test) == 10
+    assert min(per_test) == 1
+
+
 def test_parity_needs_tests_that_passed(tmp_path: Path) -> None:
     """Skipped on this machine is no proof; a test that is not there is none either."""
     code = (
         "from pathlib import Path; from benchmarks.gpu_tasks import *\n"
-        "for device, test in (('cpu', 'test_training_learns_in_every_precision'), ('cuda', 'test_no_such')):\n"
-        "    try: print([seen['outcome'] for seen in parity(Setting(Path('x'), device=device), test)['tests']])\n"
+        "cases = ('cpu', 'test_compiled_is_eager_in_fp64_over_50_steps', 2), ('cuda', 'test_no_such', 1)\n"
+        "for device, test, n in cases:\n"
+        "    try: print(*(seen.values() for seen in parity(Setting(Path('x'), device=device), test, 1, n)['tests']))\n"
         "    except TaskFailed as error: print(error)\n"
     )
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert "['skipped']" in done.stdout
+    assert "over_50_steps[whole]', 'skipped'" in done.stdout
     assert "pytest ended with 4: no test ran" in done.stdout
 
 
@@ -509,7 +519,9 @@ def test_table6_is_the_projects_own_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, code: int, ending: type[Exception] | None
 ) -> None:
     command = tmp_path / "python"
-    command.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/argv\necho '{says}: the same line goes on'\nexit {code}\n")
+    command.write_text(
+        f"#!/bin/sh\necho \"$@\" > {tmp_path}/argv\necho '{says}: type the same line again to go on'\nexit {code}\n"
+    )
     command.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(command))
     setting = Setting(tmp_path, data_dir=tmp_path / "data", seconds=315)
