@@ -34,7 +34,7 @@ FIRST_STEPS = 5  # after compilation, before the first timed chunk: allocator, c
 COLD_STEPS = 1  # of a turn: the first is 5 to 10 % slower on a CPU, after another network's
 PROFILED = 0.25  # steps of the profiled pass for each unmodified one
 LEAST_ROUNDS = 3
-MAX_STEPS = 1_000_000  # places in a cell's logs; no measurement takes as many
+MAX_STEPS = 1_000_000  # places in a cell's logs; then they are filled anew
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,21 @@ class Bench:
     """
 
     def __init__(self, cell: Cell, images: ImageSet, num_steps: int = MAX_STEPS) -> None:
-        self.cell, config = cell, cell.config
+        self.cell, self._num_steps, config = cell, num_steps, cell.config
         self.runtime = runtime_of(config)
         device = self.runtime.device
         gpu = device.type == "cuda"
         held = torch.cuda.memory_allocated(device) if gpu else 0
         if gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        with explained_memory_errors(config, num_replicas=cell.num_replicas):
+        memory = explained_memory_errors(config, self.runtime, num_replicas=cell.num_replicas)
+        with memory, contextlib.ExitStack() as failed:
             configs = [dataclasses.replace(config, seed=config.seed + k) for k in range(cell.num_replicas)]
             loaders = build_loaders(configs, images, images.mean_image(), self.runtime)
             if cell.frozen:
                 loaders = [FrozenLoader(each, device) for each in loaders]
+            for loader in loaders:
+                failed.callback(loader.close)
             self.replicas: list[Replica] = []
             for one, loader in zip(configs, loaders, strict=True):
                 net = build_net(one, self.runtime, num_classes=len(images.class_names))
@@ -126,6 +129,7 @@ class Bench:
                 synchronize(device)
             self.compile_seconds = perf_counter() - start
             self.run(FIRST_STEPS)
+            failed.pop_all()
         self.peak_memory = torch.cuda.max_memory_allocated(device) - held if gpu else None
         self.images = cell.num_replicas * config.recipe.batch_size
         work = work_of(net, config.recipe.batch_size, DTYPES[self.runtime.precision].itemsize)
@@ -138,12 +142,22 @@ class Bench:
     def run(self, num_steps: int) -> float:
         """Take steps, unmodified; the mean seconds of one.
 
-        Before the clock starts a step or more warms what another cell's turn left cold, and uses up the batches that
-        the loader's workers made meanwhile.
+        Those of `warm` come before the clock.
         """
-        self._take_over()
-        self._advance(max(COLD_STEPS, self.replica.loader.prefetched))
+        self.warm(num_steps)
         return self.timed(num_steps)
+
+    def warm(self, num_steps: int) -> None:
+        """Get ready for so many steps: set the process up as this cell has it, since another may have had its turn.
+
+        A step or more warms what was left cold, and uses up the batches that the loader's workers made meanwhile.
+        """
+        runtime_of(self.cell.config)
+        ahead = max(COLD_STEPS, self.replica.loader.prefetched)
+        if self.done + ahead + num_steps > self._num_steps:
+            self.done = 0
+            self.step.seek(0)
+        self._advance(ahead)
 
     def timed(self, num_steps: int) -> float:
         """The same without a step before the clock. Nothing is waited for between the first and the last."""
@@ -171,8 +185,7 @@ class Bench:
         With a captured step the marks are nodes of a second graph: the parts are the graph's, not eager launches'. Of
         several replicas they are the first one's, with the others beside it.
         """
-        self._take_over()
-        self._advance(COLD_STEPS)
+        self.warm(COLD_STEPS + 2 * num_steps)
         replica, graphs, device = self.replica, dict(self.step.graphs), self.runtime.device
         marks, series = Marks(device), Marks(device)
         seconds = dict.fromkeys(PARTS, 0.0)
@@ -200,10 +213,6 @@ class Bench:
                 take(read=True)
         self.step.graphs.update(graphs)
         return {**seconds, "gaps": whole - sum(seconds.values())}
-
-    def _take_over(self) -> None:
-        """Set threads and torch's switches as this cell has them; another cell may have had the last turn."""
-        runtime_of(self.cell.config)
 
     def close(self) -> None:
         """Release threads and buffers."""
@@ -239,7 +248,8 @@ def measure(
         for note in dict.fromkeys(note for bench in benches for note in bench.runtime.notes):  # each once
             say(note)
         first = [bench.run(FIRST_STEPS) for bench in benches]
-        lengths = [bench.whole_periods(chunk_seconds / step) for bench, step in zip(benches, first, strict=True)]
+        chunks = [min(chunk_seconds / step, MAX_STEPS / 4) for step in first]
+        lengths = [bench.whole_periods(chunk) for bench, chunk in zip(benches, chunks, strict=True)]
         round_seconds = (1 + PROFILED) * sum(length * step for length, step in zip(lengths, first, strict=True))
         if rounds * round_seconds > max_seconds:
             rounds = min(rounds, max(LEAST_ROUNDS, int(max_seconds / round_seconds)))
@@ -250,15 +260,18 @@ def measure(
             tick(turn, rounds)
             order = range(len(benches))
             for k in order if turn % 2 == 0 else reversed(order):
+                benches[k].warm(lengths[k])
                 before = nvml.joules(benches[k].runtime.device)
-                seconds[k].append(benches[k].run(lengths[k]))
+                seconds[k].append(benches[k].timed(lengths[k]))
                 energy[k] += nvml.joules(benches[k].runtime.device) - before
             for k in order:
                 parts[k].append(benches[k].parts(max(1, round(PROFILED * lengths[k]))))
-        ceilings = dict[str, Ceilings]()
-        for bench in benches:
-            if (precision := bench.runtime.precision) not in ceilings:
-                ceilings[precision] = measure_ceilings(bench.runtime.device, bench.runtime.dtype)
+        ceilings, alike = dict[str, Ceilings](), len({bench.runtime.threads for bench in benches}) == 1
+        which = [b.runtime.precision + ("" if alike else f", threads {b.runtime.threads}") for b in benches]
+        for name, bench in zip(which, benches, strict=True):
+            if name not in ceilings:
+                bench.warm(0)  # threads, and whether a product of fp32 is one of TF32
+                ceilings[name] = measure_ceilings(bench.runtime.device, bench.runtime.dtype)
         timings = [
             Timing(
                 bench.cell.label,
@@ -266,7 +279,7 @@ def measure(
                 bench.images,
                 bench.compile_seconds,
                 bench.peak_memory,
-                ceilings[bench.runtime.precision].floor(bench.work),
+                ceilings[which[k]].floor(bench.work),
                 {part: median(turn[part] for turn in parts[k]) for part in (*PARTS, "gaps")},
                 median(sum(turn.values()) / step for turn, step in zip(parts[k], seconds[k], strict=True)),
                 energy[k] / (rounds * lengths[k] * bench.images) if energy[k] else None,
@@ -276,7 +289,7 @@ def measure(
         report = {
             "schema": SCHEMA,
             "environment": environment(benches[0].runtime) | nvml.clocks(benches[0].runtime.device),
-            "ceilings": {precision: dataclasses.asdict(value) for precision, value in ceilings.items()},
+            "ceilings": {name: dataclasses.asdict(value) for name, value in ceilings.items()},
             "cells": [_as_json(timing, bench) for timing, bench in zip(timings, benches, strict=True)],
         }
     return timings, report
@@ -290,9 +303,7 @@ def _alive(cells: Sequence[Cell], stack: contextlib.ExitStack, say: Callable[[st
         if key not in images:
             images[key] = load_images(cell.config.data, cell.config.execution, say=say)
         say(f"warming up {cell.label}")
-        bench = Bench(cell, images[key])
-        stack.callback(bench.close)
-        yield bench
+        yield stack.enter_context(contextlib.closing(Bench(cell, images[key])))
 
 
 def _as_json(timing: Timing, bench: Bench) -> dict[str, Any]:

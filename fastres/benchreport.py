@@ -1,6 +1,5 @@
 """What a benchmark says: table, chart, comparison. Works on the report that `bench.measure` makes and on its JSON."""
 
-import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fastres.bench import SCHEMA
-from fastres.checkpoint import disk_error
 from fastres.config import differences
 from fastres.errors import InputError
+from fastres.files import check_figure, disk_error, save_figure, write_text
 from fastres.parts import PARTS
 
 Report = dict[str, Any]
@@ -90,17 +89,13 @@ def footnote(report: Report) -> str:
 
 def write_json(report: Report, path: Path) -> None:
     """Write a report, whole or not at all. Raises MachineError where it cannot be written."""
-    text, path = json.dumps(report, indent=1) + "\n", _target(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    text = json.dumps(report, indent=1) + "\n"
+    if not _is_device(path):
+        write_text(_target(path), text)
+        return
     try:
-        if _is_device(path):
-            path.write_text(text, encoding="utf-8")
-            return
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise disk_error(error, path.parent, len(text)) from error
 
 
@@ -171,8 +166,7 @@ def draw(report: Report, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(f"--plot is {path}; give a name that ends in .png or .svg")
+    check_figure(path, "--plot")
     cells = report["cells"]
     figure = Figure(figsize=(8, 1.2 + 0.42 * len(cells)), layout="constrained")
     axes = figure.add_subplot()
@@ -190,10 +184,7 @@ def draw(report: Report, path: Path) -> None:
     axes.set(xlabel="images a second (median, 5th to 95th percentile)", xlim=(0, 1.45 * furthest))
     axes.set_title(_machine(report), fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except OSError as error:
-        raise disk_error(error, path.parent, 0) from error
+    save_figure(figure, path, dpi=150)
 
 
 def _machine(report: Report) -> str:

@@ -5,10 +5,8 @@ weights file; what else a run needs is named with a slash (`momentum/conv1.weigh
 """
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastres.errors import InputError, MachineError
+from fastres import files
+from fastres.errors import InputError
 
 NEWEST = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
@@ -47,8 +46,6 @@ class Checkpoint:
 def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
     """Write a checkpoint so that a crash at any moment leaves a whole one; the one before is kept as `PREVIOUS`.
 
-    A temporary file in the same folder is written, fsynced and renamed, then the folder is fsynced.
-
     Raises:
         MachineError: The disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
@@ -56,20 +53,8 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
     full = {"format": FORMAT, **meta}
     header = {"fastres": json.dumps(full, sort_keys=True), "digest": _digest(on_cpu, full)}
     content = safetensors.torch.save(on_cpu, metadata=header)
-    # One fixed name: what a crash leaves of it is overwritten by the next save (the run folder has one writer).
-    newest, temporary = folder / NEWEST, folder / f".{NEWEST}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if newest.exists():
-            newest.replace(folder / PREVIOUS)
-        temporary.replace(newest)
-        fsync_folder(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(error, folder, len(content)) from error
+    newest = folder / NEWEST
+    files.write_bytes(newest, content, keep=folder / PREVIOUS)
     return newest
 
 
@@ -160,32 +145,12 @@ def set_newer_aside(folder: Path, used: Path | None) -> None:
             try:
                 path.replace(path.with_suffix(".unused.safetensors"))
             except OSError as error:
-                raise disk_error(error, folder, 0) from error
+                raise files.disk_error(error, folder, 0) from error
 
 
 def all_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Whether every floating-point tensor holds neither NaN nor Inf. Waits for the device."""
     return all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut. Only POSIX can; elsewhere nothing is done."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def disk_error(error: OSError, folder: Path, num_bytes: int) -> MachineError:
-    """What to tell a user whose disk refused a write of `num_bytes` in `folder`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return MachineError(
-            f"no room on the disk for {num_bytes:,} bytes in {folder}; free some, or give another --out"
-        )
-    return MachineError(f"cannot write in {folder}: {error.strerror or error}")
 
 
 def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:

@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fastres.rundir import RunDir
-from fastres.runtime import interactive
 
 Verbosity = Literal["auto", "live", "lines", "quiet"]
 REFRESHES_PER_SECOND = 4
@@ -77,7 +76,7 @@ class Console:
     """
 
     def __init__(self, verbosity: Verbosity = "auto", *, stderr: bool = False) -> None:
-        self.verbosity = verbosity if verbosity != "auto" else "live" if interactive() else "lines"
+        self.verbosity = verbosity if verbosity != "auto" else "live" if _interactive() else "lines"
         self._rich: RichConsole = _Stream(file=sys.stderr if stderr else None, highlight=False, soft_wrap=True)
         self._runs: tuple[RunDir, ...] = ()
         self._early: list[str] = []  # said before there was a run folder
@@ -210,3 +209,8 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _interactive() -> bool:
+    """Whether stdout is a terminal that a live display can be drawn on."""
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"

@@ -11,8 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastres.checkpoint import disk_error
-from fastres.errors import InputError
+from fastres.files import check_figure, save_figure
 from fastres.series import Curve, What, XAxis, curve_of, held_out_of
 
 if TYPE_CHECKING:
@@ -71,18 +70,11 @@ def draw(
         InputError: Another ending.
         MachineError: A file cannot be written.
     """
-    from matplotlib import rc_context  # half a second; only where something is drawn
-
     for path in paths:
-        check_ending(path)
+        check_figure(path)
     figure = figure_of(curves, title, note=note, what=what, x=x, log_y=log_y, ylim=ylim)
     for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with rc_context({"svg.hashsalt": "fastres"}):
-                figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except OSError as error:
-            raise disk_error(error, path.parent, 0) from error
+        save_figure(figure, path, dpi=150)
 
 
 def figure_of(
@@ -135,12 +127,6 @@ def print_note(figure: "Figure", note: str) -> None:
     if note:
         width = int(NOTE_COLUMNS * figure.get_figwidth())
         figure.suptitle("\n".join(textwrap.wrap(note, width)), color=WARNING, fontsize=10, fontweight="bold")
-
-
-def check_ending(path: Path) -> None:
-    """Raise InputError where a figure's name ends in neither .png nor .svg."""
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(f"--out is {path}; give a name that ends in .png or .svg")
 
 
 def time_unit(seconds: float) -> tuple[str, float]:

@@ -27,12 +27,12 @@ class Evaluation:
     def error(self) -> float:
         """Fraction of wrong answers, 0 to 1."""
         right = sum(row[k] for k, row in enumerate(self.confusion))
-        return 1 - right / self.num_images
+        return (self.num_images - right) / self.num_images
 
     @property
     def class_errors(self) -> list[float | None]:
         """Fraction of wrong answers by true class; None for a class without images."""
-        return [1 - row[k] / sum(row) if sum(row) else None for k, row in enumerate(self.confusion)]
+        return [(sum(row) - row[k]) / sum(row) if sum(row) else None for k, row in enumerate(self.confusion)]
 
 
 class Evaluator:

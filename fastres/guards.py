@@ -16,14 +16,15 @@ from torch import Tensor
 from fastres.build import empty_net
 from fastres.config import RunConfig
 from fastres.data.imageset import IMAGE_SIZE
-from fastres.errors import OutOfMemory, says_out_of_memory
+from fastres.errors import Interrupted, OutOfMemory, OutOfTime, says_out_of_memory
 from fastres.models.cifar import num_parameters
-from fastres.runtime import usable_memory
+from fastres.runtime import Runtime, usable_memory
 
 USABLE_SHARE = 0.8  # of what is free; the rest goes to fragments and workspaces
 # A step's peak over what its forward keeps: 1.2 from batch 256 to 512 and 1.4 from 1,024 to 2,880, on a CPU (ResNet-20,
 # fp32, torch 2.15)
 BACKWARD = 1.4
+AGAIN = "type the same line again to go on"
 UNITS = {"bytes": 1e-9, "KiB": 2**10 / 1e9, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}  # in GB
 WEIGHT_BYTES = 4 * 4  # a parameter: weight, gradient, momentum, and copies in other precisions
 LOADER_BYTES = 10  # a value of the training images: two padded fp32 tables on a CPU; less for DALI or on a GPU
@@ -38,14 +39,13 @@ class Interrupt:
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[Interrupt]:
+def interrupts(interrupt: Interrupt) -> Iterator[None]:
     """Turn SIGINT and SIGTERM into a flag that the loop reads after each step; a second Ctrl-C stops at once.
 
     Only the main thread may set handlers; elsewhere the flag stays unset.
     """
-    interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
-        yield interrupt
+        yield
         return
 
     def note(signum: int, _frame: FrameType | None) -> None:
@@ -55,14 +55,21 @@ def interrupts() -> Iterator[Interrupt]:
 
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield interrupt
+        yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
+def stopped(interrupt: Interrupt, where: str) -> Interrupted | OutOfTime:
+    """The error that says where training was stopped, and how to go on."""
+    if interrupt.signum is None:
+        return OutOfTime(f"the time is used up; stopped {where}")
+    return Interrupted(f"stopped by {signal.Signals(interrupt.signum).name} {where}", interrupt.signum)
+
+
 @contextlib.contextmanager
-def explained_memory_errors(config: RunConfig, *, num_replicas: int = 1) -> Iterator[None]:
+def explained_memory_errors(config: RunConfig, runtime: Runtime, *, num_replicas: int = 1) -> Iterator[None]:
     """Turn what torch, CUDA's libraries and numpy raise where memory ran out into OutOfMemory with a way out."""
     try:
         yield
@@ -70,7 +77,7 @@ def explained_memory_errors(config: RunConfig, *, num_replicas: int = 1) -> Iter
         if not _is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # their variables hold what the step had got so far
-        raise OutOfMemory(_way_out(config, num_replicas, str(error))) from error
+        raise OutOfMemory(_way_out(config, runtime, num_replicas, str(error))) from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -78,24 +85,22 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or says_out_of_memory(error)
 
 
-def _way_out(config: RunConfig, num_replicas: int, said: str) -> str:
+def _way_out(config: RunConfig, runtime: Runtime, num_replicas: int, said: str) -> str:
     """What was needed, what there is, and what to try."""
-    batch_size = config.recipe.batch_size
-    gpu = torch.cuda.is_available() and config.execution.device != "cpu"
-    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    batch_size, where = config.recipe.batch_size, "GPU" if runtime.device.type == "cuda" else "CPU"
     try:
-        fixed, image = memory_of_a_step(config, bytes_each=_bytes_each(config, gpu=gpu), num_replicas=num_replicas)
+        fixed, image = memory_of_a_step(config, bytes_each=runtime.dtype.itemsize, num_replicas=num_replicas)
     except (RuntimeError, MemoryError):  # not even for that
         return (
             f"out of memory with {config.name} at batch size {batch_size:,}; try --batch-size {max(1, batch_size // 2)}"
         )
-    usable = usable_memory(device)
+    usable = usable_memory(runtime.device)
     need, have = fixed + batch_size * image, "an unknown amount is" if usable is None else f"{usable / 1e9:.1f} GB are"
     asked = re.search(r"ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", said)
     at = f", {float(asked[1]) * UNITS[asked[2]]:.1f} GB of them at once" if asked else ""
     head = (
         f"out of memory: a step of {config.name} on {batch_size:,} images needs about {need / 1e9:.1f} GB{at}; "
-        f"{have} free for it on the {'GPU' if gpu else 'CPU'}\n"
+        f"{have} free for it on the {where}\n"
     )
     fits = batch_size // 2  # where the estimate is no help: it says that the batch fits
     if usable is not None and need > USABLE_SHARE * usable:
@@ -134,11 +139,6 @@ def memory_of_a_step(config: RunConfig, *, bytes_each: int, num_replicas: int = 
     return data + num_replicas * num_parameters(net) * WEIGHT_BYTES, int(
         num_replicas * image * bytes_each / 4 * BACKWARD
     )
-
-
-def _bytes_each(config: RunConfig, *, gpu: bool) -> int:
-    precision = config.execution.precision
-    return 2 if precision in ("bf16", "fp16") or (precision == "auto" and gpu) else 4
 
 
 def _rounded(batch_size: int) -> int:

@@ -2,31 +2,29 @@
 
 import contextlib
 import math
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
 
 from fastres import pace
-from fastres.build import build_evaluators, build_loaders, build_net, build_optimizer, load_images, lr_schedule
+from fastres.build import load_images, lr_schedule
 from fastres.checkpoint import Checkpoint
 from fastres.clock import Clocks
 from fastres.config import RunConfig, differences
 from fastres.console import Console, Progress, Verbosity
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
-from fastres.errors import Diverged, InputError, Interrupted, OutOfTime
-from fastres.evaluator import Evaluator
-from fastres.guards import Interrupt, explained_memory_errors, interrupts
+from fastres.errors import Diverged, InputError
+from fastres.guards import AGAIN, Interrupt, explained_memory_errors, interrupts, stopped
 from fastres.layernet import runtime_of
-from fastres.member import Member
+from fastres.member import Member, make_members
 from fastres.models.cifar import num_parameters
 from fastres.result import RunResult, result_of, summary
-from fastres.rundir import CONFIG, DIVERGED, ENVIRONMENT, RESULT, RunDir, default_path
-from fastres.runstate import RunState, data_note, load_states
-from fastres.runtime import Runtime, environment, peak_memory, synchronize
-from fastres.step import Replica, TrainStep
+from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, default_path
+from fastres.runstate import RunState, load_states, record_environment
+from fastres.runtime import Runtime, peak_memory, synchronize
+from fastres.step import TrainStep
 from fastres.steptimer import StepTimer, milliseconds
 
 
@@ -74,7 +72,8 @@ def train(
     if run is None:
         RunDir.check_free(path, overwrite=overwrite)  # before minutes are spent on a download
     folders = {path: config}
-    (outcome,) = train_together(folders, overwrite=overwrite, console=console, clocks=clocks, deadline=deadline)
+    interrupt = Interrupt(deadline=deadline)
+    (outcome,) = train_together(folders, interrupt, overwrite=overwrite, console=console, clocks=clocks)
     if isinstance(outcome, Diverged):
         raise outcome
     return outcome
@@ -82,11 +81,11 @@ def train(
 
 def train_together(
     folders: Mapping[Path, RunConfig],
+    interrupt: Interrupt,
     *,
     overwrite: bool = False,
     console: Console,
     clocks: Clocks | None = None,
-    deadline: float = math.inf,
     brief: bool = False,
 ) -> list[RunResult | Diverged]:
     """Train runs side by side, a step of each in turn; on a GPU the turns are parallel branches of one graph.
@@ -96,8 +95,9 @@ def train_together(
 
     Args:
         folders: Configs that differ in their seed alone, by run folder. A folder that is a run's goes on with it.
+        interrupt: Its deadline is kept. Signals are noted in it, also one that comes too late to cut these runs.
         overwrite: Move a folder that holds something, but no run, aside.
-        console, clocks, deadline: As `train`.
+        console, clocks: As `train`.
         brief: Print one line of each result; the rest is in its console.log.
 
     Returns:
@@ -107,6 +107,7 @@ def train_together(
         As `train`, but for Diverged.
     """
     clocks, config = clocks or Clocks(), next(iter(folders.values()))
+    check_loader(config)
     with clocks("other"), contextlib.closing(console), contextlib.ExitStack() as stack:
         runtime = runtime_of(config)
         for note in runtime.notes:
@@ -120,9 +121,8 @@ def train_together(
         ]
         for run in runs:
             stack.enter_context(run.locked())
-        interrupt = stack.enter_context(interrupts())
-        interrupt.deadline = deadline
-        stack.enter_context(explained_memory_errors(config, num_replicas=len(folders)))
+        stack.enter_context(interrupts(interrupt))
+        stack.enter_context(explained_memory_errors(config, runtime, num_replicas=len(folders)))
         console.attach(*runs)
         stack.callback(console.attach)  # what is said afterwards is about something else
         saved = load_states(runs, images, console.say) if any(begun) else [None] * len(runs)
@@ -130,7 +130,7 @@ def train_together(
             if checkpoint is None:
                 run.write_json(CONFIG, own.to_dict())
             run.remove(DIVERGED)
-            _record_environment(run, runtime, images, checkpoint)
+            record_environment(run, config, runtime, images, checkpoint)
         return _run(list(folders.values()), runs, runtime, images, saved, console, clocks, interrupt, brief=brief)
 
 
@@ -154,19 +154,8 @@ def _run(
     with contextlib.ExitStack() as stack:
         # Build. Chance is a function of the seed: weights here, samples in the epoch plan.
         mean = images.mean_image()
-        nets = [build_net(own, runtime, num_classes=len(images.class_names)) for own in configs]
-        with clocks("data"):
-            loaders = build_loaders(configs, images, mean, runtime)
-            tests = build_evaluators(nets, config, images, mean, runtime)
-            clean: Sequence[Evaluator | None] = [None] * len(runs)
-            if output.clean_train_error:
-                clean = build_evaluators(nets, config, images, mean, runtime, train=True)
-        replicas = []
-        for net, loader in zip(nets, loaders, strict=True):
-            stack.enter_context(contextlib.closing(loader))
-            replicas.append(Replica(net, build_optimizer(net, recipe), loader, runtime, num_steps=recipe.steps))
-        members = [Member(*parts) for parts in zip(configs, runs, replicas, tests, clean, strict=True)]
-        train_step = TrainStep(replicas)
+        members = make_members(configs, runs, images, mean, runtime, clocks, stack)
+        train_step = TrainStep([member.replica for member in members])
         if runtime.compile_scope != "none" or runtime.cuda_graph:
             console.say("compiling (later runs of the same model find the result in the compiler's cache)")
             with clocks("compile"):
@@ -187,7 +176,8 @@ def _run(
         console.say(_introduction(config, members, images, runtime))
         progress = Progress(first, recipe.steps, first * recipe.batch_size / config.data.num_train, runs=len(runs))
         console.show(progress)
-        logged_at, epoch_shown = clocks.read("train"), int(progress.epochs)
+        logged, logged_at = done, clocks.read("train")  # or, at first, where this process began
+        epoch_shown = int(progress.epochs)
         began = saved_at = perf_counter()
         timer, step_seconds, since_log = StepTimer(runtime.device), list[float](), list[float]()
         alive = members
@@ -223,23 +213,23 @@ def _run(
                     continue
                 seconds = clocks.read("train")
                 for member in alive:
-                    with contextlib.suppress(Diverged):  # is in `member.diverged`
-                        member.read(done, schedule, runtime.precision)  # host sync
+                    member.read(done, schedule, runtime.precision)  # host sync
                 if saves:
                     train_step.check()  # a graph that reads memory which was given back computes rubbish
                 since_log += timer.collect()
                 measured = {
+                    "train": seconds,
+                    "images_per_second": (done - logged) * recipe.batch_size / (seconds - logged_at),
                     "step_milliseconds": milliseconds(since_log),
                     "peak_memory": peak_memory(runtime.device),
                 }
                 for member in [member for member in alive if not member.diverged]:
-                    with contextlib.suppress(Diverged):
-                        if logs:
-                            member.log(seconds, logged_at, measured)
-                        if tests_now:
-                            member.evaluate(clocks)
-                        if saves:
-                            member.save(images, mean, clocks)
+                    if logs:
+                        member.log(measured)
+                    if tests_now:
+                        member.evaluate(clocks)
+                    if saves:
+                        member.save(images, mean, clocks)
                 for member in alive:
                     if member.diverged and len(members) > 1:
                         console.say(f"{member.run.path} is given up: {member.diverged}")
@@ -247,7 +237,7 @@ def _run(
                 if not alive:
                     break
                 if logs:
-                    logged_at = seconds
+                    logged, logged_at = done, seconds
                     step_seconds += since_log
                     since_log = []
                 if saves:
@@ -260,24 +250,19 @@ def _run(
                     epoch_shown = int(progress.epochs)
                 timer.begin()
                 if cut and not last:
-                    raise _cut_short(interrupt, done, runs, brief=brief)
+                    way_on = AGAIN if brief else f"to go on: fastres train --resume {runs[0].path}"
+                    raise stopped(interrupt, f"after step {done}, all saved; {way_on}")
 
         # The result: the last step's test error.
-        outcomes: list[RunResult | Diverged] = []
-        for member in members:
-            try:
-                if member.diverged:
-                    raise member.diverged
-                if first == recipe.steps:  # cut between the last checkpoint and the result
-                    member.evaluate(clocks, record=False)
-                measured = {
-                    "step_milliseconds": milliseconds(step_seconds),
-                    "peak_memory": peak_memory(runtime.device),
-                    "side_by_side": len(members),
-                }
-                outcomes.append(member.finish(images, clocks, measured))
-            except Diverged as error:
-                outcomes.append(error)
+        if first == recipe.steps:  # cut between the last checkpoint and the result
+            for member in members:
+                member.evaluate(clocks, record=False)
+        measured = {
+            "step_milliseconds": milliseconds(step_seconds),
+            "peak_memory": peak_memory(runtime.device),
+            "side_by_side": len(members),
+        }
+        outcomes = [member.diverged or member.finish(images, clocks, measured) for member in members]
         console.close()
         for member, outcome in zip(members, outcomes, strict=True):
             if isinstance(outcome, RunResult):
@@ -304,15 +289,13 @@ def check_same(run: RunDir, config: RunConfig) -> None:
         )
 
 
-def _record_environment(run: RunDir, runtime: Runtime, images: ImageSet, saved: Checkpoint | None) -> None:
-    """Write environment.json; a resumed run keeps the first process's and lists its own under "resumed"."""
-    now = {**environment(runtime), "data": data_note(images)}
-    if saved is None or not (run.path / ENVIRONMENT).exists():
-        run.write_json(ENVIRONMENT, now)
-        return
-    first = run.read_json(ENVIRONMENT)
-    resumed = [*first.get("resumed", []), {"step": saved.meta["step"], **now}]
-    run.write_json(ENVIRONMENT, {**first, "resumed": resumed})
+def check_loader(config: RunConfig) -> None:
+    """Raise InputError for a loader whose runs would not be those of the others."""
+    if config.execution.loader == "torchvision":
+        raise InputError(
+            "--loader torchvision draws crops and flips of its own, so its runs would be others than those of the same "
+            "config; it is there for `fastres bench`. Use --loader resident or dali"
+        )
 
 
 def _introduction(config: RunConfig, members: Sequence[Member], images: ImageSet, runtime: Runtime) -> str:
@@ -335,11 +318,3 @@ def _update(progress: Progress, members: Sequence[Member], config: RunConfig, do
         progress.images_per_second = sum(member.train["clock"]["images_per_second"] for member in members)
     tests = [member.tested.error for member in members if member.tested]
     progress.test_error = fmean(tests) if tests else None
-
-
-def _cut_short(interrupt: Interrupt, done: int, runs: Sequence[RunDir], *, brief: bool) -> Interrupted | OutOfTime:
-    on = "the same line goes on" if brief else f"to go on: fastres train --resume {runs[0].path}"
-    if interrupt.signum is None:
-        return OutOfTime(f"the time is used up; stopped after step {done}, all saved; {on}")
-    name = signal.Signals(interrupt.signum).name
-    return Interrupted(f"stopped by {name} after step {done}, all saved; {on}", interrupt.signum)

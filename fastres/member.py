@@ -1,12 +1,13 @@
 """One run among those that a loop trains: what it has of its own, and what it writes into its folder."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastres import optim
-from fastres.build import Mean
+from fastres.build import Mean, build_evaluators, build_loaders, build_net, build_optimizer
 from fastres.clock import Clocks
 from fastres.config import RunConfig
 from fastres.curves import draw_curves
@@ -18,6 +19,7 @@ from fastres.optim import LrSchedule
 from fastres.result import RunResult
 from fastres.rundir import DIVERGED, RESULT, RunDir
 from fastres.runstate import RunState, data_note, last_good
+from fastres.runtime import Runtime
 from fastres.step import Replica, Window
 
 
@@ -75,30 +77,24 @@ class Member:
         return True
 
     def read(self, done: int, schedule: LrSchedule, precision: str) -> None:
-        """Take the losses and errors since the last log from the device (a host sync).
-
-        Raises:
-            Diverged: A loss is NaN or Inf. It is noted in the run folder too.
-        """
+        """Take the losses and errors since the last log from the device (a host sync). NaN or Inf: `diverged`."""
         self.state.step, self.lr = done, schedule.at(done - 1, self.state.warmup_end)
         self._window = self.replica.window(self.state.logged, done)
         for offset, loss in enumerate(self._window.losses):
             if not math.isfinite(loss):
                 step = self._window.start + offset + 1
-                raise self._note(
-                    Diverged(
-                        f"the loss became {loss} at step {step:,} (lr {self.lr:.4g}, {precision}); "
-                        f"{last_good(self.run)}. "
-                        "Try a lower --lr, a --warmup, or --precision fp32"
-                    )
+                self._give_up(
+                    f"the loss became {loss} at step {step:,} (lr {self.lr:.4g}, {precision}); {last_good(self.run)}. "
+                    "Try a lower --lr, a --warmup, or --precision fp32"
                 )
+                return
 
-    def log(self, seconds: float, since: float, measured: Mapping[str, Any]) -> None:
+    def log(self, clock: Mapping[str, Any]) -> None:
         """Write the metrics since the last log.
 
         Args:
-            seconds, since: The training clock now, and at the last log.
-            measured: `step_milliseconds` since then and `peak_memory` so far, as in `RunResult`.
+            clock: What was measured: `train`, the seconds of training so far, and since the last log of this process
+                `images_per_second` and `step_milliseconds`; `peak_memory` so far.
         """
         config, done, window = self.config, self.state.step, self._window
         num_images = len(window.errors) * config.recipe.batch_size
@@ -109,7 +105,7 @@ class Member:
             "loss": math.fsum(window.losses) / len(window.losses),
             "error": sum(window.errors) / num_images,
             "lr": self.lr,
-            "clock": {"train": seconds, "images_per_second": num_images / (seconds - since), **measured},
+            "clock": dict(clock),
         }
         self.run.append_metrics(self.train)
         self.state.logged = done
@@ -122,40 +118,38 @@ class Member:
             clean = self.clean() if self.clean and record else None
         if not record:
             return
-        self.state.saw(self.tested, done)
+        self.state.record_evaluation(self.tested, done)
         for kind, result in (("test", self.tested), ("train_clean", clean)):
             if result is not None:
                 numbers = {"kind": kind, "step": done, "loss": result.loss, "error": result.error}
                 self.run.append_metrics({**numbers, "clock": {"evaluate": clocks.read("evaluate")}})
 
     def save(self, images: ImageSet, mean: Mean, clocks: Clocks) -> None:
-        """Write a checkpoint. Raises Diverged (noted) and MachineError, as `RunState.save`."""
+        """Write a checkpoint, but not of weights with NaN or Inf: `diverged`. Raises MachineError."""
         with clocks("checkpoint"):
             try:
                 self.state.save(self.run, self.replica, self.config, images, mean, clocks.totals())
             except Diverged as error:
-                raise self._note(error) from None
+                self._give_up(str(error))
 
-    def finish(self, images: ImageSet, clocks: Clocks, measured: Mapping[str, Any]) -> RunResult:
-        """The result of the run, all its steps done; curves and result go into its folder.
+    def finish(self, images: ImageSet, clocks: Clocks, measured: Mapping[str, Any]) -> RunResult | Diverged:
+        """The result of the run, all its steps done; it and the curves go into its folder.
 
         Args:
             images: It was trained and tested on.
             clocks: Of the loop.
             measured: `step_milliseconds`, `peak_memory` and `side_by_side` of `RunResult`.
 
-        Raises:
-            Diverged: A warm-up that must end never did.
+        Returns:
+            Diverged where a warm-up that must end never did.
         """
         config, state, net = self.config, self.state, self.replica.net
         assert self.tested is not None
         if config.recipe.warmup == "error" and state.warmup_end is None:
-            raise self._note(
-                Diverged(
-                    f"warm-up never ended: the training error stayed at or above 80 % for all {config.recipe.steps} "
-                    f"steps at lr {config.recipe.warmup_lr}; the run is kept in {self.run.path}. "
-                    "More --steps, or --warmup constant"
-                )
+            return self._give_up(
+                f"warm-up never ended: the training error stayed at or above 80 % for all {config.recipe.steps} "
+                f"steps at lr {config.recipe.warmup_lr}; the run is kept in {self.run.path}. "
+                "More --steps, or --warmup constant"
             )
         records = self.run.metrics()
         result = RunResult(
@@ -175,14 +169,41 @@ class Member:
         )
         clock = {"seconds": result.seconds, "images_per_second": result.images_per_second, **measured}
         self.run.append_metrics({"kind": "end", "step": state.step, "clock": clock})
+        self.run.write_json(RESULT, {**result.to_dict(), "data": data_note(images)})
         title = f"{config.name}, {images.name}, seed {config.seed}"
         held_out = config.data.held_out
         draw_curves(records, title, self.run.path, note=images.caveat, held_out=held_out)
-        self.run.write_json(RESULT, {**result.to_dict(), "data": data_note(images)})
         return result
 
-    def _note(self, error: Diverged) -> Diverged:
-        """The error, written into the run folder, so that a sweep does not try the same thing again."""
-        self.diverged = error
-        self.run.write_json(DIVERGED, {"step": self.state.step, "why": str(error)})
-        return error
+    def _give_up(self, why: str) -> Diverged:
+        """Set `diverged`, and note it in the run folder, so that a sweep does not try the same thing again."""
+        self.diverged = Diverged(why)
+        self.run.write_json(DIVERGED, {"step": self.state.step, "why": why})
+        return self.diverged
+
+
+def make_members(
+    configs: Sequence[RunConfig],
+    runs: Sequence[RunDir],
+    images: ImageSet,
+    mean: Mean,
+    runtime: Runtime,
+    clocks: Clocks,
+    stack: contextlib.ExitStack,
+) -> list[Member]:
+    """What is trained, with initial weights, at step 0; its loaders are closed with the stack."""
+    config = configs[0]
+    nets = [build_net(own, runtime, num_classes=len(images.class_names)) for own in configs]
+    clean: Sequence[Evaluator | None] = [None] * len(runs)
+    with clocks("data"):
+        loaders = build_loaders(configs, images, mean, runtime)
+        for loader in loaders:
+            stack.enter_context(contextlib.closing(loader))
+        tests = build_evaluators(nets, config, images, mean, runtime)
+        if config.output.clean_train_error:
+            clean = build_evaluators(nets, config, images, mean, runtime, train=True)
+    replicas = [
+        Replica(net, build_optimizer(net, config.recipe), loader, runtime, num_steps=config.recipe.steps)
+        for net, loader in zip(nets, loaders, strict=True)
+    ]
+    return [Member(*parts) for parts in zip(configs, runs, replicas, tests, clean, strict=True)]

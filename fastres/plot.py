@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fastres.config import RunConfig
-from fastres.curves import NUM_STYLES, check_ending, draw
+from fastres.curves import NUM_STYLES, draw
 from fastres.data.imageset import caveat
 from fastres.errors import InputError
+from fastres.files import check_figure
 from fastres.rundir import DIVERGED, RESULT, RunDir, find_runs
 from fastres.series import Curve, What, XAxis, curve_of, mean_curve
 
@@ -182,7 +183,7 @@ def plot_runs(
         MachineError: The file cannot be written.
     """
     if out is not None:
-        check_ending(out)
+        check_figure(out)
     common, runs = read_runs(paths)
     curves = {id(run): run.curve(what=what, x=x, smooth=smooth) for run in runs}
     drawn = [run for run in runs if curves[id(run)].lines]

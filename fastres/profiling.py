@@ -1,6 +1,6 @@
 """Where a step's time goes, kernel by kernel, by torch.profiler."""
 
-import os
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastres.bench import Bench
 from fastres.build import load_images
 from fastres.cells import Cell
-from fastres.checkpoint import disk_error
+from fastres.files import disk_error
 
 STEPS = 20
 ROWS = 10
@@ -68,15 +68,13 @@ def take_profile(cell: Cell, trace: Path, *, say: Callable[[str], None]) -> Prof
         trace.open("w").close()  # before the work; the profiler would only log that it cannot write
     except OSError as error:
         raise disk_error(error, trace.parent, 0) from error
-    bench = Bench(cell, load_images(cell.config.data, cell.config.execution, say=say))
-    gpu = bench.runtime.device.type == "cuda"
-    unmodified = median(bench.run(STEPS) for _ in range(3))
-    activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
-    if not gpu:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's library logs that there is no GPU
-    with profile(activities=[activity], acc_events=True) as profiler:  # else torch 2.11 warns
-        profiled = bench.timed(STEPS)
-    bench.close()
+    images = load_images(cell.config.data, cell.config.execution, say=say)
+    with contextlib.closing(Bench(cell, images)) as bench:
+        gpu = bench.runtime.device.type == "cuda"
+        unmodified = median(bench.run(STEPS) for _ in range(3))
+        activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
+        with profile(activities=[activity], acc_events=True) as profiler:  # else torch 2.11 warns
+            profiled = bench.timed(STEPS)
     profiler.export_chrome_trace(str(trace))
     spent = [
         Kernel(event.key, event.count / STEPS, microseconds / STEPS / 1e6)

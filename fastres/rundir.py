@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,9 +23,9 @@ from typing import Any
 
 import filelock
 
-from fastres.checkpoint import disk_error, fsync_folder
 from fastres.config import RunConfig
 from fastres.errors import InputError
+from fastres.files import disk_error, write_json, write_text
 
 CONFIG, ENVIRONMENT, METRICS, RESULT, DIVERGED, CONSOLE = (
     "config.json",
@@ -36,6 +35,7 @@ CONFIG, ENVIRONMENT, METRICS, RESULT, DIVERGED, CONSOLE = (
     "diverged.json",
     "console.log",
 )
+LOCK = ".lock"  # held by the process that trains
 DEEPEST = 3  # levels of folders below one that is given in which runs are found
 
 
@@ -50,12 +50,17 @@ class RunDir:
         """Make an empty run folder.
 
         Raises:
-            InputError: `path` holds something already; with `overwrite` that is moved aside instead.
+            InputError: `path` holds something already; with `overwrite` that is moved aside instead, unless a run in
+                it is in training.
             MachineError: The folder cannot be made or written.
         """
         RunDir.check_free(path, overwrite=overwrite)
         try:
             if _occupied(path):
+                for lock in [path / LOCK, *(folder / LOCK for folder in folders_below(path))]:
+                    if lock.exists():  # else nobody trains there
+                        with RunDir(lock.parent).locked():
+                            pass
                 path.rename(_aside(path))
             path.mkdir(parents=True, exist_ok=True)
             (path / CONSOLE).touch()
@@ -85,7 +90,7 @@ class RunDir:
             InputError: Another process holds it.
             MachineError: It cannot be written.
         """
-        lock = filelock.FileLock(self.path / ".lock", timeout=0)
+        lock = filelock.FileLock(self.path / LOCK, timeout=0)
         try:
             lock.acquire()
         except filelock.Timeout as error:
@@ -187,38 +192,6 @@ class RunDir:
             raise disk_error(error, self.path, len(text)) from error
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder for files, where there is none. Raises MachineError where it cannot be made or written."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise disk_error(error, path, 0) from error
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all, with its folder if need be. Raises MachineError."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all, with its folder if need be. Raises MachineError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise disk_error(error, path.parent, len(text)) from error
-
-
 def find_runs(paths: Iterable[Path]) -> list[RunDir]:
     """The run folders that paths name: a run folder itself, or all that are below a folder (`folders_below`).
 
@@ -258,7 +231,7 @@ def _occupied(path: Path) -> bool:
 
 def is_left_behind(path: Path) -> bool:
     """Whether a file says nothing: a folder of such files is one whose run was killed before it had a config."""
-    return path.name in (CONSOLE, ".lock") or re.fullmatch(r"\..*\.tmp", path.name) is not None
+    return path.name in (CONSOLE, LOCK) or re.fullmatch(r"\..*\.tmp", path.name) is not None
 
 
 def _aside(path: Path) -> Path:

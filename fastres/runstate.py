@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastres import checkpoint
-from fastres.build import Mean
+from fastres.build import Mean, loader_kind
 from fastres.checkpoint import Checkpoint
 from fastres.config import RunConfig
 from fastres.data.imageset import ImageSet
@@ -16,7 +16,8 @@ from fastres.data.pixels import SCALE
 from fastres.errors import Diverged, InputError
 from fastres.evaluator import Evaluation
 from fastres.optim import WARMUP_WINDOW, momentum_buffers
-from fastres.rundir import RunDir
+from fastres.rundir import ENVIRONMENT, RunDir
+from fastres.runtime import Runtime, environment
 from fastres.step import Replica
 
 
@@ -31,7 +32,7 @@ class RunState:
     best_step: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # by clock, of the processes before this one
 
-    def saw(self, result: Evaluation, step: int) -> None:
+    def record_evaluation(self, result: Evaluation, step: int) -> None:
         """Take note of an evaluation."""
         if self.best_step == 0 or result.error < self.best_error:
             self.best_error, self.best_step = result.error, step
@@ -174,3 +175,17 @@ def data_note(images: ImageSet) -> dict[str, Any]:
         "num_train": len(images.train_images),
         "num_test": len(images.test_images),
     }
+
+
+def record_environment(
+    run: RunDir, config: RunConfig, runtime: Runtime, images: ImageSet, saved: Checkpoint | None
+) -> None:
+    """Write environment.json; a resumed run keeps the first process's and lists its own under "resumed"."""
+    loader = loader_kind(config.execution, runtime)
+    now = {**environment(runtime), "loader": loader, "data": data_note(images)}
+    if saved is None or not (run.path / ENVIRONMENT).exists():
+        run.write_json(ENVIRONMENT, now)
+        return
+    first = run.read_json(ENVIRONMENT)
+    resumed = [*first.get("resumed", []), {"step": saved.meta["step"], **now}]
+    run.write_json(ENVIRONMENT, {**first, "resumed": resumed})

@@ -84,6 +84,7 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
     notes += [why_not] if why_not else []
     if device.type == "cpu":
         _keep_freed_memory()
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler logs that there is no GPU
     if device.type == "cuda":
         _set_up_cuda(device, precision, deterministic=execution.deterministic)
     scope = execution.compile_scope
@@ -336,8 +337,3 @@ def _output(command: list[str]) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip().split("\n")[0] or None
-
-
-def interactive() -> bool:
-    """Whether stdout is a terminal that a live display can be drawn on."""
-    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"

@@ -8,9 +8,9 @@ from typing import Any
 from fastres.bench import measure
 from fastres.benchreport import Report
 from fastres.cells import Cell
-from fastres.checkpoint import disk_error
 from fastres.config import RunConfig
 from fastres.errors import OutOfMemory
+from fastres.files import save_figure
 
 DEPTHS = (8, 20, 32, 44, 56, 110)
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -115,7 +115,4 @@ def draw_scaling(report: Report, path: Path) -> None:
     axes.set_title(f"{env['gpu'] or env['cpu']}, torch {env['torch']}, {env['precision']}", fontsize=9, loc="left")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except OSError as error:
-        raise disk_error(error, path.parent, 0) from error
+    save_figure(figure, path, dpi=150)

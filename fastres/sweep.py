@@ -18,9 +18,11 @@ from fastres.config import RunConfig, differences
 from fastres.configtree import is_int
 from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError
-from fastres.loop import check_same, train_together
+from fastres.files import write_json
+from fastres.guards import AGAIN, Interrupt, stopped
+from fastres.loop import check_loader, check_same, train_together
 from fastres.result import RunResult, result_of
-from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, is_left_behind, write_json
+from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, is_left_behind
 from fastres.runtime import prepare
 
 SWEEP = "sweep.json"
@@ -65,6 +67,7 @@ def train_seeds(
         stored = read_sweep(folder)
         config, seeds = config or RunConfig.from_dict(stored["config"]), seeds or stored["seeds"]
     config = config or RunConfig()
+    check_loader(config)
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"seeds are {list(seeds)}; give each of them once, and at least one")
     folder = folder or (Path(config.output.out) if config.output.out else default_folder(config, seeds))
@@ -109,9 +112,12 @@ def train_all(
             check_same(RunDir.open(path), config)
         else:
             RunDir.check_free(path, overwrite=False)
+    interrupt = Interrupt(deadline=deadline)
     for group in _groups(folders, side_by_side):
+        if interrupt.signum is not None:  # it came when the group before had no step left to cut
+            raise stopped(interrupt, f"before {', '.join(map(str, group))}, all saved; {AGAIN}")
         on_begin(group)
-        train_together(group, console=console, clocks=clocks, deadline=deadline, brief=True)
+        train_together(group, interrupt, console=console, clocks=clocks, brief=True)
         clocks = None  # what came before the first group is its own
     return [outcome_of(path) for path in folders]
 

@@ -19,7 +19,7 @@ MAX_LINES = 350
 # or the whole package; a longer name (models.depth) goes before its package's.
 LAYERS = (
     ("errors",),
-    ("models.depth", "data.imageset", "host", "clock", "driver", "series"),
+    ("files", "models.depth", "data.imageset", "host", "clock", "driver", "series"),
     ("configtree", "native"),
     ("config",),
     ("runtime", "optim", "shadow", "models", "data"),

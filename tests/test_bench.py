@@ -131,13 +131,13 @@ def test_parts_and_gaps_make_up_the_step(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_cells_take_turns_and_the_report_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    run = Bench.run
+    timed = Bench.timed
 
     def noted(self: Bench, num_steps: int) -> float:
         order.append(self.cell.label)
-        return run(self, num_steps)
+        return timed(self, num_steps)
 
-    monkeypatch.setattr(Bench, "run", noted)
+    monkeypatch.setattr(Bench, "timed", noted)
     cells = [cell(tmp_path, "a"), cell(tmp_path, "b", frozen=True)]
     timings, report = measure(cells, rounds=3, chunk_seconds=0.01, say=lambda _: None)
     assert "".join(order[4:]) == "abbaab"
@@ -161,7 +161,7 @@ def test_each_cell_runs_with_its_own_threads(tmp_path: Path, monkeypatch: pytest
         update(self)
 
     running: list[str] = []
-    for name in ("run", "parts"):
+    for name in ("warm", "parts"):
         method = getattr(Bench, name)
 
         def watched(self: Bench, num_steps: int, method: Any = method) -> Any:
@@ -170,9 +170,28 @@ def test_each_cell_runs_with_its_own_threads(tmp_path: Path, monkeypatch: pytest
 
         monkeypatch.setattr(Bench, name, watched)
     monkeypatch.setattr(Replica, "update", noted)
+    ceilings = Ceilings(1e9, 1e9)
+
+    def measured(*_: object) -> Ceilings:
+        of.append(torch.get_num_threads())
+        return ceilings
+
+    of: list[int] = []
+    monkeypatch.setattr("fastres.bench.measure_ceilings", measured)
     cells = [Cell(label, tiny(tmp_path, execution={"threads": int(label)})) for label in seen]
-    measure(cells, rounds=2, chunk_seconds=0.01, say=lambda _: None)
+    _, report = measure(cells, rounds=2, chunk_seconds=0.01, say=lambda _: None)
     assert seen == {"1": {1}, "2": {2}}
+    assert of == [1, 2]
+    assert list(report["ceilings"]) == ["fp32, threads 1", "fp32, threads 2"]
+
+
+def test_a_cell_takes_more_steps_than_its_logs_have_places(tmp_path: Path) -> None:
+    one = Bench(cell(tmp_path), make_synthetic(), num_steps=30)
+    for _ in range(4):
+        one.run(12)
+        one.parts(2)
+        assert int(one.replica.counter) == one.done <= 30
+    one.close()
 
 
 def test_batches_made_in_anothers_turn_are_used_up_before_the_clock(

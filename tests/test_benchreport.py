@@ -123,12 +123,10 @@ def test_a_report_that_does_not_fit_leaves_the_one_before(
 ) -> None:
     path = saved(report, tmp_path / "a.json")
 
-    def full(self: Path, text: str, **_: Any) -> None:
-        with self.open("w") as file:
-            file.write(text[:100])
+    def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MachineError, match=r"no room on the disk for \d[\d,]+ bytes"):
         write_json({**report, "cells": []}, path)
     assert read_json(path) == report

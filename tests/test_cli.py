@@ -147,7 +147,13 @@ def test_toml_with_an_unknown_key(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("recipe = 3", "recipe is 3; it must be a table"), ('preset = ["a"]', "unknown preset ['a']")]
+    ("content", "said"),
+    [
+        ("recipe = 3", "recipe is 3; it must be a table"),
+        ('preset = ["a"]', "unknown preset ['a']"),
+        ('[recipe]\nbatch_size = "a"', "batch_size is 'a'"),
+        ("[recipe]\nbatch_size = 0", "batch_size is 0"),
+    ],
 )
 def test_toml_with_values_of_another_kind(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, said: str

@@ -175,7 +175,7 @@ def test_download_bar() -> None:
 
 def test_auto_is_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for terminal, expected in ((True, "live"), (False, "lines")):
-        monkeypatch.setattr(module, "interactive", lambda on=terminal: on)
+        monkeypatch.setattr(module, "_interactive", lambda on=terminal: on)
         assert Console().verbosity == expected
 
 

@@ -1,5 +1,6 @@
 """guards.py: memory that ran out is explained, with a batch size that fits. (Signals: tests/test_loop.py.)"""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from fastres import guards, runtime
 from fastres.config import RunConfig, make_config
 from fastres.errors import OutOfMemory
 from fastres.guards import explained_memory_errors, memory_of_a_step
+from fastres.runtime import Runtime
 
 SAID = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.50 GiB is free."
@@ -31,8 +33,11 @@ def config(batch_size: int = 4096, **changes: Any) -> RunConfig:
     return make_config(recipe={"batch_size": batch_size}, **{"execution": execution, "model": {"depth": 8}, **changes})
 
 
-def explained(error: Exception, run: RunConfig | None = None) -> str:
-    with pytest.raises(OutOfMemory) as caught, explained_memory_errors(run or config()):
+CPU = Runtime(torch.device("cpu"), "fp32")
+
+
+def explained(error: Exception, run: RunConfig | None = None, own: Runtime = CPU) -> str:
+    with pytest.raises(OutOfMemory) as caught, explained_memory_errors(run or config(), own):
         raise error
     assert caught.value.__cause__ is error
     return str(caught.value)
@@ -77,6 +82,8 @@ def test_the_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fixed + batch * image <= guards.USABLE_SHARE * 3e9 < fixed + (batch + 64) * image
     assert batch % 64 == 0
     assert message.count("\n") == 1
+    smaller = explained(torch.OutOfMemoryError(SAID), run, dataclasses.replace(CPU, precision="bf16"))
+    assert suggested(smaller) > 1.9 * batch - 64
 
 
 def test_an_estimate_that_is_no_help_gives_way_to_half(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +108,7 @@ def test_no_batch_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_real_allocators() -> None:
     """What torch's CPU allocator and numpy raise themselves."""
     for ask in (lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50)):
-        with pytest.raises(OutOfMemory, match="--batch-size"), explained_memory_errors(config()):
+        with pytest.raises(OutOfMemory, match="--batch-size"), explained_memory_errors(config(), CPU):
             ask()
 
 
@@ -119,7 +126,7 @@ def test_a_step_lets_go_before_the_estimate(monkeypatch: pytest.MonkeyPatch) -> 
         raise torch.OutOfMemoryError(SAID)
 
     monkeypatch.setattr(guards, "_way_out", lambda *_: f"{len(alive)} held")
-    with pytest.raises(OutOfMemory, match="0 held"), explained_memory_errors(config()):
+    with pytest.raises(OutOfMemory, match="0 held"), explained_memory_errors(config(), CPU):
         step()
 
 
@@ -131,7 +138,7 @@ def test_libraries_say_it_in_their_words(said: str) -> None:
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(RuntimeError, match="illegal memory access"), explained_memory_errors(config()):
+    with pytest.raises(RuntimeError, match="illegal memory access"), explained_memory_errors(config(), CPU):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 import fastres
-from fastres import build, checkpoint, loop, pace
+from fastres import build, checkpoint, loop, member, pace
 from fastres.clock import Clocks
 from fastres.data import synthetic
 from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfMemory
 from fastres.rundir import RunDir
 from fastres.step import TrainStep
+from fastres.sweep import train_seeds
 from tests.runs import assert_same_run, timeless_metrics, tiny
 
 FOUR = np.arange(4, dtype=np.uint8)
@@ -107,9 +108,29 @@ def test_interrupted_and_resumed_is_uninterrupted(
         with pytest.raises(Interrupted, match=f"--resume {out}") as caught:
             fastres.train(tiny(out), verbosity="quiet")
     assert caught.value.exit_code == 128 + signum
-    assert checkpoint.load(out / checkpoint.NEWEST).meta["step"] == step + 1
+    saved = checkpoint.load(out / checkpoint.NEWEST).meta
+    assert saved["step"] == step + 1
     fastres.train(resume=out, verbosity="quiet")
     assert_same_run(whole, out)
+    first = next(r for r in RunDir(out).metrics() if r["kind"] == "train" and r["step"] > step + 1)
+    taken = first["clock"]["images_per_second"] * (first["clock"]["train"] - saved["clock"]["train"]) / 16
+    assert taken == pytest.approx(first["step"] - (step + 1))  # steps of this process
+
+
+def test_the_result_does_not_depend_on_a_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(member, "draw_curves", lambda *_, **__: pytest.fail("drawn"))
+        with pytest.raises(pytest.fail.Exception):
+            fastres.train(tiny(tmp_path / "run", recipe={"steps": 2}), verbosity="quiet")
+    assert fastres.train(resume=tmp_path / "run", verbosity="quiet").steps == 2
+
+
+def test_a_loader_with_dice_of_its_own_is_for_benchmarks(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", execution={"loader": "torchvision"})
+    for train in (fastres.train, lambda config, **how: train_seeds(config, (0, 1), **how)):
+        with pytest.raises(InputError, match=r"torchvision draws crops and flips of its own.*resident or dali"):
+            train(config, verbosity="quiet")
+    assert not list(tmp_path.iterdir())
 
 
 def test_handlers_are_put_back(whole: Path, tmp_path: Path) -> None:

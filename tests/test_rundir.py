@@ -7,6 +7,7 @@ from pathlib import Path
 
 import filelock
 import pytest
+import torch
 
 from fastres import checkpoint
 from fastres.config import make_config
@@ -73,6 +74,7 @@ def test_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         run.sync_metrics,
         lambda: run.remove("diverged.json"),
         lambda: checkpoint.set_newer_aside(run.path, None),
+        lambda: checkpoint.save(run.path, {"a": torch.zeros(1)}, {"step": 1}),
     ):
         with pytest.raises(MachineError, match=r"cannot write in .*: Read-only file system"):
             touch()
@@ -99,6 +101,20 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
         pass
     with run.locked():
         pass
+
+
+@pytest.mark.parametrize("inside", ["run", "."])
+def test_a_folder_in_training_is_not_moved_from_under_it(tmp_path: Path, inside: str) -> None:
+    out = tmp_path / "sweep"
+    run = RunDir.create(out / inside)
+    run.write_json("config.json", make_config().to_dict())
+    with run.locked():
+        with pytest.raises(InputError, match="is being trained by another process"):
+            RunDir.create(out, overwrite=True)
+        run.append_metrics({"kind": "train", "step": 1})
+    assert len(RunDir.open(out / inside).metrics()) == 1
+    RunDir.create(out, overwrite=True)
+    assert not (out / inside / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])

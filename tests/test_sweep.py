@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +20,7 @@ from fastres.cli.flags import parse_seeds
 from fastres.console import Console
 from fastres.data.dali import dali_available
 from fastres.errors import Diverged, InputError, Interrupted, OutOfTime
+from fastres.member import Member
 from fastres.result import RunResult
 from fastres.rundir import RunDir, find_runs
 from fastres.step import Replica
@@ -82,6 +85,26 @@ def test_cut_and_called_again_is_uninterrupted_and_repeats_nothing(
     everything = written(folder)
     train_seeds(resume=folder, verbosity="quiet")
     assert written(folder) == everything
+
+
+def test_a_signal_that_comes_when_no_step_is_left_stops_the_sweep(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "sweep"
+    with monkeypatch.context() as patch:
+        finish = Member.finish
+
+        def late(self: Member, *args: Any) -> RunResult | Diverged:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return finish(self, *args)
+
+        patch.setattr(Member, "finish", late)
+        with pytest.raises(Interrupted, match=r"stopped by SIGTERM before .*seed1, all saved") as caught:
+            train_seeds(tiny(folder), SEEDS, verbosity="quiet")
+    assert caught.value.exit_code == 143
+    assert list(written(folder)) == ["seed0"]
+    train_seeds(resume=folder, verbosity="quiet")
+    assert_same_runs(alone, folder)
 
 
 def test_a_crash_between_two_saves_goes_on_from_what_all_have(

@@ -12,6 +12,7 @@ import typer
 from fastres.cli.flags import given, parse_list, parse_percent, read_config, refuse_both
 from fastres.config import RunConfig, make_config
 from fastres.errors import InputError, OutsideTolerance
+from fastres.files import check_figure
 
 if TYPE_CHECKING:
     from fastres.benchreport import Comparison, Report
@@ -101,8 +102,8 @@ def bench(
         raise InputError(f"--rounds is {rounds}; it must be at least 1")
     if not 0 < seconds < 1e6:
         raise InputError(f"--seconds is {seconds}; it must be a number above 0")
-    if plot is not None and plot.suffix not in (".png", ".svg"):
-        raise InputError(f"--plot is {plot}; give a name that ends in .png or .svg")
+    if plot is not None:
+        check_figure(plot, "--plot")
     refuse_both("--profile", profile or None, "--scaling", scaling or None)
     refuse_both("--compare", compare, "--profile" if profile else "--scaling", profile or scaling or None)
     if fail_if_slower is not None and compare is None:

@@ -121,14 +121,15 @@ def in_steps(
     """The flags, with epochs turned into steps (rounded up), and a warm-up that was given a length but no kind."""
     if epochs is None and warmup_epochs is None and "warmup_steps" not in flags.get("recipe", {}):
         return flags
-    draft = RunConfig.from_dict({key: merge(base, flags).get(key, {}) for key in ("data",)})
-    recipe = dict(flags.get("recipe", {}))
-    batch_size = merge(base, flags).get("recipe", {}).get("batch_size", draft.recipe.batch_size)
+    tree, recipe = merge(base, flags), dict(flags.get("recipe", {}))
+    # Only what the number of steps depends on: the rest is complete when that is known.
+    batch = {key: value for key, value in tree.get("recipe", {}).items() if key == "batch_size"}
+    draft = RunConfig.from_dict({"data": tree.get("data", {}), "recipe": batch})
     for key, value in (("steps", epochs), ("warmup_steps", warmup_epochs)):
         if value is not None:
             if not 0 < value < 1e9:
                 raise InputError(f"--{key.replace('steps', 'epochs')} is {value}; it must be a number above 0")
-            recipe[key] = max(1, -int(-value * draft.data.num_train // max(batch_size, 1)))
+            recipe[key] = max(1, -int(-value * draft.data.num_train // draft.recipe.batch_size))
     kind = recipe.get("warmup") or base.get("recipe", {}).get("warmup", "none")
     if "warmup_steps" in recipe and kind == "none":
         recipe["warmup"] = "constant"

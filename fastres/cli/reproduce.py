@@ -138,9 +138,9 @@ def reproduce(
     wanted = _networks(what, nets, depths, SEEDS.get(preset, 1) if seeds is None else seeds, plain_seeds)
 
     from fastres.console import Console
+    from fastres.files import make_folder
     from fastres.reproduce import table6
     from fastres.reproduce.plan import needs, runs_of, train_missing
-    from fastres.rundir import make_folder
     from fastres.sweep import status
 
     if runs is None:  # runs of another length would be in the way of the paper's
@@ -163,7 +163,7 @@ def reproduce(
     num_missing = len({path for stage in stages for path in stage.folders}) - len(found)
     _make(what, found, folder, changes["execution"], console, clean=clean, upper=upper, num_missing=num_missing)
     if not whole:
-        console.say("not all runs are finished: the same line goes on")
+        console.say("not all runs are finished: type the same line again to go on")
     if assert_:
         table6.check(table6.rows_of(found), num_missing=num_missing)
 

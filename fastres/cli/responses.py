@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastres.cli.flags import given, parse_channels
-from fastres.errors import InputError
+from fastres.files import check_figure
 
 
 def responses(
@@ -30,8 +30,8 @@ def responses(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")] = False,
 ) -> None:
     """Standard deviation of each 3x3 layer's output, after BN and before ReLU or addition (the paper's Figure 7)."""
-    if out is not None and out.suffix not in (".png", ".svg"):
-        raise InputError(f"--out is {out}; give a name that ends in .png or .svg")
+    if out is not None:
+        check_figure(out)
     from fastres.console import Console
     from fastres.evaluate import load_trained
     from fastres.reproduce import fig7

@@ -110,9 +110,7 @@ def train(
     no_amp: Annotated[
         bool | None, typer.Option("--no-amp", help="Short for --precision fp32.", rich_help_panel=EXECUTION)
     ] = None,
-    loader: Annotated[
-        str | None, typer.Option(help="auto, resident, dali or torchvision.", rich_help_panel=EXECUTION)
-    ] = None,
+    loader: Annotated[str | None, typer.Option(help="auto, resident or dali.", rich_help_panel=EXECUTION)] = None,
     compile_: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile (default: on a GPU).", rich_help_panel=EXECUTION),

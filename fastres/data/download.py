@@ -17,6 +17,7 @@ from pathlib import Path
 import filelock
 
 from fastres.errors import InputError, MachineError
+from fastres.files import fsync_folder
 
 TIMEOUT = 30.0  # seconds: to connect, and between two pieces of data
 MIN_RATE = 1024  # bytes a second over TIMEOUT, below which a transfer counts as stalled
@@ -153,12 +154,7 @@ def _move(part: Path, path: Path) -> None:
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(path)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    fsync_folder(path.parent)
 
 
 def _fetch(addresses: Sequence[str], remote: Remote, part: Path, progress: Progress | None, say: Say) -> None:

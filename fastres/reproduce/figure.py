@@ -1,12 +1,13 @@
 """Common to Figures 6 and 7: the paper's look and colours, and files that repeat bit for bit."""
 
 import csv
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastres.checkpoint import disk_error
+from fastres.files import save_figure, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,6 @@ STYLE = {
     "axes.linewidth": 0.8,
     "xtick.direction": "in",
     "ytick.direction": "in",
-    "svg.hashsalt": "fastres",
 }
 LEGEND: dict[str, Any] = {"fontsize": 8, "handlelength": 1.5, "labelspacing": 0.25, "borderaxespad": 0.6}
 PLACES = ("upper right", "lower left", "lower right", "upper left", "upper center", "lower center", "center right")
@@ -35,7 +35,7 @@ def colour_of(depth: int) -> str:
 
 @contextmanager
 def paper_style() -> Iterator[None]:
-    """Draw and save inside: the same look whatever the user's matplotlibrc says, and SVG ids that are not random."""
+    """Draw and save inside: the same look whatever the user's matplotlibrc says."""
     from matplotlib import style
 
     with style.context(["default", STYLE]):
@@ -65,28 +65,17 @@ def _covers(box: "Bbox", axes: "Axes") -> bool:
 
 
 def save(figure: "Figure", paths: Sequence[Path]) -> list[Path]:
-    """Write a figure as PNG or SVG, by each path's ending. Equal figures give equal bytes.
-
-    Raises:
-        MachineError: A file cannot be written.
-    """
+    """Write a figure to each path, as `files.save_figure`."""
     for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except OSError as error:
-            raise disk_error(error, path.parent, 0) from error
+        save_figure(figure, path, dpi=200)
     return list(paths)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
     """Write a table. Raises MachineError where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            writer.writerows(rows)
-    except OSError as error:
-        raise disk_error(error, path.parent, 0) from error
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
     return path

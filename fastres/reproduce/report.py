@@ -14,6 +14,7 @@ from typing import Any
 from fastres import __version__
 from fastres.config import RunConfig
 from fastres.errors import FastresError, InputError
+from fastres.files import write_text
 from fastres.plot import Run, grouped, mean_labels, read_runs, tell_apart
 from fastres.reproduce import sections, table6
 from fastres.reproduce.answers import Answers, answers_of
@@ -21,7 +22,7 @@ from fastres.reproduce.html import mark, note, number, page, section, table, tex
 from fastres.reproduce.networks import paper_name, recipe_notes
 from fastres.reproduce.sections import DASH, Subject, as_duration, as_percent, banners
 from fastres.result import result_of
-from fastres.rundir import ENVIRONMENT, write_text
+from fastres.rundir import ENVIRONMENT
 from fastres.series import is_number, mean_curve
 
 MAX_BYTES = 1_000_000

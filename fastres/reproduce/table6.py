@@ -18,10 +18,11 @@ from urllib.parse import quote
 from rich.table import Table
 
 from fastres.errors import InputError, OutsideTolerance
+from fastres.files import write_json, write_text
 from fastres.reproduce.networks import Network, by_network
 from fastres.reproduce.paper import TABLE_6, TOLERANCE, differences
 from fastres.result import RunResult, result_of
-from fastres.rundir import ENVIRONMENT, RunDir, write_json, write_text
+from fastres.rundir import ENVIRONMENT, RunDir
 from fastres.sweep import status
 
 FEW = 3  # runs from which on a mean is judged, and has an interval: of two it would reach below zero

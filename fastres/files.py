@@ -1,0 +1,107 @@
+"""Files that are written whole or not at all, and what to tell a user whose disk refuses."""
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastres.errors import InputError, MachineError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def write_bytes(path: Path, content: bytes, *, keep: Path | None = None) -> None:
+    """Write a file, whole or not at all, also across a power cut; with its folder if need be.
+
+    A temporary file in the same folder is written, fsynced and renamed, then the folder is fsynced.
+
+    Args:
+        path: The file. It has one writer: what a crash leaves of its temporary file is overwritten by the next.
+        content: All of it.
+        keep: Another name in the same folder, for the file that was there before.
+
+    Raises:
+        MachineError: The disk is full or the folder cannot be written; what was there is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise disk_error(error, path.parent, len(content)) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same of a text, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """The same of a JSON object."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def save_figure(figure: "Figure", path: Path, *, dpi: int) -> None:
+    """Write a figure as PNG or SVG, by the path's ending. Equal figures give equal bytes: no date, no random ids.
+
+    Raises:
+        MachineError: The file cannot be written.
+    """
+    from matplotlib import rc_context  # half a second; only where something is drawn
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with rc_context({"svg.hashsalt": "fastres"}):
+            figure.savefig(path, dpi=dpi, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except OSError as error:
+        raise disk_error(error, path.parent, 0) from error
+
+
+def check_figure(path: Path, flag: str = "--out") -> None:
+    """Raise InputError where the name that a flag gave to a figure ends in neither .png nor .svg."""
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"{flag} is {path}; give a name that ends in .png or .svg")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for files, where there is none. Raises MachineError where it cannot be made or written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise disk_error(error, path, 0) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut. Only POSIX can; elsewhere nothing is done."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def disk_error(error: OSError, folder: Path, num_bytes: int) -> MachineError:
+    """What to tell a user whose disk refused a write of `num_bytes` in `folder`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(
+            f"no room on the disk for {num_bytes:,} bytes in {folder}; free some, or give another --out"
+        )
+    return MachineError(f"cannot write in {folder}: {error.strerror or error}")
