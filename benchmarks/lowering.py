@@ -141,19 +141,22 @@ def whole_step(
         if shadows or native:
             convs = sum(p.numel() for p in parameters if p.ndim == 4)
             sizes = (convs, sum(p.numel() for p in parameters) - convs)
-            pieces = [[torch.zeros(n, device=cuda) for _ in range(4)] for n in sizes]
-            pieces[0][2] = pieces[0][2].to(bf16)
+            head = [p.numel() for name, p in net.named_parameters() if name.startswith("fc.")]
+            late = head if native and not layer_kernels else []  # autograd's, beside those that are in one piece
+            masters, others = ([torch.zeros(n, device=cuda) for _ in range(3)] for n in sizes)
+            grads = [torch.zeros(n, device=cuda) for n in (sizes[1] - sum(late), *late)]
 
             def update(*tensors: Tensor) -> None:
-                shadow._update(tensors[:4], tensors[4:8], *tensors[8:], 0.9)
+                (w, v, d, grad), (shadows, lrs, counter) = tensors[:4], tensors[7:10]
+                weights, velocities, decay = tensors[4:7]
+                pieces = (w, v, (grad,), d), (weights, velocities, tensors[10:], decay)
+                shadow._update(*pieces, shadows, lrs, counter, 0.9)
 
-            flat = (*pieces[0], *pieces[1], torch.zeros(convs, dtype=bf16, device=cuda), tables[0], counter)
+            grad, bf16s = (torch.zeros(convs, dtype=bf16, device=cuda) for _ in range(2))
+            flat = (*masters, grad, *others, bf16s, tables[0], counter, *grads)
             parts["update"] = lower(mode, update, *flat, options={"combo_kernels": True})["forward"]
-            if layer_kernels:
-                pieces_of: tuple[int, ...] = ()  # nothing to be concatenated
-            else:
-                pieces_of = (1,) if native else _kinds(parameters)  # torch.cat: 128 tensors a launch
-            parts["update"] += sum(-(-count // 128) for count in pieces_of)
+            if not native:
+                parts["update"] += sum(-(-count // 128) for count in _kinds(parameters))  # torch.cat: 128 a launch
         else:
             parts["update"] = 2 + -(-len(parameters) // 48)  # the rate, looked up and stored; the fused SGD's pieces
     how = {"depth": depth, "scope": scope, "shadows": shadows, "native": native, "layer_kernels": layer_kernels}

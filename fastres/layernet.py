@@ -310,6 +310,7 @@ class LayerInference:
         check_images(images, self._weights["conv1.weight"])
         torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
         layers = layers_of(self.net, self._weights, len(images))
+        compile_for({kind_of(layer) for layer in layers}, images.device)
         # No shares are summed, so there may be as many as fit at once: two a multiprocessor at 32 and 64 channels.
         programs = programs_for(len(images), 2 * processors_of(images.device))
         passed = _Pass(layers, images, programs, training=False)

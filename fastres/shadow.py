@@ -49,14 +49,14 @@ class ShadowedSgd:
         Args:
             lrs: float32 `(steps,)`.
             counter: int64 `(1,)`.
-            done: Gradients that are in one piece already, of the convolutions and of the first or all of the others.
+            done: Gradients that are in one piece already: of all convolutions, and of the first or all of the others.
         """
         leaves: tuple[list[Tensor], ...] = (list(self.leaves.values()), list(self._others))
         if done:
-            late = [_gradient(leaf) for leaf in leaves[1] if leaf.grad is not None]
-            grads = [done[0], torch.cat([done[1], *map(torch.flatten, late)]) if late else done[1]]
+            late = [_gradient(leaf).flatten() for leaf in leaves[1] if leaf.grad is not None]
+            grads = [(done[0],), (done[1], *late)]
         else:
-            grads = [_flat([_gradient(leaf) for leaf in group]) for group in leaves]
+            grads = [(_flat([_gradient(leaf) for leaf in group]),) for group in leaves]
         pieces = [(p.weights, p.velocities, g, p.decay) for p, g in zip(self._pieces, grads, strict=True)]
         self._update(*pieces, self.shadows, lrs, counter, self._momentum)
         for leaf in (*leaves[0], *leaves[1]):
@@ -81,8 +81,8 @@ class _Piece:
 
 
 def _update(
-    masters: tuple[Tensor, ...],
-    others: tuple[Tensor, ...],
+    masters: tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor],
+    others: tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor],
     shadows: Tensor,
     lrs: Tensor,
     counter: Tensor,
@@ -91,7 +91,8 @@ def _update(
     """The formula of `optim.make_sgd`, with the roundings of torch's own on a CPU."""
     lr = lrs.index_select(0, counter)
     for weights, velocities, grads, decay in (masters, others):
-        velocities.mul_(momentum).add_(torch.addcmul(grads.float(), decay, weights))
+        whole = torch.cat(grads) if len(grads) > 1 else grads[0]  # compiled, this is no kernel of its own
+        velocities.mul_(momentum).add_(torch.addcmul(whole.float(), decay, weights))
         weights.addcmul_(velocities, -lr)
     shadows.copy_(masters[0])
 

@@ -313,9 +313,11 @@ def _predict(
 def _predict_maps(maps: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The same from the last block's maps `(batch, h, w, channels)` on, as `models.cifar.logits_of` does it.
 
-    Maps as they lie in memory, so that their gradient lies likewise and need not be copied.
+    Maps as they lie in memory, so that their gradient lies likewise and need not be copied. The last layer is written
+    out, so that the compiler makes it and its gradients part of other kernels: cuBLAS takes five, 19 us on an H200.
     """
-    return _judged(F.linear(maps.float().mean(dim=(1, 2)), weight, bias), labels)
+    pooled = maps.float().mean(dim=(1, 2))
+    return _judged((pooled[:, None] * weight).sum(dim=2) + bias, labels)
 
 
 def _judged(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
 from fastres import step
 from fastres.config import Execution, make_config
 from fastres.errors import InputError, MachineError
 from fastres.fusednet import FusedNet, Inference, Launch, split, suits
 from fastres.layernet import runtime_of
-from fastres.models.cifar import CifarNet
+from fastres.models.cifar import CifarNet, logits_of
 from fastres.runtime import Runtime, prepare
 from fastres.shadow import ShadowedSgd
 from tests.interpreted import CASES
@@ -107,6 +108,8 @@ def test_the_step_around_it_is_the_plain_step(monkeypatch: pytest.MonkeyPatch) -
     """Gradients in one piece, in the weights' own order, and the head's beside them."""
     plain, fused = make(shadows=True), make(shadows=True)
     monkeypatch.setattr(step, "FusedNet", Double)
+    # The last layer's sums in the order of the head's.
+    monkeypatch.setattr(nn.Linear, "forward", lambda own, x: (x[:, None] * own.weight).sum(dim=2) + own.bias)
     fused._fuse = True
     for replica in (plain, fused):
         for _ in range(10):
@@ -115,6 +118,20 @@ def test_the_step_around_it_is_the_plain_step(monkeypatch: pytest.MonkeyPatch) -
     assert plain._fused is None
     for (name, ours), theirs in zip(everything(fused).items(), everything(plain).values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def test_the_head_written_out_is_the_last_layer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(32, 8, 8, 64, generator=generator).bfloat16().requires_grad_()
+    fc, labels = nn.Linear(64, 10), torch.randint(10, (32,), generator=generator)
+    leaves = (maps, fc.weight, fc.bias)
+    loss, wrong = step._predict_maps(*leaves, labels)
+    logits = logits_of(maps.permute(0, 3, 1, 2), fc)
+    expected = functional.cross_entropy(logits, labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert int(wrong) == int((logits.argmax(dim=1) != labels).sum())
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5 if ours.dtype == torch.float32 else 2**-8, atol=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -214,8 +214,7 @@ class DaliLoader:
         except RuntimeError as error:
             self._asked.clear()  # a pipeline that has failed gives nothing more
             raise _explained(f"DALI failed at its run {run}", error) from error
-        # Not by DLPack on a GPU: such a buffer is given back by a thread of DALI's, which waits for the whole device.
-        if self._side:
+        if self._side:  # not by DLPack: DALI gives such a buffer back by a thread that waits for the whole device
             return torch.as_tensor(frames[0], device=self._data.device)
         tensor: Tensor = torch.utils.dlpack.from_dlpack(frames[0])
         return tensor
