@@ -256,7 +256,7 @@ def summary(tasks: Sequence[Task], files: Files, tally: Tally, packed: Path, *, 
     lines = [f"{len(tasks)} tasks: {counts}; {packed} has it all"]
     lines += [f"  {files.line(task)}" for task in tasks if files.state(task) == "failed"]
     if stopped:
-        lines.append("stopped; type the same line again to go on")
+        lines.append("stopped; run the same command again to resume")
     elif tally.left:
         shortest = min(task.seconds for task in tasks if task.name in tally.left)
         tried = tally.done or tally.failed

@@ -44,7 +44,7 @@ class Diverged(FastresError):
 
 
 class OutsideTolerance(FastresError):
-    """A result that was asked to be asserted does not hold."""
+    """A check that `--assert` or `--fail-if-slower` asked for failed."""
 
     exit_code = 6
 

@@ -24,7 +24,7 @@ USABLE_SHARE = 0.8  # of what is free; the rest goes to fragments and workspaces
 # A step's peak over what its forward keeps: 1.2 from batch 256 to 512 and 1.4 from 1,024 to 2,880, on a CPU (ResNet-20,
 # fp32, torch 2.15)
 BACKWARD = 1.4
-AGAIN = "type the same line again to go on"
+AGAIN = "run the same command again to resume"
 UNITS = {"bytes": 1e-9, "KiB": 2**10 / 1e9, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}  # in GB
 WEIGHT_BYTES = 4 * 4  # a parameter: weight, gradient, momentum, and copies in other precisions
 LOADER_BYTES = 10  # a value of the training images: two padded fp32 tables on a CPU; less for DALI or on a GPU

@@ -20,7 +20,7 @@ from fastres.models.cifar import CifarNet, logits_of
 from fastres.native.gpu_layers import LANES, MAX_CLASSES, MAX_LAYERS, SUM_THREADS, Kind, compile_for, launch
 from fastres.runtime import Runtime, prepare
 
-BY_DEFAULT = False  # whether a GPU that can takes these kernels; they are not measured yet
+BY_DEFAULT = False  # whether they are the default on a GPU that supports them; off until measured
 FOR_WHAT = "for the paper's CIFAR networks, shortcut A, norms over the whole batch, and most batch sizes"
 SHARED = 147_456  # bytes that a program shares, the most that one kernel takes; an A100 has them
 MAX_SHARES = 64  # of a layer's gradient of weights
@@ -74,7 +74,7 @@ def runtime_of(config: RunConfig) -> Runtime:
 
 
 def _check(config: RunConfig, runtime: Runtime) -> None:
-    """Raise MachineError or InputError where the layer kernels are not to be had."""
+    """Raise MachineError or InputError if the layer kernels cannot be used."""
     if runtime.device.type != "cuda":
         raise MachineError("--layer-kernels need a GPU; leave it out to train on the CPU")
     if not runtime.native:

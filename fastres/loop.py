@@ -42,7 +42,7 @@ def train(
 
     Args:
         config: What to train and how; `fastres.make_config` builds it. Default: the paper's ResNet-20 on CIFAR-10.
-        resume: A run folder to go on with, from its newest whole checkpoint. Then `config` may be left out; where it is
+        resume: A run folder to resume, from its newest whole checkpoint. Then `config` may be left out; where it is
             given it must compute the same thing.
         overwrite: Move a non-empty `config.output.out` aside instead of refusing it.
         verbosity: "live", "lines", "quiet", or "auto": live on a terminal, lines elsewhere.
@@ -101,7 +101,7 @@ def train_together(
         brief: Print one line of each result; the rest is in its console.log.
 
     Returns:
-        A result for each, or why it was given up. The others go on without it.
+        A result for each, or why it was abandoned. The others go on without it.
 
     Raises:
         As `train`, but for Diverged.
@@ -172,7 +172,7 @@ def _run(
             member.set_lrs(schedule)
         clocks.add(members[0].state.seconds)
         if first:
-            console.say(f"going on from step {first:,} of {', '.join(str(run.path) for run in runs)}")
+            console.say(f"resuming from step {first:,} of {', '.join(str(run.path) for run in runs)}")
         console.say(_introduction(config, members, images, runtime))
         progress = Progress(first, recipe.steps, first * recipe.batch_size / config.data.num_train, runs=len(runs))
         console.show(progress)
@@ -232,7 +232,7 @@ def _run(
                         member.save(images, mean, clocks)
                 for member in alive:
                     if member.diverged and len(members) > 1:
-                        console.say(f"{member.run.path} is given up: {member.diverged}")
+                        console.say(f"{member.run.path} is abandoned: {member.diverged}")
                 alive = [member for member in alive if not member.diverged]
                 if not alive:
                     break
@@ -250,7 +250,7 @@ def _run(
                     epoch_shown = int(progress.epochs)
                 timer.begin()
                 if cut and not last:
-                    way_on = AGAIN if brief else f"to go on: fastres train --resume {runs[0].path}"
+                    way_on = AGAIN if brief else f"resume with: fastres train --resume {runs[0].path}"
                     raise stopped(interrupt, f"after step {done}, all saved; {way_on}")
 
         # The result: the last step's test error.
@@ -274,7 +274,7 @@ def _run(
 
 
 def _reopen(path: Path, asked: RunConfig | None) -> tuple[RunDir, RunConfig]:
-    """The folder of a run to resume and the config to go on with: as stored, execution and output as asked."""
+    """The folder of a run to resume and its config: as stored, execution and output as asked."""
     run = RunDir.open(path)
     stored = run.config()
     check_same(run, stored if asked is None else asked)
@@ -285,7 +285,7 @@ def check_same(run: RunDir, config: RunConfig) -> None:
     """Raise InputError, naming the differences, where a run folder was started with something else than `config`."""
     if changed := differences(run.config().what(), config.what()):
         raise InputError(
-            f"{run.path} was started with another config ({'; '.join(changed)}); leave these out to go on with it"
+            f"{run.path} was started with another config ({'; '.join(changed)}); leave these out to resume it"
         )
 
 

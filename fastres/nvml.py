@@ -1,4 +1,4 @@
-"""What NVIDIA's management library knows of a GPU: energy and clocks. Optional: without pynvml there is nothing to say.
+"""What NVIDIA's management library knows of a GPU: energy and clocks.
 
 https://docs.nvidia.com/deploy/nvml-api/
 """
@@ -40,10 +40,7 @@ def clocks(device: torch.device) -> dict[str, int]:
 def _library(device: torch.device) -> Any:
     if device.type != "cuda":
         return None
-    try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:
-        return None
+    nvml = importlib.import_module("pynvml")  # of nvidia-ml-py; without types
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:

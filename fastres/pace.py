@@ -59,7 +59,7 @@ def long_run(seconds: float, taken: int, left: int, runs: Sequence[RunDir]) -> s
     remaining = seconds / taken * left
     if remaining <= LONG_RUN_SECONDS:
         return None
-    on = f"fastres train --resume {runs[0].path} goes on" if len(runs) == 1 else AGAIN
+    on = f"resume with: fastres train --resume {runs[0].path}" if len(runs) == 1 else AGAIN
     return (
         f"at {seconds / taken:.2g} s a step the remaining {left:,} steps take about {remaining / 3600:.1f} hours. "
         f"Shorter: a GPU, --preset fast, fewer --steps or a smaller --depth. Ctrl-C saves; {on}"

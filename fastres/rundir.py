@@ -72,7 +72,7 @@ class RunDir:
     def check_free(path: Path, *, overwrite: bool) -> None:
         """Raise InputError where `create` would refuse `path`."""
         if _occupied(path) and not overwrite:
-            way_on = f"; to go on with it: --resume {path}" if (path / CONFIG).exists() else ""
+            way_on = f"; to resume it: --resume {path}" if (path / CONFIG).exists() else ""
             raise InputError(f"{path} is not empty; give another --out, or --overwrite moves it aside{way_on}")
 
     @staticmethod
@@ -216,7 +216,7 @@ def folders_below(root: Path) -> list[Path]:
 
 
 def default_path(config: RunConfig) -> Path:
-    """Where a run goes that was not told: `runs/resnet20-seed0-<date>-<time>`."""
+    """The default folder of a run: `runs/resnet20-seed0-<date>-<time>`."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     base = Path("runs") / f"{config.name.lower()}-seed{config.seed}-{stamp}"
     path, count = base, 2

@@ -250,7 +250,7 @@ def _precision(name: str, device: torch.device) -> str:
 
 
 def _native(execution: Execution, device: torch.device, precision: str) -> tuple[bool, str | None]:
-    """Whether to use fastres' own kernels, and what the user should hear where they were not to be had."""
+    """Whether to use fastres' own kernels, and what to tell the user if they cannot be used."""
     wanted, gpu = execution.native, device.type == "cuda"
     others = {
         f"--precision {precision}": precision != "bf16" if gpu else precision not in ("fp32", "bf16"),

@@ -49,7 +49,7 @@ class ShadowedSgd:
         Args:
             lrs: float32 `(steps,)`.
             counter: int64 `(1,)`.
-            done: Gradients that are in one piece already: of all convolutions, and of the first or all of the others.
+            done: Flat gradients: of the convolutions' weights, and of the leading (or all) other parameters.
         """
         leaves: tuple[list[Tensor], ...] = (list(self.leaves.values()), list(self._others))
         if done:

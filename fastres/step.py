@@ -133,7 +133,7 @@ class Replica:
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The cross-entropy, fp32 (fp64 for an fp64 network), and wrong answers, int32: their mean and sum, both `()`.
 
-        By kernels with a launch a layer both of each image, `(batch,)`.
+        With the layer kernels both are per image, `(batch,)`.
         """
         if self._fuse and not self._fused:
             assert self._sgd

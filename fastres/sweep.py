@@ -52,12 +52,12 @@ def train_seeds(
         config: What to train; `config.output.out` is the sweep's folder (default: a new one under runs/). Its seed does
             not count. May be left out with `resume`.
         seeds: Which. With `resume` default to those of the sweep.
-        resume: A sweep's folder to go on with.
+        resume: A sweep's folder to resume.
         side_by_side: Runs at once; 0: up to eight on a GPU, one on a CPU.
         verbosity, console, clocks, deadline: As `fastres.train`.
 
     Returns:
-        A result for each seed in order, or why it was given up (`fastres.errors.Diverged`).
+        A result for each seed in order, or why it was abandoned (`fastres.errors.Diverged`).
 
     Raises:
         As `fastres.train`, but for Diverged; InputError where the folder belongs to another sweep.
@@ -132,7 +132,7 @@ def status(path: Path) -> Literal["missing", "cut", "finished", "diverged"]:
 
 
 def outcome_of(path: Path) -> Outcome:
-    """What a finished run gave, or why it was given up. Raises InputError where it is neither."""
+    """What a finished run gave, or why it was abandoned. Raises InputError where it is neither."""
     run = RunDir.open(path)
     return Diverged(str(run.read_json(DIVERGED).get("why"))) if status(path) == "diverged" else result_of(run)
 
@@ -140,8 +140,8 @@ def outcome_of(path: Path) -> Outcome:
 def spread(name: str, outcomes: Sequence[Outcome]) -> str:
     """Last-step errors of several runs in one line: mean, standard deviation, extremes."""
     errors = [outcome.test_error for outcome in outcomes if isinstance(outcome, RunResult)]
-    given_up = len(outcomes) - len(errors)
-    lost = f", {given_up} given up (diverged)" if given_up else ""
+    num_abandoned = len(outcomes) - len(errors)
+    lost = f", {num_abandoned} abandoned (diverged)" if num_abandoned else ""
     if not errors:
         return f"{name}: no run finished{lost}"
     about = (
@@ -165,14 +165,14 @@ def raise_if_all_diverged(outcomes: Sequence[Outcome]) -> None:
 
 
 def default_folder(config: RunConfig, seeds: Sequence[int]) -> Path:
-    """Where a sweep goes that was not told: `runs/resnet20-5seeds-<date>-<time>`."""
+    """The default folder of a sweep: `runs/resnet20-5seeds-<date>-<time>`."""
     return Path("runs") / f"{config.name.lower()}-{len(seeds)}seeds-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
     """A sweep's own file. Raises InputError where it is missing, damaged, or of another version."""
     if (folder / CONFIG).is_file():
-        raise InputError(f"{folder} is one run, not a sweep; leave out --seeds to go on with it")
+        raise InputError(f"{folder} is one run, not a sweep; leave out --seeds to resume it")
     remedy = (
         f"Remove that file and train with the same flags, --seeds and --out {folder}: what is finished is not repeated"
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -33,6 +34,19 @@ def resolved(capsys: pytest.CaptureFixture[str], *argv: str) -> RunConfig:
 
 def test_no_option_is_the_papers_resnet20(capsys: pytest.CaptureFixture[str]) -> None:
     assert resolved(capsys) == RunConfig()
+
+
+def test_the_help_has_the_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["train", "--help"]) == 0
+    help_ = capsys.readouterr().out
+    assert "FASTRES_DATA" in help_  # brackets would be taken for markup
+    tree = RunConfig().to_dict()
+    values = {"seed": tree["seed"], **tree["model"], **tree["recipe"], **tree["execution"], **tree["output"]}
+    said = re.findall(r"--([a-z-]+) .*?(?:(\d+) \(default\)|[Dd]efault ([\d.e,-]+\d|\d)|\(([\d,]+)\)\.)", help_)
+    assert len(said) == 11
+    for flag, *texts in said:
+        assert float("".join(texts).replace(",", "")) == values[flag.replace("-", "_")], flag
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -114,7 +128,7 @@ def test_bad_usage_exits_2_with_the_way_out(capsys: pytest.CaptureFixture[str], 
 
 def test_no_command_and_half_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 2
-    assert capsys.readouterr().err == "fastres: no command given (fastres --help lists what there is)\n"
+    assert capsys.readouterr().err == "fastres: no command given (see fastres --help)\n"
     assert run(["bench", "--compare", "a.toml"]) == 2
     assert "'--compare' requires 2 arguments" in capsys.readouterr().err
 

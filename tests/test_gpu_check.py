@@ -468,7 +468,7 @@ def test_training_goes_on_where_its_time_was_up(tiny: Setting) -> None:
     assert (folder / "checkpoint.safetensors").exists()
     result = task.run(tiny)
     assert (result["run"], result["steps"]) == ("train/resnet20", 20)
-    assert "going on from step" in (folder / "console.log").read_text()
+    assert "resuming from step" in (folder / "console.log").read_text()
 
 
 def test_real_training_is_on_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +520,7 @@ def test_table6_is_the_projects_own_command(
 ) -> None:
     command = tmp_path / "python"
     command.write_text(
-        f"#!/bin/sh\necho \"$@\" > {tmp_path}/argv\necho '{says}: type the same line again to go on'\nexit {code}\n"
+        f"#!/bin/sh\necho \"$@\" > {tmp_path}/argv\necho '{says}: run the same command again to resume'\nexit {code}\n"
     )
     command.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(command))

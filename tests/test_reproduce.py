@@ -71,7 +71,7 @@ def test_a_budget_stops_in_time_and_goes_on(whole: Path, tmp_path: Path, capsys:
     line = [*REPRODUCE, "--runs", str(tmp_path)]
     assert run([*line, "--budget", "0.00001"]) == 0
     out = capsys.readouterr().out
-    assert "type the same line again to go on" in out
+    assert "run the same command again to resume" in out
     (row,) = json.loads((tmp_path / "table6.json").read_text())["rows"]
     assert (row["n"], row["unfinished"], row["verdict"]) == (0, 1, "no finished run")
     assert run(line) == 0

@@ -120,7 +120,7 @@ def test_a_crash_between_two_saves_goes_on_from_what_all_have(
     (late / checkpoint.PREVIOUS).replace(late / checkpoint.NEWEST)
     train_seeds(resume=folder, side_by_side=3, verbosity="quiet")
     for seed in SEEDS:
-        assert "going on from step 14" in (folder / f"seed{seed}/console.log").read_text()
+        assert "resuming from step 14" in (folder / f"seed{seed}/console.log").read_text()
     assert_same_runs(alone, folder)
 
 
@@ -133,7 +133,7 @@ def test_runs_at_different_steps_do_not_wait_for_each_other(
         with pytest.raises(Interrupted):
             train_seeds(tiny(folder), (0,), verbosity="quiet")
     train_seeds(tiny(folder), SEEDS, side_by_side=3, verbosity="quiet")
-    assert "going on from step 16" in (folder / "seed0/console.log").read_text()
+    assert "resuming from step 16" in (folder / "seed0/console.log").read_text()
     assert_same_runs(alone, folder)
 
 
@@ -163,7 +163,7 @@ def test_a_run_that_diverges_is_given_up_and_the_others_go_on(
     assert isinstance(outcomes[1], Diverged)
     assert "the loss became nan at step 12" in str(outcomes[1])
     assert_same_runs(alone, folder, (0, 2))
-    assert "1 given up" in sweep.spread("ResNet8", outcomes)
+    assert "1 abandoned" in sweep.spread("ResNet8", outcomes)
     # not tried again, and told again
     again = train_seeds(resume=folder, verbosity="quiet")
     assert str(again[1]) == str(outcomes[1])
@@ -281,7 +281,7 @@ def test_spread(alone: Path) -> None:
     made = [replace(result, test_error=error) for result, error in zip(results, (0.08, 0.09, 0.1), strict=True)]
     assert sweep.spread("X", made) == "X, 3 runs: test error 9.00 % +- 1.00 % (8.00 % to 10.00 %)"
     assert sweep.spread("X", made[:1]) == "X, 1 run: test error 8.00 %"
-    assert sweep.spread("X", [Diverged("nan")]) == "X: no run finished, 1 given up (diverged)"
+    assert sweep.spread("X", [Diverged("nan")]) == "X: no run finished, 1 abandoned (diverged)"
 
 
 @pytest.mark.parametrize(

@@ -81,11 +81,11 @@ def _usage(error: typer.TyperException, argv: list[str]) -> str:
     message = error.format_message() or "no command given"  # whose help has just been printed
     possibilities = getattr(error, "possibilities", ())  # of an option that is none; other errors lack it
     if possibilities != () and (option := getattr(error, "option_name", None)):
-        nearest = difflib.get_close_matches(option, possibilities or [], n=1)
+        nearest = difflib.get_close_matches(option, possibilities or [], n=1, cutoff=0.7)
         message = f"no such option: {option}" + (f"; did you mean {nearest[0]}?" if nearest else "")
     command = next((word for word in argv if word in COMMANDS), None)
     helps = f"fastres {command} --help" if command else "fastres --help"
-    return f"{message.rstrip('.')} ({helps} lists what there is)"
+    return f"{message.rstrip('.')} (see {helps})"
 
 
 def _print_version(wanted: bool) -> None:

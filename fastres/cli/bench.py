@@ -60,10 +60,10 @@ def bench(
         str, typer.Option(help="synthetic (speed does not depend on it) or cifar10.", rich_help_panel=WHAT)
     ] = "synthetic",
     data_dir: Annotated[
-        Path | None, typer.Option(help="Where CIFAR-10 lies; means --dataset cifar10.", rich_help_panel=WHAT)
+        Path | None, typer.Option(help="Where CIFAR-10 is; means --dataset cifar10.", rich_help_panel=WHAT)
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0.", rich_help_panel=HOW)] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: one a core.", rich_help_panel=HOW)] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: one per core.", rich_help_panel=HOW)] = 0,
     rounds: Annotated[
         int | None,
         typer.Option(

@@ -17,7 +17,7 @@ COLOURS = {"ok": "green", "note": "yellow", "error": "bold red"}
 
 
 def doctor(
-    data_dir: Annotated[Path | None, typer.Option(help="Where CIFAR-10 lies [env: FASTRES_DATA].")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where CIFAR-10 is (or in FASTRES_DATA).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> int:
     """What works here: GPU, driver, torch, compiler, DALI, data, disk; and what to do about the rest."""

@@ -16,7 +16,7 @@ def report(
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Do not test the networks again: no classes, mistakes, responses.")
     ] = False,
-    data_dir: Annotated[Path | None, typer.Option(help="Where CIFAR-10 lies [env: FASTRES_DATA].")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where CIFAR-10 is (or in FASTRES_DATA).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0; to test the networks again.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads, likewise.")] = None,
 ) -> None:

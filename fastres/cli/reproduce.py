@@ -28,7 +28,7 @@ def reproduce(
         typer.Option(help="Depths, and plain nets where the paper has them; default: all.", rich_help_panel=NETWORKS),
     ] = None,
     nets: Annotated[
-        str | None, typer.Option(help="Instead, in words: ResNet20,PlainNet110,ResNet1202.", rich_help_panel=NETWORKS)
+        str | None, typer.Option(help="Or by name: ResNet20,PlainNet110,ResNet1202.", rich_help_panel=NETWORKS)
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(help="Runs of each ResNet: 5; smoke and fast 2.", rich_help_panel=NETWORKS)
@@ -37,10 +37,10 @@ def reproduce(
     preset: Annotated[
         str, typer.Option(help="paper; fast: ten epochs; smoke: built-in data, a few minutes.", rich_help_panel=RUNS)
     ] = "paper",
-    steps: Annotated[int | None, typer.Option(help="Updates a run.", rich_help_panel=RUNS)] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps per run.", rich_help_panel=RUNS)] = None,
     epochs: Annotated[float | None, typer.Option(help="The same in epochs.", rich_help_panel=RUNS)] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Where CIFAR-10 lies [env: FASTRES_DATA].", rich_help_panel=RUNS)
+        Path | None, typer.Option(help="Where CIFAR-10 is (or in FASTRES_DATA).", rich_help_panel=RUNS)
     ] = None,
     data_url: Annotated[
         list[str] | None, typer.Option(help="A mirror of cifar-10-binary.tar.gz; repeatable.", rich_help_panel=RUNS)
@@ -72,7 +72,7 @@ def reproduce(
         float | None, typer.Option(help="fig6's upper edge in %; default the paper's 20.", rich_help_panel=RUNS)
     ] = None,
     assert_: Annotated[
-        bool, typer.Option("--assert", help="Exit 6 where Table 6 does not hold.", rich_help_panel=RUNS)
+        bool, typer.Option("--assert", help="Exit 6 if Table 6 does not hold.", rich_help_panel=RUNS)
     ] = False,
     shortcut: Annotated[str | None, typer.Option(help="A or B.", rich_help_panel=ABLATIONS)] = None,
     warmup: Annotated[
@@ -80,7 +80,7 @@ def reproduce(
     ] = None,
     weight_decay_on: Annotated[str | None, typer.Option(help="all or weights.", rich_help_panel=ABLATIONS)] = None,
     norm_batch: Annotated[
-        int | None, typer.Option(help="Images to a BN statistic: 64; 0: all 128.", rich_help_panel=ABLATIONS)
+        int | None, typer.Option(help="Images per BN statistic: 64; 0: all 128.", rich_help_panel=ABLATIONS)
     ] = None,
     val_split: Annotated[
         bool | None,
@@ -88,7 +88,11 @@ def reproduce(
     ] = None,
     lr_in_velocity: Annotated[
         bool | None,
-        typer.Option("--lr-in-velocity/--no-lr-in-velocity", help="As Caffe has it.", rich_help_panel=ABLATIONS),
+        typer.Option(
+            "--lr-in-velocity/--no-lr-in-velocity",
+            help="lr inside the velocity, as in Caffe.",
+            rich_help_panel=ABLATIONS,
+        ),
     ] = None,
     init: Annotated[str | None, typer.Option(help="fan_in or fan_out.", rich_help_panel=ABLATIONS)] = None,
     pad: Annotated[str | None, typer.Option(help="both or after.", rich_help_panel=ABLATIONS)] = None,
@@ -98,19 +102,19 @@ def reproduce(
     side_by_side: Annotated[
         int, typer.Option(help="Seeds at once; 0: up to 8 on a GPU, 1 on a CPU.", rich_help_panel=EXECUTION)
     ] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: one a core.", rich_help_panel=EXECUTION)] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: one per core.", rich_help_panel=EXECUTION)] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.", rich_help_panel=EXECUTION)] = False,
 ) -> None:
-    """Make Table 6, Figure 6 or Figure 7: runs what is missing, goes on with what was cut, and draws."""
+    """Make Table 6, Figure 6 or Figure 7: train what is missing, resume what was cut, and draw."""
     if what not in WHAT:
-        raise InputError(f"{what!r} is not to be had; there is {', '.join(WHAT)}")
+        raise InputError(f"unknown target {what!r}; choose from {', '.join(WHAT)}")
     refuse_both("--nets", nets, "--depths", depths)
     refuse_both("--steps", steps, "--epochs", epochs)
     if budget is not None and not 0 < budget < math.inf:
         raise InputError(f"--budget is {budget}; it must be minutes above 0")
     upper = _upper_edge(what, ylim)
     if clean and what == "table6":
-        raise InputError("--clean is of Figure 6; type fig6 or all")
+        raise InputError("--clean applies to Figure 6; use fig6 or all")
     make_config(recipe={} if warmup is None else {"warmup": warmup})  # refuses another word, whatever it applies to
     if side_by_side < 0:
         raise InputError(f"--side-by-side is {side_by_side}; 0 chooses, else how many")
@@ -163,7 +167,7 @@ def reproduce(
     num_missing = len({path for stage in stages for path in stage.folders}) - len(found)
     _make(what, found, folder, changes["execution"], console, clean=clean, upper=upper, num_missing=num_missing)
     if not whole:
-        console.say("not all runs are finished: type the same line again to go on")
+        console.say("not all runs are finished: run the same command again to resume")
     if assert_:
         table6.check(table6.rows_of(found), num_missing=num_missing)
 

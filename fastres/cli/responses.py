@@ -19,7 +19,7 @@ def responses(
     dataset: Annotated[
         str | None, typer.Option(help="cifar10 or synthetic; default: what the run was trained on.")
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where CIFAR-10 lies [env: FASTRES_DATA].")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where CIFAR-10 is (or in FASTRES_DATA).")] = None,
     data_url: Annotated[list[str] | None, typer.Option(help="A mirror of cifar-10-binary.tar.gz; repeatable.")] = None,
     mean: Annotated[
         str | None, typer.Option(help="Per-channel mean 0-1 that other weights were trained with: 0.485,0.456,0.406.")

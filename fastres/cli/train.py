@@ -25,12 +25,15 @@ MODEL, RECIPE, DATA, EXECUTION, OUTPUT = "Model", "Recipe", "Data", "How it runs
 
 def train(
     depth: Annotated[
-        int | None, typer.Option(help="Layers, 6n+2: 20, 32, 44, 56, 110; imagenet: 18 to 152.", rich_help_panel=MODEL)
+        int | None,
+        typer.Option(
+            help="Layers, 6n+2: 20 (default), 32, 44, 56, 110, 1202; imagenet: 18 to 152.", rich_help_panel=MODEL
+        ),
     ] = None,
     arch: Annotated[str | None, typer.Option(help="resnet, plain or imagenet.", rich_help_panel=MODEL)] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Both in one word: ResNet20, PlainNet56, ImageNetResNet18", rich_help_panel=MODEL),
+        typer.Option(help="--arch and --depth in one: ResNet20, PlainNet56, ImageNetResNet18.", rich_help_panel=MODEL),
     ] = None,
     shortcut: Annotated[
         str | None, typer.Option(help="A: identity, zero-padded (the paper's); B: projection.", rich_help_panel=MODEL)
@@ -39,10 +42,12 @@ def train(
         str | None,
         typer.Option(help="Option A's zero channels: both (half before, half after) or after.", rich_help_panel=MODEL),
     ] = None,
-    init: Annotated[str | None, typer.Option(help="He's fan: fan_in or fan_out.", rich_help_panel=MODEL)] = None,
+    init: Annotated[
+        str | None, typer.Option(help="He initialisation by fan_in (default) or fan_out.", rich_help_panel=MODEL)
+    ] = None,
     norm_batch: Annotated[
         int | None,
-        typer.Option(help="Images to a BN statistic, as 64 on each of two GPUs; 0: the batch.", rich_help_panel=MODEL),
+        typer.Option(help="Images per BN statistic: 64 as on two GPUs; 0: the batch.", rich_help_panel=MODEL),
     ] = None,
     preset: Annotated[
         str | None,
@@ -51,12 +56,14 @@ def train(
             rich_help_panel=RECIPE,
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Updates in all.", rich_help_panel=RECIPE)] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps (default 64,000).", rich_help_panel=RECIPE)] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="The same in passes over the data.", rich_help_panel=RECIPE)
+        float | None, typer.Option(help="Their number in passes over the data.", rich_help_panel=RECIPE)
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step.", rich_help_panel=RECIPE)] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=RECIPE)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per step (default 128).", rich_help_panel=RECIPE)
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate (default 0.1).", rich_help_panel=RECIPE)] = None,
     schedule: Annotated[str | None, typer.Option(help="step or linear.", rich_help_panel=RECIPE)] = None,
     milestones: Annotated[
         str | None, typer.Option(help="Steps at which lr falls: 32000,48000.", rich_help_panel=RECIPE)
@@ -68,19 +75,26 @@ def train(
             rich_help_panel=RECIPE,
         ),
     ] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Length of the warm-up.", rich_help_panel=RECIPE)] = None,
-    warmup_epochs: Annotated[float | None, typer.Option(help="The same in epochs.", rich_help_panel=RECIPE)] = None,
-    momentum: Annotated[float | None, typer.Option(rich_help_panel=RECIPE)] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(help="Length of the warm-up (default 400).", rich_help_panel=RECIPE)
+    ] = None,
+    warmup_epochs: Annotated[float | None, typer.Option(help="Its length in epochs.", rich_help_panel=RECIPE)] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of SGD (default 0.9).", rich_help_panel=RECIPE)] = None,
     lr_in_velocity: Annotated[
         bool | None,
         typer.Option(
-            "--lr-in-velocity/--no-lr-in-velocity", help="As Caffe has it, not PyTorch.", rich_help_panel=RECIPE
+            "--lr-in-velocity/--no-lr-in-velocity",
+            help="lr inside the velocity, as in Caffe; not PyTorch's way.",
+            rich_help_panel=RECIPE,
         ),
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(rich_help_panel=RECIPE)] = None,
-    weight_decay_on: Annotated[str | None, typer.Option(help="all or weights.", rich_help_panel=RECIPE)] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Default 1e-4.", rich_help_panel=RECIPE)] = None,
+    weight_decay_on: Annotated[
+        str | None,
+        typer.Option(help="all parameters (default), or weights: not of BN, not biases.", rich_help_panel=RECIPE),
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of weights, order, crops and flips.", rich_help_panel=RECIPE)
+        int | None, typer.Option(help="Of initial weights, order, crops and flips (default 0).", rich_help_panel=RECIPE)
     ] = None,
     seeds: Annotated[
         str | None,
@@ -88,7 +102,7 @@ def train(
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="cifar10, or synthetic (built in).", rich_help_panel=DATA)] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Where CIFAR-10 lies [env: FASTRES_DATA].", rich_help_panel=DATA)
+        Path | None, typer.Option(help="Where CIFAR-10 is (or in FASTRES_DATA).", rich_help_panel=DATA)
     ] = None,
     data_url: Annotated[
         list[str] | None, typer.Option(help="A mirror of cifar-10-binary.tar.gz; repeatable.", rich_help_panel=DATA)
@@ -136,7 +150,9 @@ def train(
             rich_help_panel=EXECUTION,
         ),
     ] = None,
-    graph_steps: Annotated[int | None, typer.Option(help="Steps in a graph.", rich_help_panel=EXECUTION)] = None,
+    graph_steps: Annotated[
+        int | None, typer.Option(help="Steps per graph (default 1).", rich_help_panel=EXECUTION)
+    ] = None,
     deterministic: Annotated[
         bool | None,
         typer.Option(
@@ -165,38 +181,47 @@ def train(
         bool | None,
         typer.Option(
             "--layer-kernels/--no-layer-kernels",
-            help="On a GPU fastres' CUDA C++ kernels, a launch a layer, not those in Triton (off; speed not measured).",
+            help="On a GPU, CUDA C++ kernels with one launch per layer instead of Triton (off; not measured).",
             rich_help_panel=EXECUTION,
         ),
     ] = None,
     channels_last: Annotated[
-        bool | None, typer.Option("--channels-last/--no-channels-last", rich_help_panel=EXECUTION)
+        bool | None,
+        typer.Option(
+            "--channels-last/--no-channels-last", help="Memory format (default: on).", rich_help_panel=EXECUTION
+        ),
     ] = None,
     side_by_side: Annotated[
         int | None,
         typer.Option(help="Of --seeds, how many at once; 0: up to 8 on a GPU, 1 on a CPU.", rich_help_panel=EXECUTION),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; 0: one a core.", rich_help_panel=EXECUTION)] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; 0: one per core.", rich_help_panel=EXECUTION)
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A TOML file as --dry-run prints it; flags win over it.", rich_help_panel=OUTPUT)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder.", rich_help_panel=OUTPUT)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder (default: a new one in runs/).", rich_help_panel=OUTPUT)
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Move a non-empty --out aside.", rich_help_panel=OUTPUT)
     ] = False,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.", rich_help_panel=OUTPUT)] = None,
-    log_every: Annotated[int | None, typer.Option(help="Steps.", rich_help_panel=OUTPUT)] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps.", rich_help_panel=OUTPUT)] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume this run folder.", rich_help_panel=OUTPUT)] = None,
+    log_every: Annotated[
+        int | None, typer.Option(help="Steps between log records (100).", rich_help_panel=OUTPUT)
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between tests (2,000).", rich_help_panel=OUTPUT)] = None,
     clean_train_error: Annotated[
         bool | None,
         typer.Option(
             "--clean-train-error/--no-clean-train-error",
-            help="Test on the training images too, as they are.",
+            help="Also test on the training images, without augmentation.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
     checkpoint_every: Annotated[
-        str | None, typer.Option(help="Steps (500) or minutes (10min).", rich_help_panel=OUTPUT)
+        str | None, typer.Option(help="Steps (500) or minutes (10min, the default).", rich_help_panel=OUTPUT)
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.", rich_help_panel=OUTPUT)] = False,
     as_json: Annotated[

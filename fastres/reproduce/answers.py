@@ -1,16 +1,15 @@
 """What a run's network answers on the test images: errors by class, most confident mistakes, layer responses."""
 
 import base64
-import struct
-import zlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from fastres.data.imageset import Bytes
@@ -105,15 +104,7 @@ def data_uri(image: Bytes) -> str:
 
 
 def png(image: Bytes) -> bytes:
-    """A uint8 image `(height, width, 3)` as a PNG file: no date, no text, each row filtered by what is above it."""
-    height, width, _ = image.shape
-    above = np.concatenate([np.zeros_like(image[:1]), image[:-1]])
-    rows = (image - above).reshape(height, -1)  # wraps round, as the format wants it
-    filtered = np.concatenate([np.full((height, 1), 2, np.uint8), rows], axis=1)  # 2: the filter "up"
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # eight bits, RGB
-    body = zlib.compress(filtered.tobytes(), level=9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    """A uint8 image `(height, width, 3)` as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", optimize=True)
+    return file.getvalue()

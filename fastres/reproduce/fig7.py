@@ -40,9 +40,8 @@ def draw(
 ) -> list[Path]:
     """Measure the layer responses of runs at their newest checkpoints, and draw Figure 7.
 
-    Of several seeds the mean over them of each layer's standard deviation is shown, and sorted below; of the finished
-    ones where there are some. Where the five
-    networks of the paper's figure are among the runs, others are left out.
+    Of several seeds the mean over them of each layer's standard deviation is shown, and sorted below; if some are
+    finished, only of those. If the five networks of the paper's figure are among the runs, others are left out.
 
     Args:
         runs: Run folders; of one network only those that differ in the seed alone. Those without a checkpoint (weights

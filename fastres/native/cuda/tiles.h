@@ -6,7 +6,7 @@ constexpr int SOURCE = SIDE * STRIDE;
 constexpr int WARP = 32, TILE = 16;  // lanes; pixels or channels of a tile
 constexpr int TILES = 4;             // of 16 pixels each, of a warp
 constexpr int IMAGE_CHANNELS = 3;    // FIRST: what there is of K in memory, the rest are zeros
-constexpr int WEIGHT_ROW = N + 1;    // octets: one more than are there, so that columns do not meet in a bank either
+constexpr int WEIGHT_ROW = N + 1;    // octets: one more than are there, to avoid bank conflicts
 
 // 8 channels' numbers, of rows of a multiple of 8.
 struct alignas(16) Eight { float value[8]; };
@@ -172,7 +172,8 @@ DEVICE void add_halves(float (&acc)[TILES][2][4], float* scratch, int warp) {
     for (int i = 0; i < TILES * 8; i++) acc[i / 8][i / 4 % 2][i % 4] += at[i * WARP];
 }
 
-// Sums over lanes: 2 * HALF values of each, of which each gets that with the number of the lane's bits from MASK on.
+// Butterfly sum over lanes of 2 * HALF values: each lane ends with one total in value[0], chosen by its bits from MASK
+// down.
 template <int HALF, int MASK, int NUM>
 DEVICE void scatter_sums(float (&value)[NUM]) {
   const bool upper = thread() & MASK;
