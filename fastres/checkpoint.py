@@ -133,7 +133,7 @@ def steps(folder: Path) -> set[int]:
     return found
 
 
-def set_newer_aside(folder: Path, used: Path | None) -> None:
+def move_newer_aside(folder: Path, used: Path | None) -> None:
     """Rename the checkpoints newer than `used`, from which a run goes on; all where that is None.
 
     The next save must not push out the one that is used, nor a later resume take up what was passed over.

@@ -178,15 +178,15 @@ class RunConfig:
         """Passes over the training images; the last may be partial."""
         return self.recipe.steps * self.recipe.batch_size / self.data.num_train
 
-    def what(self) -> dict[str, Any]:
+    def experiment(self) -> dict[str, Any]:
         """The half that says what is computed, as JSON-ready values."""
         tree = self.to_dict()
         return {key: tree[key] for key in ("model", "data", "recipe", "seed")}
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits over `what()`: equal digests, equal experiments."""
-        text = json.dumps(self.what(), sort_keys=True, separators=(",", ":"))
+        """Sixteen hex digits over `experiment()`: equal digests, equal experiments."""
+        text = json.dumps(self.experiment(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:

@@ -71,19 +71,19 @@ def split(pixels: int, launch: Launch) -> Split:
     return Split(block, tiles // programs, programs, launch)
 
 
-def is_papers(model: Model, batch_size: int) -> bool:
+def is_paper_net(model: Model, batch_size: int) -> bool:
     """Whether a network has only 3x3 layers of the paper's widths, shortcuts without weights, norms over the batch."""
     if model.arch == "imagenet" or (model.arch == "resnet" and model.shortcut == "B"):
         return False
     return model.norm_batch in (0, batch_size)
 
 
-def suits(model: Model, batch_size: int) -> bool:
+def supports(model: Model, batch_size: int) -> bool:
     """Whether these kernels are for a network, and quick at a batch size.
 
     A batch whose size has a large prime factor cannot be shared out evenly (`split`).
     """
-    if not is_papers(model, batch_size):
+    if not is_paper_net(model, batch_size):
         return False
     for width, how in LAUNCHES.items():
         pixels = batch_size * (32 * WIDTHS[0] // width) ** 2
@@ -99,17 +99,17 @@ class Layer:
 
     def __init__(self, weight: Tensor, norm: BatchNorm, side: int, stride: int, batch_size: int) -> None:
         self.weight, self.norm, self.side, self.stride = weight, norm, side, stride
-        self.num, self.channels = weight.shape[:2]  # of target and source
+        self.out_channels, self.in_channels = weight.shape[:2]
         self.pixels = batch_size * side**2
-        self.first = self.channels not in WIDTHS
-        how = LAUNCHES[self.num]
-        self.conv = split(self.pixels, FIRST if self.first else how.conv)
-        self.weights = split(self.pixels, FIRST_GRAD if self.first else how.weights)
+        self.is_stem = self.in_channels not in WIDTHS
+        how = LAUNCHES[self.out_channels]
+        self.conv = split(self.pixels, FIRST if self.is_stem else how.conv)
+        self.weights = split(self.pixels, FIRST_GRAD if self.is_stem else how.weights)
         self.source = split(self.pixels * stride**2, how.source)
         self.norm_forward, self.norm_backward = split(self.pixels, how.norm), split(self.pixels, how.norm_grad)
-        self.span = _power(3 * self.channels) if self.channels < 64 else 0
-        self.begins = -1  # of the shortcut that ends here: the layer whose result it takes
-        self.ends = -1  # of the shortcut that takes what this layer is given
+        self.span = _power(3 * self.in_channels) if self.in_channels < 64 else 0
+        self.shortcut_from = -1  # the layer whose result the shortcut that ends here takes; -1: none
+        self.shortcut_to = -1  # the layer at which the shortcut that begins here ends; -1: none
         self.pad = 0  # zero channels before the shortcut's own
 
 
@@ -123,7 +123,7 @@ def layers_of(net: CifarNet, weights: Mapping[str, Tensor], batch_size: int) -> 
                 layers.append(Layer(weights[f"{name}.conv{number}.weight"], norm, side, stride, batch_size))
             if block.residual:
                 end = len(layers) - 1
-                layers[end].begins, layers[end].pad, layers[end - 1].ends = end - 2, block.zeros[0], end
+                layers[end].shortcut_from, layers[end].pad, layers[end - 1].shortcut_to = end - 2, block.zeros[0], end
     return layers
 
 
@@ -131,7 +131,7 @@ class FusedNet:
     """Training passes of a network on batches of one size.
 
     Args:
-        net: On a GPU, and of a kind that `suits`; its running statistics move.
+        net: On a GPU, and of a kind that `supports`; its running statistics move.
         weights: bfloat16, of the convolutions, by parameter name, channels last; read in each pass.
         batch_size: Images.
 
@@ -148,7 +148,7 @@ class FusedNet:
         self.layers = layers_of(net, weights, batch_size)
         sizes = [layer.weight.numel() for layer in self.layers]
         self.weight_grads = torch.zeros(sum(sizes), device=device)
-        self.norm_grads = torch.zeros(2 * sum(layer.num for layer in self.layers), device=device)
+        self.norm_grads = torch.zeros(2 * sum(layer.out_channels for layer in self.layers), device=device)
         counts = [size * layer.weights.programs for size, layer in zip(sizes, self.layers, strict=True)]
         self._shares = torch.zeros(sum(counts), device=device)
         rows = []
@@ -168,16 +168,16 @@ class FusedNet:
         conv, norms = _kernels()
         self._kept, self._images, source = [], images, images
         for layer in self.layers:
-            num, side, norm, how = layer.num, layer.side, layer.norm, layer.conv
+            num, side, norm, how = layer.out_channels, layer.side, layer.norm, layer.conv
             maps, out = (new_maps(images, num, side) for _ in range(2))
             shares, kept = self._shares.new_empty((how.programs, 2, num)), self._shares.new_empty((3, num))
             _launch(
                 conv.conv3x3, how.programs, how.launch,
-                source, layer.weight, maps, shares, side, side, layer.channels, num, layer.stride,
+                source, layer.weight, maps, shares, side, side, layer.in_channels, num, layer.stride,
                 how.block, how.tiles, how.launch.stages,
             )  # fmt: skip
             share_pixels, how = layer.pixels // how.programs, layer.norm_forward
-            begins = self._kept[layer.begins][1] if layer.begins >= 0 else None
+            begins = self._kept[layer.shortcut_from][1] if layer.shortcut_from >= 0 else None
             _launch(
                 norms.norm_forward, how.programs, how.launch,
                 maps, shares, maps if begins is None else begins, norm.weight, norm.bias, norm.running_mean,
@@ -208,7 +208,7 @@ class FusedNet:
         at_norm, at_share = len(self.norm_grads), len(self._shares)
         for k in reversed(range(len(self.layers))):
             layer = self.layers[k]
-            num, side, how, weights = layer.num, layer.side, layer.norm_backward, layer.weights
+            num, side, how, weights = layer.out_channels, layer.side, layer.norm_backward, layer.weights
             maps, out, kept = self._kept[k]
             grad_maps, at_norm = torch.empty_like(maps), at_norm - 2 * num
             _launch(
@@ -219,22 +219,22 @@ class FusedNet:
             )  # fmt: skip
             at_share -= weights.programs * layer.weight.numel()
             shares = self._shares[at_share:]
-            if layer.first:
+            if layer.is_stem:
                 _launch(
                     conv.first_weight_grad, weights.programs, weights.launch,
-                    grad_maps, self._images, shares, side, side, layer.channels, num,
+                    grad_maps, self._images, shares, side, side, layer.in_channels, num,
                     weights.block, weights.tiles, weights.launch.stages,
                 )  # fmt: skip
                 continue
             below, source, below_kept = self._kept[k - 1]
             grads[k - 1] = grad_source = torch.empty_like(source)
-            own, end = layer.source, layer.ends
-            norm_shares = kept.new_empty((own.programs, 2, layer.channels))
+            own, end = layer.source, layer.shortcut_to
+            norm_shares = kept.new_empty((own.programs, 2, layer.in_channels))
             over = (grads[end], self._kept[end][1]) if end >= 0 else (grad_maps, grad_maps)
             _launch(
                 conv.conv3x3_grads, 3 * weights.programs + own.programs, weights.launch,
                 grad_maps, source, layer.weight, grad_source, shares, below, below_kept, norm_shares, *over,
-                side, side, layer.channels, num, layer.stride, self.layers[end].num if end >= 0 else 0,
+                side, side, layer.in_channels, num, layer.stride, self.layers[end].out_channels if end >= 0 else 0,
                 self.layers[end].pad if end >= 0 else 0, weights.programs,
                 layer.span, weights.block, weights.tiles, weights.launch.stages,
                 own.block, own.tiles, own.launch.stages,
@@ -251,7 +251,7 @@ class Inference:
     """A network in evaluation mode: a launch for each layer, which reads and writes its maps once.
 
     Args:
-        net: Of a kind that `suits`; weights and running statistics are read in each call.
+        net: Of a kind that `supports`; weights and running statistics are read in each call.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -270,13 +270,13 @@ class Inference:
             self._layers[len(images)] = layers_of(self.net, self._weights, len(images))
         source = before = images  # of a layer, and of the one before it, where a block's shortcut begins
         for layer in self._layers[len(images)]:
-            num, side, norm, how = layer.num, layer.side, layer.norm, layer.conv
+            num, side, norm, how = layer.out_channels, layer.side, layer.norm, layer.conv
             out = new_maps(images, num, side)
             _launch(
                 _kernels()[1].inference, how.programs, how.launch,
                 source, layer.weight, before, norm.weight, norm.bias, norm.running_mean, norm.running_var, out,
-                norm.eps, side, side, layer.channels, num, layer.stride, before.shape[1] if layer.begins >= 0 else 0,
-                layer.pad, how.block, how.tiles, how.launch.stages,
+                norm.eps, side, side, layer.in_channels, num, layer.stride,
+                before.shape[1] if layer.shortcut_from >= 0 else 0, layer.pad, how.block, how.tiles, how.launch.stages,
             )  # fmt: skip
             before, source = source, out
         return logits_of(source, self.net.fc)

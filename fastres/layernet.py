@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastres.config import RunConfig
 from fastres.errors import FastresError, InputError, MachineError
-from fastres.fusednet import Layer, check_images, is_papers, layers_of, new_maps, suits
+from fastres.fusednet import Layer, check_images, is_paper_net, layers_of, new_maps, supports
 from fastres.models.cifar import CifarNet, logits_of
 from fastres.native.gpu_layers import LANES, MAX_CLASSES, MAX_LAYERS, SUM_THREADS, Kind, compile_for, launch
 from fastres.runtime import Runtime, prepare
@@ -33,7 +33,7 @@ def programs_for(batch_size: int, processors: int) -> int:
     return min(choices, key=lambda n: (-(-n // processors) * (batch_size // n), n))
 
 
-def shares_out(batch_size: int, processors: int) -> bool:
+def splits_evenly(batch_size: int, processors: int) -> bool:
     """Whether a batch can be shared out without leaving most of a GPU idle."""
     programs = programs_for(batch_size, processors)
     return -(-programs // processors) * (batch_size // programs) <= 2 * -(-batch_size // processors)
@@ -65,7 +65,7 @@ def runtime_of(config: RunConfig) -> Runtime:
         except FastresError:
             if wanted:
                 raise
-    if not runtime.native or runtime.device.type == "cpu" or suits(config.model, batch_size):
+    if not runtime.native or runtime.device.type == "cpu" or supports(config.model, batch_size):
         return runtime
     if config.execution.native:
         raise InputError(f"--native kernels on a GPU are {FOR_WHAT}; use --no-native")
@@ -94,16 +94,18 @@ def _check(config: RunConfig, runtime: Runtime) -> None:
             f"{SHARED:,} bytes of shared memory a thread block, and this GPU has {gpu.shared_memory_per_block_optin:,}"
         )
         raise MachineError(f"--layer-kernels need {has}; leave it out")
-    if not is_papers(config.model, batch_size):
+    if not is_paper_net(config.model, batch_size):
         raise InputError(f"--layer-kernels are {FOR_WHAT}; leave it out")
-    if not shares_out(batch_size, gpu.multi_processor_count):
+    if not splits_evenly(batch_size, gpu.multi_processor_count):
         over = f"{gpu.multi_processor_count} multiprocessors"
         raise InputError(f"--layer-kernels cannot share out --batch-size {batch_size} over {over}; use a multiple of 8")
 
 
 def kind_of(layer: Layer) -> Kind:
     """For which the kernels are compiled."""
-    return Kind(layer.side, layer.stride, 16 if layer.first else layer.channels, layer.num, int(layer.first))
+    return Kind(
+        layer.side, layer.stride, 16 if layer.is_stem else layer.in_channels, layer.out_channels, int(layer.is_stem)
+    )
 
 
 class _Pass:
@@ -123,7 +125,10 @@ class _Pass:
         self._images = len(images) // programs
         self._shares: dict[int, Tensor] = {}  # of the statistics of a layer's maps
         for k, layer in enumerate(layers):
-            maps, shares = new_maps(images, layer.num, layer.side), _floats(images, programs, 2, layer.num)
+            maps, shares = (
+                new_maps(images, layer.out_channels, layer.side),
+                _floats(images, programs, 2, layer.out_channels),
+            )
             given, numbers = self._norm(k - 1) if k else self._no_norm(images)
             launch("forward_layer", kind_of(layer), programs, *given, layer.weight, maps, shares, *numbers)
             self.maps[k], self._shares[k] = maps, shares
@@ -150,7 +155,7 @@ class _Pass:
         """
         last, batch_size = len(self._layers) - 1, len(labels)
         (*given, out, kept), numbers = self._norm(last)
-        shares = _floats(out, self._programs, 2, self._layers[last].num)
+        shares = _floats(out, self._programs, 2, self._layers[last].out_channels)
         losses, wrong = _floats(out, batch_size), labels.new_empty(batch_size, dtype=torch.int32)
         launch(
             "head", kind_of(self._layers[last]), self._programs, *given, kept, fc.weight, fc.bias, labels,
@@ -164,8 +169,8 @@ class _Pass:
     def _norm(self, k: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """What kernels take of a layer's norm: addresses, and numbers."""
         layer, maps = self._layers[k], self.maps[k]
-        add = self.outs[layer.begins] if layer.begins >= 0 else None
-        out, kept, norm = torch.empty_like(maps), _floats(maps, 4, layer.num), layer.norm
+        add = self.outs[layer.shortcut_from] if layer.shortcut_from >= 0 else None
+        out, kept, norm = torch.empty_like(maps), _floats(maps, 4, layer.out_channels), layer.norm
         self.outs[k], self.kept[k] = out, kept
         given = (maps, self._shares[k], add, norm.weight, norm.bias, norm.running_mean, norm.running_var, out, kept)
         shares, channels = self._programs if self._training else 0, 0 if add is None else add.shape[1]
@@ -200,7 +205,7 @@ class LayerNet:
         self.layers = layers_of(net, weights, batch_size)
         sizes = [layer.weight.numel() for layer in self.layers]
         self.weight_grads = torch.zeros(sum(sizes), device=device)
-        norms = [layer.num for layer in self.layers for _ in range(2)]
+        norms = [layer.out_channels for layer in self.layers for _ in range(2)]
         others = [*norms, self.fc.weight.numel() + self.fc.bias.numel()]
         self.other_grads = torch.zeros(sum(others), device=device)
         self._other_grads: Sequence[Tensor] = torch.split(self.other_grads, others)
@@ -266,11 +271,11 @@ class LayerNet:
             if k == 0:
                 launch("norm_backward", kind, programs, *given, programs, layer.pixels, images)
             else:
-                below, end = self.layers[k - 1], layer.ends
-                grads[k - 1], shares = torch.empty_like(outs[k - 1]), _floats(grad, programs, 2, below.num)
+                below, end = self.layers[k - 1], layer.shortcut_to
+                grads[k - 1], shares = torch.empty_like(outs[k - 1]), _floats(grad, programs, 2, below.out_channels)
                 launch(
                     "backward_layer", kind, programs, *given,
-                    layer.weight, maps[k - 1], kept[k - 1], outs[k - 1] if below.begins >= 0 else None,
+                    layer.weight, maps[k - 1], kept[k - 1], outs[k - 1] if below.shortcut_from >= 0 else None,
                     grads[end] if end >= 0 else None, grads[k - 1], shares,
                     programs, layer.pixels, images, self.layers[end].pad if end >= 0 else 0,
                 )  # fmt: skip
@@ -295,7 +300,7 @@ class LayerInference:
     """A network in evaluation mode by the same kernels.
 
     Args:
-        net: One of the paper's (`fusednet.is_papers`); weights and running statistics are read in each call.
+        net: One of the paper's (`fusednet.is_paper_net`); weights and running statistics are read in each call.
     """
 
     def __init__(self, net: nn.Module) -> None:

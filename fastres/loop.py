@@ -202,7 +202,7 @@ def _run(
                         console.say(warning)
 
                 for member in alive:
-                    if member.ends_warm_up(schedule, done):
+                    if member.end_warm_up_if_due(schedule, done):
                         rates = f"lr {schedule.at(done - 1, done):.4g} -> {schedule.at(done, done):.4g}"
                         console.say(f"step {done:,}: warm-up ends, {rates}", member.run)
 
@@ -283,7 +283,7 @@ def _reopen(path: Path, asked: RunConfig | None) -> tuple[RunDir, RunConfig]:
 
 def check_same(run: RunDir, config: RunConfig) -> None:
     """Raise InputError, naming the differences, where a run folder was started with something else than `config`."""
-    if changed := differences(run.config().what(), config.what()):
+    if changed := differences(run.config().experiment(), config.experiment()):
         raise InputError(
             f"{run.path} was started with another config ({'; '.join(changed)}); leave these out to resume it"
         )

@@ -55,7 +55,7 @@ class Run:
     @property
     def group(self) -> str:
         """Equal for runs that differ in nothing but the seed."""
-        return json.dumps({**self.config.what(), "seed": None}, sort_keys=True)
+        return json.dumps({**self.config.experiment(), "seed": None}, sort_keys=True)
 
     def curve(self, *, what: What = "error", x: XAxis = "step", smooth: int | None = None) -> Curve:
         """What is drawn of it; `fastres.curves.curve_of` explains the arguments."""
@@ -92,7 +92,7 @@ def tell_apart(configs: Sequence[RunConfig], names: Sequence[str]) -> tuple[str,
 
     Where that is the same for two of them, what differs in how they ran is added; where that is the same too, `names`.
     """
-    whats = [{"name": config.name} | _flat(config.what(), leave_out=IN_NAME) for config in configs]
+    whats = [{"name": config.name} | _flat(config.experiment(), leave_out=IN_NAME) for config in configs]
     common = [_words(key, whats[0][key]) for key in ("name", "dataset", "seed") if _same(whats, key)]
     labels = _join(whats, [key for key in whats[0] if not _same(whats, key)])
     if _twins(labels):

@@ -152,7 +152,7 @@ def load_states(runs: Sequence[RunDir], images: ImageSet, say: Callable[[str], N
                 )
         chosen.append(saved)
     for run, saved in zip(runs, chosen, strict=True):
-        checkpoint.set_newer_aside(run.path, saved.path if saved else None)
+        checkpoint.move_newer_aside(run.path, saved.path if saved else None)
         run.cut_back(saved.meta["step"] if saved else 0)
     return chosen
 

@@ -307,7 +307,7 @@ def _predict(
     """`weights` stand in for the network's own of the same names."""
     with autocast(images.device, dtype):
         logits = functional_call(net, weights, (images,)) if weights else net(images)
-    return _judged(logits, labels)
+    return _loss_and_errors(logits, labels)
 
 
 def _predict_maps(maps: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,10 +317,10 @@ def _predict_maps(maps: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) ->
     out, so that the compiler makes it and its gradients part of other kernels: cuBLAS takes five, 19 us on an H200.
     """
     pooled = maps.float().mean(dim=(1, 2))
-    return _judged((pooled[:, None] * weight).sum(dim=2) + bias, labels)
+    return _loss_and_errors((pooled[:, None] * weight).sum(dim=2) + bias, labels)
 
 
-def _judged(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _loss_and_errors(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     wrong = logits.detach().argmax(dim=1) != labels  # in the forward, where it costs no kernel of its own
     return F.cross_entropy(logits, labels), wrong.sum(dtype=torch.int32)
 

@@ -211,7 +211,7 @@ def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
     if is_sweep(folder):
         stored = read_sweep(folder)
         theirs, known = RunConfig.from_dict({**stored["config"], "seed": 0}), stored["seeds"]
-        if changed := differences(theirs.what(), dataclasses.replace(config, seed=0).what()):
+        if changed := differences(theirs.experiment(), dataclasses.replace(config, seed=0).experiment()):
             raise InputError(f"{folder} is a sweep of another config ({'; '.join(changed)}); give another --out")
     elif not _holds_only_seeds(folder):
         RunDir.check_free(folder, overwrite=False)

@@ -7,7 +7,7 @@ static void launch(int which, int programs, int layers, void** params, bool back
   emulated::params = params;
   emulated::programs_x = programs;
   int sizes[64];
-  tell_sizes(sizes);
+  report_sizes(sizes);
   for (int y = 0; y < layers; y++)
     for (int x = 0; x < programs; x++) {
       emulated::program_x = x;
@@ -27,4 +27,4 @@ extern "C" void emulate(int which, int programs, int layers, void** params, bool
 
 extern "C" int turns(int which) { return emulated::turns[which]; }
 
-extern "C" void tell(int* to) { tell_sizes(to); }
+extern "C" void tell(int* to) { report_sizes(to); }

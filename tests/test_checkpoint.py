@@ -72,7 +72,7 @@ def test_damage_falls_back_to_the_one_before_and_says_so(tmp_path: Path) -> None
     assert len(problems) == 1
     assert checkpoint.NEWEST in problems[0]
     # ... and the next save must not push the good one out
-    checkpoint.set_newer_aside(tmp_path, saved.path)
+    checkpoint.move_newer_aside(tmp_path, saved.path)
     checkpoint.save(tmp_path, tensors(), {"step": 3})
     assert checkpoint.load(tmp_path / checkpoint.PREVIOUS).meta["step"] == 1
 

@@ -98,7 +98,7 @@ def test_every_switch_of_the_first_half_is_in_the_digest_and_named_where_it_diff
     changes: dict[str, Any] = {section: {key: SWITCHES[section][key]}}
     base, other = make_config(), make_config(**changes)
     assert other.digest != base.digest
-    (line,) = differences(base.what(), other.what())
+    (line,) = differences(base.experiment(), other.experiment())
     assert line.startswith(f"{section}.{key}: ")
 
 
@@ -175,7 +175,7 @@ def test_ramp_takes_a_tenth_of_the_steps_unless_told() -> None:
 
 
 def test_differences_name_the_keys() -> None:
-    ours, theirs = make_config().what(), make_config(recipe={"lr": 0.2}, seed=1).what()
+    ours, theirs = make_config().experiment(), make_config(recipe={"lr": 0.2}, seed=1).experiment()
     assert differences(ours, theirs) == ["recipe.lr: 0.1 -> 0.2", "seed: 0 -> 1"]
 
 

@@ -61,7 +61,7 @@ def test_an_ablation_is_the_default_and_then_one_thing_changed(capsys: pytest.Ca
     for first, *others in BLOCKS[:-1]:
         default = resolved(capsys, first)
         assert default == make_config(model={"depth": default.model.depth})
-        lines = [line for o in others for line in differences(default.what(), resolved(capsys, o).what())]
+        lines = [line for o in others for line in differences(default.experiment(), resolved(capsys, o).experiment())]
         changed.append({line.partition(":")[0] for line in lines})
         assert len(lines) == len(others)
         assert len(changed[-1]) == 1

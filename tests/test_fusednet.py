@@ -21,7 +21,7 @@ from torch.nn import functional
 from fastres import step
 from fastres.config import Execution, make_config
 from fastres.errors import InputError, MachineError
-from fastres.fusednet import FusedNet, Inference, Launch, split, suits
+from fastres.fusednet import FusedNet, Inference, Launch, split, supports
 from fastres.layernet import runtime_of
 from fastres.models.cifar import CifarNet, logits_of
 from fastres.runtime import Runtime, prepare
@@ -154,7 +154,7 @@ def test_the_head_written_out_is_the_last_layer() -> None:
 def test_what_suits(model: dict[str, Any], batch_size: int, suited: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     some_gpu(monkeypatch)
     config = make_config(model=model, recipe={"batch_size": batch_size}, execution={"threads": 1})
-    assert suits(config.model, batch_size) == suited
+    assert supports(config.model, batch_size) == suited
     runtime = runtime_of(config)
     assert runtime.native == suited
     assert any("training without fastres' own GPU kernels" in note for note in runtime.notes) != suited
@@ -165,7 +165,7 @@ def test_what_suits(model: dict[str, Any], batch_size: int, suited: bool, monkey
 
 @pytest.mark.parametrize("batch_size", [*range(1, 33), 48, 64, 96, 100, 125, 128, 250, 256, 500, 1000, 1024, 8192])
 def test_common_batches_suit_and_are_shared_out(batch_size: int) -> None:
-    assert suits(make_config().model, batch_size)
+    assert supports(make_config().model, batch_size)
 
 
 def test_images_that_it_cannot_take_are_refused() -> None:

@@ -26,7 +26,7 @@ from fastres.layernet import (
     programs_for,
     runtime_of,
     shares_for,
-    shares_out,
+    splits_evenly,
 )
 from fastres.models.cifar import CifarNet
 from fastres.native import gpu_layers
@@ -495,7 +495,7 @@ class Driver:
         return (self.status,)
 
     def cuLaunchKernelEx(self, config: Any, function: bytes, params: int, extra: int) -> tuple[Any, ...]:
-        if function == b"tell_sizes":
+        if function == b"report_sizes":
             to = ctypes.c_void_p.from_address(ctypes.c_void_p.from_address(params).value or 0).value or 0
             told = range(100, 100 + 2 * len(gpu_layers.NAMES))
             ctypes.memmove(to, (ctypes.c_int * len(told))(*told), 4 * len(told))
@@ -560,7 +560,7 @@ def test_a_launch_as_the_driver_sees_it(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_batches_are_shared_out(batch_size: int, programs: int, shared_out: bool) -> None:
     assert programs_for(batch_size, 132) == programs
-    assert shares_out(batch_size, 132) == shared_out
+    assert splits_evenly(batch_size, 132) == shared_out
 
 
 def test_shares_of_gradients() -> None:

@@ -11,7 +11,7 @@ import pytest
 from fastres.cli import run
 from fastres.console import Console, Progress
 from fastres.reproduce import fig7
-from fastres.reproduce.plan import Whole, needs
+from fastres.reproduce.plan import OverallProgress, needs
 from fastres.rundir import RunDir, find_runs
 from tests.crash import REPRODUCE, crash_reproduce, timeless_table
 from tests.test_table6 import RESULT_VALUES
@@ -86,7 +86,7 @@ def test_how_far_all_is_and_how_long_it_takes(tmp_path: Path, capsys: pytest.Cap
         run.write_json("config.json", stage.folders[path].to_dict())
     RunDir(paths[0]).write_json("result.json", RESULT_VALUES | {"seconds": {"train": 60.0, "evaluate": 40.0}})
     RunDir(paths[1]).append_metrics({"kind": "train", "step": 50, "error": 0.5})
-    whole = Whole(stage.folders, clock=lambda: now)
+    whole = OverallProgress(stage.folders, clock=lambda: now)
     # one run of four and half of another; the finished one took 100 s, so the other two and a half take 250
     assert whole.between_stages() == "38 % of all, about 4:10 left"
     whole.begins({paths[1]: stage.folders[paths[1]]})

@@ -73,7 +73,7 @@ def test_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         lambda: run.locked().__enter__(),
         run.sync_metrics,
         lambda: run.remove("diverged.json"),
-        lambda: checkpoint.set_newer_aside(run.path, None),
+        lambda: checkpoint.move_newer_aside(run.path, None),
         lambda: checkpoint.save(run.path, {"a": torch.zeros(1)}, {"step": 1}),
     ):
         with pytest.raises(MachineError, match=r"cannot write in .*: Read-only file system"):

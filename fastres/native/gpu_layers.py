@@ -103,10 +103,10 @@ def kernels(kind: Kind, device: int) -> dict[str, Kernel]:
 
     with torch.cuda.device(device):
         module = _checked(driver.cuModuleLoadData(_cubin(kind, torch.cuda.get_device_capability(device))))
-        told = torch.zeros(2 * len(NAMES), dtype=torch.int32, device=torch.device("cuda", device))
-        teller = Kernel(_checked(driver.cuModuleGetFunction(module, b"tell_sizes")), 1, 0)
-        _launch(teller, (1, 1), (told,), torch.cuda.current_stream().cuda_stream, early=False)
-        sizes = told.tolist()
+        reported = torch.zeros(2 * len(NAMES), dtype=torch.int32, device=torch.device("cuda", device))
+        report = Kernel(_checked(driver.cuModuleGetFunction(module, b"report_sizes")), 1, 0)
+        _launch(report, (1, 1), (reported,), torch.cuda.current_stream().cuda_stream, early=False)
+        sizes = reported.tolist()
         loaded = {}
         for k, name in enumerate(NAMES):
             function = _checked(driver.cuModuleGetFunction(module, name.encode()))

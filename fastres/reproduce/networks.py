@@ -69,7 +69,7 @@ def by_network(runs: Iterable[RunDir]) -> list[Network]:
 def _network(name: str, members: Sequence[tuple[RunConfig, RunDir]]) -> Network:
     (first, first_run), *others = members
     for (before, before_run), (config, run) in zip(members, others, strict=False):
-        if changed := differences({**first.what(), "seed": 0}, {**config.what(), "seed": 0}):
+        if changed := differences({**first.experiment(), "seed": 0}, {**config.experiment(), "seed": 0}):
             raise InputError(
                 f"the runs of {name} are not of one config: {first_run.path} and {run.path} differ in "
                 f"{'; '.join(changed)}. Give runs that differ in the seed alone"

@@ -90,7 +90,7 @@ def differences(config: RunConfig) -> list[Difference]:
         unused |= {"recipe.warmup_steps"}
     both_warm_up = {paper.recipe.warmup, recipe.warmup} <= set(WARM_UPS)
     found = []
-    for path, default, value in _pairs(paper.what(), config.what()):
+    for path, default, value in _pairs(paper.experiment(), config.experiment()):
         if value != default and path not in unused:
             is_open = path in OPEN or (path == "recipe.warmup" and both_warm_up)
             found.append(Difference(path, default, value, is_open))

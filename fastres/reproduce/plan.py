@@ -62,7 +62,7 @@ def needs(
                 and (path / CONFIG).exists()
                 and (stored := RunDir.open(path).config()).digest != config.digest
             ):
-                changed = "; ".join(differences(stored.what(), config.what()))
+                changed = "; ".join(differences(stored.experiment(), config.experiment()))
                 raise InputError(f"{path} is a run of another config ({changed}); give another --runs")
             folders[path] = dataclasses.replace(config, output=dataclasses.replace(config.output, out=str(path)))
         stages.append(Need(config.name, folders))
@@ -107,7 +107,7 @@ def train_missing(
     console.say(f"{_plural(len(folders), 'run')}: {', '.join(said)}")
     if "missing" in counts or "cut" in counts:
         _check_images(folders, console)
-    whole = Whole(folders)
+    whole = OverallProgress(folders)
     try:
         for number, stage in enumerate(stages, 1):
             if all(status(path) in ("finished", "diverged") for path in stage.folders):
@@ -140,7 +140,7 @@ def _check_images(folders: Mapping[Path, RunConfig], console: Console) -> None:
             )
 
 
-class Whole:
+class OverallProgress:
     """How much of all the runs is done, and how long the rest may take.
 
     The rate is that of this process while it trains, set-up and compilation left out; before it has one, that of the

@@ -240,7 +240,7 @@ def configuration(subject: Subject) -> str:
     """What was computed, with the paper's value where it differs, and how it ran."""
     config = subject.run.config
     others = {difference.path: _remark(difference) for difference in differences(config)}
-    what = [(name, value, others.get(path, "")) for path, name, value in _leaves(config.what())]
+    what = [(name, value, others.get(path, "")) for path, name, value in _leaves(config.experiment())]
     tree = config.to_dict()
     how = [(name, value, "") for part in ("execution", "output") for _, name, value in _leaves(tree[part])]
     left = f"<div><h3>What is computed</h3>{keys([*what, ('digest', config.digest, 'of all this')])}</div>"

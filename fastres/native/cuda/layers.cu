@@ -28,7 +28,7 @@
 
 // Threads and bytes of shared memory, in the order of `gpu_layers.NAMES`. Told by a kernel, since NVRTC makes a
 // variable's symbol local, which a driver may not find.
-KERNEL(1) tell_sizes(int* to) {
+KERNEL(1) report_sizes(int* to) {
   const int sizes[] = {
       ForwardWarps::THREADS, FORWARD_BYTES, BackwardWarps::THREADS, BACKWARD_BYTES,  WEIGHT_THREADS, WEIGHTS_BYTES,
       ForwardWarps::THREADS, NORM_BYTES,    BackwardWarps::THREADS, NORM_GRAD_BYTES, ForwardWarps::THREADS, HEAD_BYTES,
