@@ -1,6 +1,7 @@
 """Testing a network: loss, and what was answered for each class."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,8 @@ class Evaluator:
         num_classes: Logits.
         dtype: Precision of the activations; loss and answers are taken from fp32 logits.
         forward: Gives the network's logits in its stead; default: the network, under autocast.
-        capture: `cudagraph.CapturedGraph`: the first call captures all batches as one graph. None: launched one by one.
+        capture: `cudagraph.CapturedGraph`: all batches are captured as one graph, by `warm_up` or the first call. None:
+            launched one by one.
     """
 
     def __init__(
@@ -68,20 +70,32 @@ class Evaluator:
         self._graph: Replay | None = None
 
     @torch.no_grad()
+    def warm_up(self) -> None:
+        """Compile and capture, before any clock runs. Without a capture there is nothing to do."""
+        if self._capture and not self._graph:
+            with self._evaluating():
+                self._graph = self._capture([self._launch], [*self.net.state_dict().values()])
+
+    @torch.no_grad()
     def __call__(self) -> Evaluation:
         """Test the network in evaluation mode (running BN statistics); its mode is put back. Waits for the device."""
+        self.warm_up()
+        with self._evaluating():
+            if self._graph:
+                self._graph.replay()
+            else:
+                self._launch()
+        counts = self._confusion.view(self.num_classes, -1).tolist()  # host sync: the evaluation's one read
+        return Evaluation(float(self._loss_sum) / sum(map(sum, counts)), counts)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
         training = self.net.training
         self.net.eval()
         try:
-            if self._capture is None:
-                self._launch()
-            else:
-                self._graph = self._graph or self._capture([self._launch], [*self.net.state_dict().values()])
-                self._graph.replay()
+            yield
         finally:
             self.net.train(training)
-        counts = self._confusion.view(self.num_classes, -1).tolist()  # host sync: the evaluation's one read
-        return Evaluation(float(self._loss_sum) / sum(map(sum, counts)), counts)
 
     def _logits(self, images: Tensor) -> Tensor:
         if self._forward:

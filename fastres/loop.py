@@ -161,6 +161,8 @@ def _run(
             with clocks("compile"):
                 capture = CapturedGraph if runtime.cuda_graph else None
                 train_step.warm_up(capture, graph_steps=config.execution.graph_steps)
+                for test in filter(None, (test for member in members for test in (member.test, member.clean))):
+                    test.warm_up()
 
         # Resume, or begin.
         for member, checkpoint in zip(members, saved, strict=True):

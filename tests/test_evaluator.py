@@ -86,6 +86,9 @@ def test_a_captured_evaluation_sees_the_weights_of_each_call(net: CifarNet) -> N
 
     plain = Evaluator(net, [noise()], num_classes=10, dtype=torch.float32)
     captured = Evaluator(net, [noise()], num_classes=10, dtype=torch.float32, capture=StandIn)
+    captured.warm_up()
+    assert len(captures) == 1
+    assert net.training
     for _ in range(2):
         assert captured() == plain()
         with torch.no_grad():
