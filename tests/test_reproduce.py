@@ -166,7 +166,7 @@ def test_assert_exits_with_6(whole: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["table7"], 2, "there is table6, fig6, fig7, all"),
+        (["table7"], 2, "choose from table6, fig6, fig7, all"),
         (["all", "--nets", "ResNet8", "--depths", "20"], 2, "contradict"),
         (["all", "--nets", "ResNet9"], 2, "6n+2"),
         (["all", "--nets", "VGG16"], 2, "ResNet20 or PlainNet56"),
@@ -179,7 +179,7 @@ def test_assert_exits_with_6(whole: Path, capsys: pytest.CaptureFixture[str]) ->
         (["fig6", "--ylim", "nan"], 2, "--ylim is nan"),
         (["fig6", "--ylim", "0"], 2, "--ylim is 0"),
         (["table6", "--ylim", "30"], 2, "--ylim is of Figure 6"),
-        (["table6", "--clean"], 2, "--clean is of Figure 6"),
+        (["table6", "--clean"], 2, "--clean applies to Figure 6"),
         (["table6", "--preset", "smoke", "--out", "/proc/nope"], 3, "/proc"),
         (["all", "--no-train"], 2, "holds no run of these networks yet"),
         (["all", "--device", "cuda:7"], 3, "--device cuda:7 was asked for"),
