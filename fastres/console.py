@@ -58,7 +58,17 @@ class Progress:
 
 
 class _Stream(RichConsole):
-    """Falls silent where nobody reads any more (`fastres train | head`): no reason to lose a run, whose log goes on."""
+    """Falls silent where nobody reads any more (`fastres train | head`) or nothing more fits (`> file` on a full disk).
+
+    That is no reason to lose a run, whose console.log goes on.
+    """
+
+    def __exit__(self, *how: object) -> None:
+        """Here rich writes what a call has printed."""
+        try:
+            super().__exit__(*how)
+        except OSError:
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Rich's own ends the program here."""

@@ -56,7 +56,7 @@ class OutOfTime(FastresError):
 
 
 class Interrupted(FastresError):
-    """SIGINT or SIGTERM arrived; the state was saved before this was raised."""
+    """SIGINT, SIGTERM or SIGHUP arrived; the state was saved before this was raised."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)

@@ -141,17 +141,23 @@ def load_trained(
     images = load_images(chosen.data, chosen.execution, train=saved is None and mean is None, say=say)
     mean_image: Mean
     if saved and config:
+        if mean is not None or std is not None:
+            raise InputError(f"{target} brings its own mean image; leave out --mean and --std")
         _check(saved, config, images, target, arch, say)
         model, weights, step = config.model, saved.weights, saved.meta["step"]
         mean_image = saved.tensors["data/mean"].numpy()
     else:
         assert foreign is not None
-        if foreign.arch not in (None, arch or foreign.arch):
-            raise InputError(f"--arch {arch}: the tensors of {target} are those of --arch {foreign.arch}")
+        if foreign.arch not in (None, arch or foreign.arch) or (arch == "imagenet" and foreign.arch is None):
+            raise InputError(
+                f"--arch {arch}: the tensors of {target} are those of --arch {foreign.arch or 'resnet or plain'}"
+            )
         own: Literal["resnet", "plain"] = "plain" if arch == "plain" else "resnet"
         model = Model(arch=foreign.arch or own, depth=foreign.depth, shortcut=foreign.shortcut)
         weights, step = foreign.state, None
         mean_image = images.mean_image() if mean is None else np.full((32, 32, 3), mean, np.float32) * 255
+    if not checkpoint.all_finite(weights):
+        raise InputError(f"{target} holds weights that are NaN or Inf; whatever it answers means nothing")
     net = empty_net(model, num_classes=len(images.class_names))
     net.load_state_dict(weights)
     return Trained(

@@ -1,13 +1,16 @@
 """What can end a run from outside, signals and memory, turned into something the loop and the user can deal with."""
 
 import contextlib
+import dataclasses
 import math
 import re
+import shlex
 import signal
 import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -24,6 +27,7 @@ USABLE_SHARE = 0.8  # of what is free; the rest goes to fragments and workspaces
 # A step's peak over what its forward keeps: 1.2 from batch 256 to 512 and 1.4 from 1,024 to 2,880, on a CPU (ResNet-20,
 # fp32, torch 2.15)
 BACKWARD = 1.4
+DEEP = 38  # layers from which on a step's memory is extrapolated
 AGAIN = "run the same command again to resume"
 UNITS = {"bytes": 1e-9, "KiB": 2**10 / 1e9, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}  # in GB
 WEIGHT_BYTES = 4 * 4  # a parameter: weight, gradient, momentum, and copies in other precisions
@@ -34,14 +38,16 @@ LOADER_BYTES = 10  # a value of the training images: two padded fp32 tables on a
 class Interrupt:
     """What ends a run early: the first signal that arrived, None while there was none, or a time."""
 
-    signum: int | None = None
+    way_on: str  # how to resume
     deadline: float = math.inf  # on the clock of `time.perf_counter`
+    signum: int | None = None
 
 
 @contextlib.contextmanager
 def interrupts(interrupt: Interrupt) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a flag that the loop reads after each step; a second Ctrl-C stops at once.
+    """Turn SIGINT, SIGTERM and SIGHUP into a flag that the loop reads after each step; a second signal stops at once.
 
+    A SIGHUP that is ignored, as under nohup, stays ignored.
     Only the main thread may set handlers; elsewhere the flag stays unset.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -53,7 +59,10 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
             raise KeyboardInterrupt
         interrupt.signum = signum
 
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    before = {signum: signal.signal(signum, note) for signum in signals}
     try:
         yield
     finally:
@@ -61,11 +70,17 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+def resume_with(path: Path) -> str:
+    """How to resume a run or a sweep."""
+    return f"resume with: fastres train --resume {shlex.quote(str(path))}"
+
+
 def stopped(interrupt: Interrupt, where: str) -> Interrupted | OutOfTime:
     """The error that says where training was stopped, and how to go on."""
     if interrupt.signum is None:
-        return OutOfTime(f"the time is used up; stopped {where}")
-    return Interrupted(f"stopped by {signal.Signals(interrupt.signum).name} {where}", interrupt.signum)
+        return OutOfTime(f"the time is used up; stopped {where}, all saved; {interrupt.way_on}")
+    name = signal.Signals(interrupt.signum).name
+    return Interrupted(f"stopped by {name} {where}, all saved; {interrupt.way_on}", interrupt.signum)
 
 
 @contextlib.contextmanager
@@ -110,6 +125,16 @@ def _way_out(config: RunConfig, runtime: Runtime, num_replicas: int, said: str) 
     return head + f"a batch of about {_rounded(fits):,} fits: --batch-size {_rounded(fits)}"
 
 
+def check_memory(config: RunConfig, runtime: Runtime, *, num_replicas: int = 1) -> None:
+    """Raise OutOfMemory where a CPU's memory cannot hold a step: Linux would grant it, and kill the process in time."""
+    usable = usable_memory(runtime.device) if runtime.device.type == "cpu" else None
+    if usable is None:
+        return
+    fixed, image = memory_of_a_step(config, bytes_each=runtime.dtype.itemsize, num_replicas=num_replicas)
+    if fixed + config.recipe.batch_size * image > usable:
+        raise OutOfMemory(_way_out(config, runtime, num_replicas, ""))
+
+
 def memory_of_a_step(config: RunConfig, *, bytes_each: int, num_replicas: int = 1) -> tuple[int, int]:
     """About how many bytes a training step holds: whatever the batch, and on top for each image of it.
 
@@ -122,6 +147,16 @@ def memory_of_a_step(config: RunConfig, *, bytes_each: int, num_replicas: int = 
         bytes_each: Of an activation: 2 in bf16 and fp16, 4 in fp32.
         num_replicas: Networks that are trained side by side.
     """
+    if config.model.arch != "imagenet" and config.model.depth > DEEP:  # it grows by the same with each six layers
+        depths = (DEEP - 6, DEEP)
+        models = [dataclasses.replace(config.model, depth=depth) for depth in depths]
+        two = [
+            memory_of_a_step(dataclasses.replace(config, model=model), bytes_each=bytes_each, num_replicas=num_replicas)
+            for model in models
+        ]
+        more = (config.model.depth - DEEP) // 6
+        fixed, image = (b + more * (b - a) for a, b in zip(*two, strict=True))
+        return fixed, image
     net = empty_net(config.model, num_classes=10)
     weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
     kept: dict[int, int] = {}

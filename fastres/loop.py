@@ -16,12 +16,12 @@ from fastres.console import Console, Progress, Verbosity
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
 from fastres.errors import Diverged, InputError
-from fastres.guards import AGAIN, Interrupt, explained_memory_errors, interrupts, stopped
+from fastres.guards import Interrupt, check_memory, explained_memory_errors, interrupts, resume_with, stopped
 from fastres.layernet import runtime_of
 from fastres.member import Member, make_members
 from fastres.models.cifar import num_parameters
 from fastres.result import RunResult, result_of, summary
-from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, default_path
+from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, default_path, remove_empty
 from fastres.runstate import RunState, load_states, record_environment
 from fastres.runtime import Runtime, peak_memory, synchronize
 from fastres.step import TrainStep
@@ -72,8 +72,13 @@ def train(
     if run is None:
         RunDir.check_free(path, overwrite=overwrite)  # before minutes are spent on a download
     folders = {path: config}
-    interrupt = Interrupt(deadline=deadline)
-    (outcome,) = train_together(folders, interrupt, overwrite=overwrite, console=console, clocks=clocks)
+    interrupt = Interrupt(resume_with(path), deadline)
+    try:
+        (outcome,) = train_together(folders, interrupt, overwrite=overwrite, console=console, clocks=clocks)
+    except BaseException:
+        if run is None and not config.output.out:
+            remove_empty(path)  # nothing came of it
+        raise
     if isinstance(outcome, Diverged):
         raise outcome
     return outcome
@@ -110,6 +115,7 @@ def train_together(
     check_loader(config)
     with clocks("other"), contextlib.closing(console), contextlib.ExitStack() as stack:
         runtime = runtime_of(config)
+        check_memory(config, runtime, num_replicas=len(folders))
         for note in runtime.notes:
             console.say_once(note)
         with clocks("data"):
@@ -176,6 +182,11 @@ def _run(
         if first:
             console.say(f"resuming from step {first:,} of {', '.join(str(run.path) for run in runs)}")
         console.say(_introduction(config, members, images, runtime))
+        if recipe.schedule == "step" and recipe.milestones and recipe.milestones[0] >= recipe.steps:
+            console.say(
+                f"the learning rate never falls: the first of --milestones, {recipe.milestones[0]:,}, does not come "
+                f"within {recipe.steps:,} steps"
+            )
         progress = Progress(first, recipe.steps, first * recipe.batch_size / config.data.num_train, runs=len(runs))
         console.show(progress)
         logged, logged_at = done, clocks.read("train")  # or, at first, where this process began
@@ -252,8 +263,7 @@ def _run(
                     epoch_shown = int(progress.epochs)
                 timer.begin()
                 if cut and not last:
-                    way_on = AGAIN if brief else f"resume with: fastres train --resume {runs[0].path}"
-                    raise stopped(interrupt, f"after step {done}, all saved; {way_on}")
+                    raise stopped(interrupt, f"after step {done}")
 
         # The result: the last step's test error.
         if first == recipe.steps:  # cut between the last checkpoint and the result

@@ -6,7 +6,7 @@ from time import perf_counter
 
 from fastres import optim
 from fastres.config import RunConfig
-from fastres.guards import AGAIN
+from fastres.guards import AGAIN, resume_with
 from fastres.rundir import RunDir
 
 LOOK_AHEAD_STEPS = 20  # after so many steps the whole run's time is known well enough to warn
@@ -59,7 +59,7 @@ def long_run(seconds: float, taken: int, left: int, runs: Sequence[RunDir]) -> s
     remaining = seconds / taken * left
     if remaining <= LONG_RUN_SECONDS:
         return None
-    on = f"resume with: fastres train --resume {runs[0].path}" if len(runs) == 1 else AGAIN
+    on = resume_with(runs[0].path) if len(runs) == 1 else AGAIN
     return (
         f"at {seconds / taken:.2g} s a step the remaining {left:,} steps take about {remaining / 3600:.1f} hours. "
         f"Shorter: a GPU, --preset fast, fewer --steps or a smaller --depth. Ctrl-C saves; {on}"

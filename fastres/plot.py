@@ -169,7 +169,7 @@ def plot_runs(
 
     Args:
         paths: Run folders, or folders of run folders.
-        out: A name that ends in .png or .svg. Default: curves.png, in the run folder if there is one run.
+        out: A name that ends in .png or .svg. Default: curves.png, in the folder that was given, if it was one.
         what, x, smooth: As `fastres.curves.curve_of` takes them.
         log_y, ylim: The y axis.
         band: Draw runs that differ in nothing but the seed as mean and standard deviation.
@@ -198,7 +198,7 @@ def plot_runs(
     groups = grouped(drawn) if band else [[run] for run in drawn]
     named = zip(groups, mean_labels(groups), strict=True)
     means = [mean_curve([curves[id(run)] for run in group], label) for group, label in named]
-    out = out or (runs[0].folder.path if len(runs) == 1 else Path()) / "curves.png"
+    out = out or (paths[0] if len(paths) == 1 else Path()) / "curves.png"
     if len(means) > NUM_STYLES:
         say(
             f"{len(means)} curves have only {NUM_STYLES} colours and dashes between them; --band draws means over seeds"

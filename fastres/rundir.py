@@ -71,15 +71,27 @@ class RunDir:
     @staticmethod
     def check_free(path: Path, *, overwrite: bool) -> None:
         """Raise InputError where `create` would refuse `path`."""
-        if _occupied(path) and not overwrite:
+        try:
+            str(path).encode()
+            occupied = _occupied(path)
+        except (OSError, ValueError) as error:
+            shown = str(path).encode(errors="replace").decode()
+            raise InputError(f"{shown[:100]} cannot be a folder's name here: {error}; give another --out") from error
+        if occupied and not overwrite:
             way_on = f"; to resume it: --resume {path}" if (path / CONFIG).exists() else ""
             raise InputError(f"{path} is not empty; give another --out, or --overwrite moves it aside{way_on}")
+        if occupied and not ((path / CONFIG).exists() or folders_below(path)):
+            raise InputError(f"{path} holds no run, and --overwrite moves only runs aside; give another --out")
+        if occupied and path.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise InputError(f"{path} is where this was started, and cannot be moved aside; give another --out")
 
     @staticmethod
     def open(path: Path) -> "RunDir":
         """An existing run folder. Raises InputError where `path` is none."""
         if not (path / CONFIG).is_file():
-            raise InputError(f"{path} is not a run folder: it has no {CONFIG}")
+            below = folders_below(path)
+            way_on = f"; it holds {len(below)}: give one of them, as {below[0]}" if below else ""
+            raise InputError(f"{path} is not a run folder: it has no {CONFIG}{way_on}")
         return RunDir(path)
 
     @contextmanager
@@ -216,13 +228,30 @@ def folders_below(root: Path) -> list[Path]:
 
 
 def default_path(config: RunConfig) -> Path:
-    """The default folder of a run: `runs/resnet20-seed0-<date>-<time>`."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    base = Path("runs") / f"{config.name.lower()}-seed{config.seed}-{stamp}"
+    """The default folder of a run, made: `runs/resnet20-seed0-<date>-<time>`."""
+    return new_folder(f"{config.name.lower()}-seed{config.seed}")
+
+
+def new_folder(name: str) -> Path:
+    """Make an empty folder `runs/<name>-<date>-<time>` that no other process has. Raises MachineError."""
+    base = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, count = base, 2
-    while path.exists():
-        path, count = base.with_name(f"{base.name}-{count}"), count + 1
-    return path
+    while True:
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            path, count = base.with_name(f"{base.name}-{count}"), count + 1
+        except OSError as error:
+            raise disk_error(error, path, 0) from error
+        else:
+            return path
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a folder that `new_folder` made and that stayed empty, and then runs/."""
+    with contextlib.suppress(OSError):  # it is not empty
+        path.rmdir()
+        path.parent.rmdir()
 
 
 def _occupied(path: Path) -> bool:

@@ -10,13 +10,13 @@ from torch import Tensor
 from fastres import checkpoint
 from fastres.build import Mean, loader_kind
 from fastres.checkpoint import Checkpoint
-from fastres.config import RunConfig
+from fastres.config import RunConfig, differences
 from fastres.data.imageset import ImageSet
 from fastres.data.pixels import SCALE
 from fastres.errors import Diverged, InputError
 from fastres.evaluator import Evaluation
 from fastres.optim import WARMUP_WINDOW, momentum_buffers
-from fastres.rundir import ENVIRONMENT, RunDir
+from fastres.rundir import CONFIG, ENVIRONMENT, RunDir
 from fastres.runtime import Runtime, environment
 from fastres.step import Replica
 
@@ -144,6 +144,12 @@ def load_states(runs: Sequence[RunDir], images: ImageSet, say: Callable[[str], N
             )
             say(f"{run.path} {newest}: starting at step 0")
         else:
+            stored = RunConfig.from_dict(saved.meta["config"]).experiment()
+            if changed := differences(stored, run.config().experiment()):
+                raise InputError(
+                    f"{run.path / CONFIG} was changed since {saved.path.name} was saved ({'; '.join(changed)}); "
+                    "change it back, or start anew with another --out"
+                )
             theirs = saved.meta["data"]["digest"]
             if theirs != images.digest:
                 raise InputError(

@@ -27,6 +27,7 @@ from fastres.native.kernels import kernels
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_COMPILATIONS = 128  # of one function
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # bytes
+MAX_THREADS = 8  # per core; thousands take minutes to start, or crash the OpenMP runtime
 DEEP = 110  # layers from which on the network is compiled block by block: as a whole it takes a minute or more
 
 
@@ -67,7 +68,9 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
     device = _device(execution.device)
     if device.type == "cpu" and execution.device == "auto":
         notes.append("no GPU found: training on the CPU")
-    threads = execution.threads or host.num_cores()
+    threads, cores = execution.threads or host.num_cores(), os.cpu_count() or 1
+    if threads > MAX_THREADS * cores:
+        raise InputError(f"--threads is {threads:,}, and this machine has {cores:,} cores; 0 means one per core")
     torch.set_num_threads(threads)
     compiled = device.type == "cuda" if execution.compile is None else execution.compile
     if compiled and not host.cpp_compiler():  # on a GPU for the launchers that Triton builds

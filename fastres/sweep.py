@@ -6,7 +6,6 @@ A sweep's folder holds a run folder for each seed and `sweep.json`, which says w
 import dataclasses
 import math
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,10 +18,10 @@ from fastres.configtree import is_int
 from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError
 from fastres.files import write_json
-from fastres.guards import AGAIN, Interrupt, stopped
+from fastres.guards import AGAIN, Interrupt, resume_with, stopped
 from fastres.loop import check_loader, check_same, train_together
 from fastres.result import RunResult, result_of
-from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, is_left_behind
+from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, is_left_behind, new_folder
 from fastres.runtime import prepare
 
 SWEEP = "sweep.json"
@@ -74,7 +73,8 @@ def train_seeds(
     folders = seed_folders(folder, config, seeds)
     _write_sweep(folder, config, seeds)
     console = console or Console(verbosity)
-    outcomes = train_all(folders, side_by_side=side_by_side, console=console, clocks=clocks, deadline=deadline)
+    how: dict[str, Any] = {"side_by_side": side_by_side, "deadline": deadline, "way_on": resume_with(folder)}
+    outcomes = train_all(folders, console=console, clocks=clocks, **how)
     console.say(f"{spread(config.name, outcomes)}; {folder}")
     return outcomes
 
@@ -95,6 +95,7 @@ def train_all(
     console: Console,
     clocks: Clocks | None = None,
     deadline: float = math.inf,
+    way_on: str = AGAIN,
     on_begin: Callable[[Mapping[Path, RunConfig]], None] = lambda _: None,
 ) -> list[Outcome]:
     """Train those of the runs that are not finished; configs that differ in more than their seed go apart.
@@ -102,6 +103,7 @@ def train_all(
     Args:
         folders: Configs by run folder. A folder that is there must be a run of the same thing.
         side_by_side, console, clocks, deadline: As `train_seeds`.
+        way_on: How to resume, for the user who stopped it.
         on_begin: Takes the runs that are to be trained next, side by side.
 
     Returns:
@@ -112,10 +114,10 @@ def train_all(
             check_same(RunDir.open(path), config)
         else:
             RunDir.check_free(path, overwrite=False)
-    interrupt = Interrupt(deadline=deadline)
+    interrupt = Interrupt(way_on, deadline)
     for group in _groups(folders, side_by_side):
         if interrupt.signum is not None:  # it came when the group before had no step left to cut
-            raise stopped(interrupt, f"before {', '.join(map(str, group))}, all saved; {AGAIN}")
+            raise stopped(interrupt, f"before {', '.join(map(str, group))}")
         on_begin(group)
         train_together(group, interrupt, console=console, clocks=clocks, brief=True)
         clocks = None  # what came before the first group is its own
@@ -165,8 +167,8 @@ def raise_if_all_diverged(outcomes: Sequence[Outcome]) -> None:
 
 
 def default_folder(config: RunConfig, seeds: Sequence[int]) -> Path:
-    """The default folder of a sweep: `runs/resnet20-5seeds-<date>-<time>`."""
-    return Path("runs") / f"{config.name.lower()}-{len(seeds)}seeds-{time.strftime('%Y%m%d-%H%M%S')}"
+    """The default folder of a sweep, made: `runs/resnet20-5seeds-<date>-<time>`."""
+    return new_folder(f"{config.name.lower()}-{len(seeds)}seeds")
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:

@@ -113,6 +113,8 @@ BAD = [
     ("--config nowhere.toml", "cannot be read"),
     ("--resume nowhere", "not a run folder"),
     ("--resume a --out b", "contradict"),
+    ("--preset smoke --data-dir .", "--data-dir does nothing with built-in data"),
+    ("--side-by-side 2", "does nothing without --seeds"),
     ("extra", "extra"),
 ]
 
@@ -225,7 +227,23 @@ def test_no_data_and_no_network_exits_3(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device that is always full")
+def test_a_full_disk_under_stdout_loses_no_run(tmp_path: Path) -> None:
+    def told(words: list[str], to: str) -> tuple[int, str]:
+        command = f"{shlex.join([sys.executable, '-m', 'fastres', *words])} {to}"
+        done = subprocess.run(command, shell=True, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=120)
+        return done.returncode, done.stderr
+
+    assert told(["train", *TINY, "--steps", "3", "--out", "run"], ">/dev/full") == (0, "")
+    assert (tmp_path / "run" / "result.json").exists()
+    assert told(["eval", "run"], ">&-") == (0, "")
+    assert told(["eval", "run"], ">/dev/full") == (
+        3,
+        "fastres: no room on the disk for what is printed; free some, or print elsewhere\n",
+    )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_save_and_exit(tmp_path: Path, signum: signal.Signals) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "fastres", "train", *TINY, "--steps", "100000", "--out", str(out)]

@@ -98,6 +98,17 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(run: Path, tmp_path: Path) 
 def test_contradictions_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="says of itself that it is resnet"):
         outcome_of(run, arch="plain")
+    for how in ({"mean": (0.5, 0.5, 0.5)}, {"std": (0.5, 0.5, 0.5)}):
+        with pytest.raises(InputError, match="brings its own mean image; leave out --mean and --std"):
+            outcome_of(run, **how)
+    weights = checkpoint.load(run / checkpoint.NEWEST).weights
+    torch.save(weights, tmp_path / "fine.pt")
+    with pytest.raises(InputError, match=r"--arch imagenet: the tensors of .* are those of --arch resnet or plain"):
+        outcome_of(tmp_path / "fine.pt", dataset="synthetic", arch="imagenet")
+    weights["conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(weights, tmp_path / "nan.pt")
+    with pytest.raises(InputError, match="holds weights that are NaN or Inf"):
+        outcome_of(tmp_path / "nan.pt", dataset="synthetic")
     with pytest.raises(InputError, match="does not exist"):
         outcome_of(tmp_path / "nothing")
     with pytest.raises(InputError, match="not a run folder"):

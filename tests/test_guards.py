@@ -1,5 +1,6 @@
 """guards.py: memory that ran out is explained, with a batch size that fits. (Signals: tests/test_loop.py.)"""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 from fastres import guards, runtime
 from fastres.config import RunConfig, make_config
 from fastres.errors import OutOfMemory
-from fastres.guards import explained_memory_errors, memory_of_a_step
+from fastres.guards import check_memory, explained_memory_errors, memory_of_a_step
 from fastres.runtime import Runtime
 
 SAID = (
@@ -103,6 +104,27 @@ def test_no_batch_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "try a smaller --depth than 8" in explained(torch.OutOfMemoryError(SAID))
     monkeypatch.setattr(guards, "usable_memory", lambda _: 10**15)
     assert "try a smaller --depth than 8" in explained(torch.OutOfMemoryError(SAID), config(1))
+
+
+def test_deep_networks_are_extrapolated() -> None:
+    for depth, bytes_each in ((56, 4), (110, 2)):
+        deep = config(model={"depth": depth})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(guards, "DEEP", 1_000)
+            counted = memory_of_a_step(deep, bytes_each=bytes_each)
+        assert memory_of_a_step(deep, bytes_each=bytes_each) == pytest.approx(counted, rel=1e-3)
+
+
+def test_what_a_cpu_cannot_hold_is_refused_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed, image = memory_of_a_step(config(), bytes_each=4)
+    for spare in (1, -1):
+        monkeypatch.setattr(guards, "usable_memory", lambda _, spare=spare: fixed + 4096 * image + spare)
+        with contextlib.nullcontext() if spare > 0 else pytest.raises(OutOfMemory, match="--batch-size"):
+            check_memory(config(), CPU)
+    with pytest.raises(OutOfMemory, match=r"a step of ResNet200000 .* needs about [0-9.]+ GB"):
+        check_memory(config(model={"depth": 200_000}), CPU)
+    monkeypatch.setattr(guards, "usable_memory", lambda _: None)
+    check_memory(config(), CPU)
 
 
 def test_real_allocators() -> None:

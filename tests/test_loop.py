@@ -193,6 +193,28 @@ def test_resume_refuses_another_config_and_names_the_differences(whole: Path, tm
         fastres.train(tiny(tmp_path, recipe={"lr": 0.2}, seed=3), resume=whole, verbosity="quiet")
 
 
+def test_resume_refuses_a_config_that_was_edited(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 9)
+        with pytest.raises(Interrupted):
+            fastres.train(tiny(out), verbosity="quiet")
+    before = (out / "config.json").read_text()
+    (out / "config.json").write_text(before.replace('"steps": 24', '"steps": 30'))
+    with pytest.raises(InputError, match=r"config\.json was changed since checkpoint\.safetensors.*steps.*24.*30"):
+        fastres.train(resume=out, verbosity="quiet")
+    (out / "config.json").write_text(before)
+    fastres.train(resume=out, verbosity="quiet")
+    assert_same_run(whole, out)
+
+
+def test_milestones_that_never_come_are_told(tmp_path: Path) -> None:
+    for steps, told in ((2, True), (13, False)):
+        out = tmp_path / str(steps)
+        fastres.train(tiny(out, recipe={"steps": steps}), verbosity="quiet")
+        assert ("the learning rate never falls" in (out / "console.log").read_text()) == told
+
+
 def test_resume_refuses_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:

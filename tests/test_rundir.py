@@ -12,7 +12,7 @@ import torch
 from fastres import checkpoint
 from fastres.config import make_config
 from fastres.errors import InputError, MachineError
-from fastres.rundir import METRICS, RunDir, default_path
+from fastres.rundir import METRICS, RunDir, default_path, remove_empty
 
 
 def test_non_empty_folders_are_refused_or_moved_aside(tmp_path: Path) -> None:
@@ -35,6 +35,33 @@ def test_an_empty_folder_is_fine_and_a_file_is_not(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not empty"):
         RunDir.create(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_only_runs_are_moved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    for path in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):
+        with pytest.raises(InputError, match="moves only runs aside"):
+            RunDir.create(path, overwrite=True)
+    RunDir.create(tmp_path / "run").write_json("config.json", make_config().to_dict())
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(InputError, match="cannot be moved aside"):
+        RunDir.create(Path(), overwrite=True)
+
+
+@pytest.mark.parametrize("name", [300 * "x", "bad\udcff"])
+def test_names_that_no_folder_can_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="cannot be a folder's name here"):
+        RunDir.create(tmp_path / name)
+
+
+def test_a_default_folder_that_stayed_empty_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = default_path(make_config()), default_path(make_config())
+    (second / "config.json").touch()
+    for path in (first, second):
+        remove_empty(path)
+    assert [path.name for path in Path("runs").iterdir()] == [second.name]
 
 
 def test_unwritable_out(tmp_path: Path) -> None:
@@ -126,8 +153,11 @@ def test_damaged_json_is_an_input_error(tmp_path: Path, content: str) -> None:
 
 
 def test_open_needs_a_run(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="not a run folder"):
+    with pytest.raises(InputError, match=r"not a run folder: it has no config\.json$"):
         RunDir.open(tmp_path)
+    RunDir.create(tmp_path / "sweep" / "seed0").write_json("config.json", {})
+    with pytest.raises(InputError, match=r"it holds 1: give one of them, as .*seed0"):
+        RunDir.open(tmp_path / "sweep")
 
 
 def test_default_paths_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +166,7 @@ def test_default_paths_do_not_collide(tmp_path: Path, monkeypatch: pytest.Monkey
     paths = set()
     for _ in range(3):
         path = default_path(config)
-        path.mkdir(parents=True)
+        assert path.is_dir()
         paths.add(path)
     assert len(paths) == 3
     assert all(p.name.startswith("plainnet56-seed4-") for p in paths)

@@ -1,6 +1,7 @@
 """runtime.py: what "auto" means on a machine, and what is refused by name."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from fastres import host
+from fastres.cli.flags import parse_channels
 from fastres.config import Execution
 from fastres.errors import InputError, MachineError
 from fastres.runtime import environment, prepare
@@ -132,6 +134,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     code = """
 import resource, torch
 from fastres import host
+from fastres.cli.flags import parse_channels
 from fastres.config import Execution
 from fastres.runtime import prepare
 {prepare}
@@ -149,3 +152,17 @@ print(faults())
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         counts.append(int(done.stdout))
     assert counts[1] < counts[0] / 10
+
+
+def test_threads_have_an_upper_bound() -> None:
+    cores = os.cpu_count() or 1
+    assert prepare(Execution(device="cpu", threads=8 * cores)).threads == 8 * cores
+    with pytest.raises(InputError, match=rf"--threads is {8 * cores + 1:,}, and this machine has {cores:,} cores"):
+        prepare(Execution(device="cpu", threads=8 * cores + 1))
+
+
+@pytest.mark.parametrize("text", ["nan,0.5,0.5", "0,0.5,0.5", "1e300,0.5,0.5", "0.5,0.5", "124,116,104"])
+def test_channels_are_pixels_of_0_to_1(text: str) -> None:
+    assert parse_channels("--mean", "0.485,0.456,1") == (0.485, 0.456, 1.0)
+    with pytest.raises(InputError, match=f"--mean is '{text}'"):
+        parse_channels("--mean", text)

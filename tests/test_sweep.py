@@ -76,7 +76,7 @@ def test_cut_and_called_again_is_uninterrupted_and_repeats_nothing(
     before = written(folder)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 9)
-        with pytest.raises(Interrupted, match="all saved"):
+        with pytest.raises(Interrupted, match=f"all saved; resume with: fastres train --resume {folder}$"):
             train_seeds(tiny(folder), SEEDS, side_by_side=side_by_side, verbosity="quiet")
     assert checkpoint.steps(folder / "seed0") == {10, 7}
     train_seeds(resume=folder, side_by_side=side_by_side, verbosity="quiet")

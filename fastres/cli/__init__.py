@@ -1,6 +1,7 @@
 """The command line: one module a command, one call, an exit code. torch is imported only inside commands."""
 
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -45,11 +46,22 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)  # until a training loop puts its own in place
     try:
         code = run(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # as `fastres eval ... | head` ends; Python would try to flush once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        if sys.stdout is not None:  # as `>&-` leaves it
+            sys.stdout.flush()
+    except BrokenPipeError:  # as `fastres eval ... | head` ends
+        code = _unwritten()
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        print("fastres: no room on the disk for what is printed; free some, or print elsewhere", file=sys.stderr)
+        code = _unwritten(3)
     sys.exit(code)
+
+
+def _unwritten(code: int = 1) -> int:
+    """The exit code where stdout takes nothing more; Python would try to flush it once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def _stop(signum: int, _frame: FrameType | None) -> NoReturn:

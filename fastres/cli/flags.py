@@ -72,11 +72,13 @@ def parse_percent(flag: str, text: str) -> float:
 
 
 def parse_channels(flag: str, text: str) -> tuple[float, float, float]:
-    """Three numbers, comma-separated. Raises InputError."""
+    """Three numbers above 0 and up to 1, comma-separated. Raises InputError."""
     try:
         red, green, blue = (float(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"{flag} is {text!r}; write three numbers as 0.485,0.456,0.406") from None
+    if not all(0 < value <= 1 for value in (red, green, blue)):  # nan neither
+        raise InputError(f"{flag} is {text!r}; pixels are 0 to 1 here, so write numbers above 0 and up to 1")
     return red, green, blue
 
 

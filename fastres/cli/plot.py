@@ -17,9 +17,7 @@ def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of them.")],
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="A name that ends in .png or .svg; default: curves.png, in the run folder if there is one run."
-        ),
+        typer.Option(help="A name that ends in .png or .svg; default: curves.png, in the folder given, if it is one."),
     ] = None,
     what: Annotated[str, typer.Option(help="error, loss or lr.")] = "error",
     x: Annotated[str, typer.Option(help="step, epoch, or time (of the training clock).")] = "step",

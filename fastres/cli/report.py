@@ -11,7 +11,7 @@ from fastres.cli.flags import given
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN_OR_SWEEP...", help="Run folders, or folders of them.")],
     out: Annotated[
-        Path | None, typer.Option(help="The file; default: report.html, in the run folder if there is one run.")
+        Path | None, typer.Option(help="The file; default: report.html, in the folder given, if it is one.")
     ] = None,
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Do not test the networks again: no classes, mistakes, responses.")

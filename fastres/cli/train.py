@@ -302,6 +302,10 @@ def train(
         raise InputError("--milestones does nothing with a linear schedule; add --schedule step")
     if resolved.recipe.warmup == "error" and (warmup_steps or warmup_epochs) is not None:
         raise InputError("--warmup error ends by the training error, not after a number of steps; leave that out")
+    if data_dir is not None and resolved.data.dataset == "synthetic":
+        raise InputError("--data-dir does nothing with built-in data; add --dataset cifar10, or leave it out")
+    if side_by_side is not None and seeds is None and resume is None:
+        raise InputError("--side-by-side does nothing without --seeds; leave it out")
     if dry_run:
         print(resolved.to_toml(), end="")
         return

@@ -45,7 +45,7 @@ def write_report(
 
     Args:
         paths: Run folders, or folders of run folders.
-        out: The file. Default: report.html, in the run folder if there is one run.
+        out: The file. Default: report.html, in the folder that was given, if it was one.
         evaluate: Test each run's newest checkpoint again, for what only the network knows: confusion, mistakes,
             layer responses.
         execution: Changes to `fastres.config.Execution` for that: device, where the data is.
@@ -67,7 +67,7 @@ def write_report(
         if evaluate:
             say(f"testing {run.folder.path} ({count} of {len(runs)})")
         subjects.append(_subject(run, _answers(run, execution or {}, say) if evaluate else "--no-eval was given."))
-    out = out or (runs[0].folder.path if len(runs) == 1 else Path()) / "report.html"
+    out = out or (paths[0] if len(paths) == 1 else Path()) / "report.html"
     write_text(out, render(common, subjects))
     return out
 
