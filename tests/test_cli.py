@@ -230,8 +230,8 @@ def test_no_data_and_no_network_exits_3(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device that is always full")
 def test_a_full_disk_under_stdout_loses_no_run(tmp_path: Path) -> None:
     def told(words: list[str], to: str) -> tuple[int, str]:
-        command = f"{shlex.join([sys.executable, '-m', 'fastres', *words])} {to}"
-        done = subprocess.run(command, shell=True, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=120)
+        command = ["sh", "-c", f"{shlex.join([sys.executable, '-m', 'fastres', *words])} {to}"]
+        done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=120)
         return done.returncode, done.stderr
 
     assert told(["train", *TINY, "--steps", "3", "--out", "run"], ">/dev/full") == (0, "")
