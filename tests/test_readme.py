@@ -1,4 +1,4 @@
-"""The README says what is so: its commands run, its links lead somewhere, its file tree is the real one."""
+"""The README says what is so: its commands run, its links lead somewhere; and the file tree is the real one."""
 
 import json
 import os
@@ -114,9 +114,9 @@ def test_relative_links_lead_somewhere(document: Path) -> None:
 
 
 def listed_files() -> set[str]:
-    """Paths of the file tree at the end of the README; two spaces of indentation a level."""
+    """Paths of the file tree at the end of CONTRIBUTING.md; two spaces of indentation a level."""
     found, folders = set(), list[str]()
-    for line in blocks("text")[-1].splitlines():
+    for line in blocks("text", (ROOT / "CONTRIBUTING.md").read_text())[-1].splitlines():
         name = line.split()[0]
         depth = (len(line) - len(line.lstrip())) // 2
         path = "".join(folders[:depth]) + name
