@@ -299,6 +299,8 @@ def _alive(cells: Sequence[Cell], stack: contextlib.ExitStack, say: Callable[[st
     """Each cell, warmed up; closed with the stack. Equal data sets are loaded once."""
     images: dict[Any, ImageSet] = {}
     for cell in cells:
+        runtime_of(cell.config)  # what is not there is told before minutes are spent on the cells ahead
+    for cell in cells:
         key = (cell.config.data, cell.config.execution.data_dir)
         if key not in images:
             images[key] = load_images(cell.config.data, cell.config.execution, say=say)

@@ -4,13 +4,11 @@ import contextlib
 import dataclasses
 import math
 import re
-import shlex
 import signal
 import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -27,6 +25,7 @@ USABLE_SHARE = 0.8  # of what is free; the rest goes to fragments and workspaces
 # A step's peak over what its forward keeps: 1.2 from batch 256 to 512 and 1.4 from 1,024 to 2,880, on a CPU (ResNet-20,
 # fp32, torch 2.15)
 BACKWARD = 1.4
+DOUBT = 1.2  # what is estimated at so much more than there is may fit yet
 DEEP = 38  # layers from which on a step's memory is extrapolated
 AGAIN = "run the same command again to resume"
 UNITS = {"bytes": 1e-9, "KiB": 2**10 / 1e9, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}  # in GB
@@ -68,11 +67,6 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def resume_with(path: Path) -> str:
-    """How to resume a run or a sweep."""
-    return f"resume with: fastres train --resume {shlex.quote(str(path))}"
 
 
 def stopped(interrupt: Interrupt, where: str) -> Interrupted | OutOfTime:
@@ -131,7 +125,7 @@ def check_memory(config: RunConfig, runtime: Runtime, *, num_replicas: int = 1) 
     if usable is None:
         return
     fixed, image = memory_of_a_step(config, bytes_each=runtime.dtype.itemsize, num_replicas=num_replicas)
-    if fixed + config.recipe.batch_size * image > usable:
+    if fixed + config.recipe.batch_size * image > DOUBT * usable:
         raise OutOfMemory(_way_out(config, runtime, num_replicas, ""))
 
 
@@ -157,7 +151,7 @@ def memory_of_a_step(config: RunConfig, *, bytes_each: int, num_replicas: int = 
         more = (config.model.depth - DEEP) // 6
         fixed, image = (b + more * (b - a) for a, b in zip(*two, strict=True))
         return fixed, image
-    net = empty_net(config.model, num_classes=10)
+    net = empty_net(dataclasses.replace(config.model, norm_batch=0), num_classes=10)  # two images are no group of 64
     weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
     kept: dict[int, int] = {}
 

@@ -16,12 +16,12 @@ from fastres.console import Console, Progress, Verbosity
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
 from fastres.errors import Diverged, InputError
-from fastres.guards import Interrupt, check_memory, explained_memory_errors, interrupts, resume_with, stopped
+from fastres.guards import Interrupt, check_memory, explained_memory_errors, interrupts, stopped
 from fastres.layernet import runtime_of
 from fastres.member import Member, make_members
 from fastres.models.cifar import num_parameters
 from fastres.result import RunResult, result_of, summary
-from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, default_path, remove_empty
+from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, default_path, remove_empty, resume_with
 from fastres.runstate import RunState, load_states, record_environment
 from fastres.runtime import Runtime, peak_memory, synchronize
 from fastres.step import TrainStep

@@ -6,8 +6,8 @@ from time import perf_counter
 
 from fastres import optim
 from fastres.config import RunConfig
-from fastres.guards import AGAIN, resume_with
-from fastres.rundir import RunDir
+from fastres.guards import AGAIN
+from fastres.rundir import RunDir, resume_with
 
 LOOK_AHEAD_STEPS = 20  # after so many steps the whole run's time is known well enough to warn
 LONG_RUN_SECONDS = 3_600

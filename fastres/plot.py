@@ -11,7 +11,7 @@ from fastres.curves import NUM_STYLES, draw
 from fastres.data.imageset import caveat
 from fastres.errors import InputError
 from fastres.files import check_figure
-from fastres.rundir import DIVERGED, RESULT, RunDir, find_runs
+from fastres.rundir import DIVERGED, RESULT, RunDir, find_runs, resume_with
 from fastres.series import Curve, What, XAxis, curve_of, mean_curve
 
 # Keys of the config whose value speaks for itself, and those that the model's name replaces.
@@ -189,9 +189,8 @@ def plot_runs(
     drawn = [run for run in runs if curves[id(run)].lines]
     if not drawn:
         where = runs[0].folder.path if len(runs) == 1 else f"none of {len(runs)} runs, {runs[0].folder.path} the first,"
-        raise InputError(
-            f"{where} has logged no {what} yet; train up to its first log step: fastres train --resume RUN"
-        )
+        train_on = resume_with(runs[0].folder.path)
+        raise InputError(f"{where} has logged no {what} yet, or lost it; to train up to its first log step {train_on}")
     for run in runs:
         if run not in drawn:
             say(f"{run.folder.path} has logged no {what} yet: left out")

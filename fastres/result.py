@@ -1,5 +1,6 @@
 """What a finished run gave: the value, its file, and how it is told to a person."""
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,6 @@ def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]
         *(f"  {name:<17} {duration(value)}" for name, value in seconds.items() if name != "train"),
         f"  run folder        {result.run}",
         f"  curves            {result.run / 'curves.png'}",
-        f"  again             fastres eval {result.run}",
-        f"  more plots        fastres plot {result.run}",
+        f"  again             fastres eval {shlex.quote(str(result.run))}",
+        f"  more plots        fastres plot {shlex.quote(str(result.run))}",
     ]

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -245,6 +246,11 @@ def new_folder(name: str) -> Path:
             raise disk_error(error, path, 0) from error
         else:
             return path
+
+
+def resume_with(path: Path) -> str:
+    """How to resume a run or a sweep."""
+    return f"resume with: fastres train --resume {shlex.quote(str(path))}"
 
 
 def remove_empty(path: Path) -> None:

@@ -18,10 +18,10 @@ from fastres.configtree import is_int
 from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError
 from fastres.files import write_json
-from fastres.guards import AGAIN, Interrupt, resume_with, stopped
+from fastres.guards import AGAIN, Interrupt, stopped
 from fastres.loop import check_loader, check_same, train_together
 from fastres.result import RunResult, result_of
-from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, is_left_behind, new_folder
+from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, is_left_behind, new_folder, resume_with
 from fastres.runtime import prepare
 
 SWEEP = "sweep.json"

@@ -61,6 +61,8 @@ def test_memory_of_a_step_is_counted_by_hand(depth: int) -> None:
 
 def test_memory_follows_precision_replicas_and_data() -> None:
     fixed, image = memory_of_a_step(config(), bytes_each=4)
+    assert memory_of_a_step(config(model={"depth": 8, "norm_batch": 64}), bytes_each=4) == (fixed, image)
+    assert memory_of_a_step(config(model={"arch": "imagenet", "depth": 18}), bytes_each=4)[1] > image
     assert memory_of_a_step(config(), bytes_each=2)[1] == pytest.approx(image / 2, abs=1)
     several = memory_of_a_step(config(), bytes_each=4, num_replicas=3)
     assert several[1] == pytest.approx(3 * image, abs=2)
@@ -118,7 +120,7 @@ def test_deep_networks_are_extrapolated() -> None:
 def test_what_a_cpu_cannot_hold_is_refused_before(monkeypatch: pytest.MonkeyPatch) -> None:
     fixed, image = memory_of_a_step(config(), bytes_each=4)
     for spare in (1, -1):
-        monkeypatch.setattr(guards, "usable_memory", lambda _, spare=spare: fixed + 4096 * image + spare)
+        monkeypatch.setattr(guards, "usable_memory", lambda _, spare=spare: (fixed + 4096 * image) / guards.DOUBT + spare)
         with contextlib.nullcontext() if spare > 0 else pytest.raises(OutOfMemory, match="--batch-size"):
             check_memory(config(), CPU)
     with pytest.raises(OutOfMemory, match=r"a step of ResNet200000 .* needs about [0-9.]+ GB"):

@@ -43,7 +43,7 @@ def parse_list(flag: str, text: str, kind: Callable[[str], T]) -> list[T]:
 
 def parse_seeds(text: str) -> list[int]:
     """ "5" as the five seeds 0 to 4, "2-4" as 2, 3, 4, "1,3" as 1, 3. Raises InputError."""
-    wrong = InputError(f"--seeds is {text!r}; write 5 (seeds 0 to 4), 2-4, or 1,3,8")
+    wrong = InputError(f"--seeds is {text!r}; write 5 (seeds 0 to 4), 2-4, or 1,3,8, at most {MAX_SEEDS:,} in all")
     parts = [re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip()) for part in text.split(",")]
     seeds: list[int] = []
     for part in parts:
@@ -55,7 +55,9 @@ def parse_seeds(text: str) -> list[int]:
         if last - first >= MAX_SEEDS:
             raise wrong
         seeds += range(first, last + 1)
-    if not seeds or len(set(seeds)) < len(seeds) or len(seeds) > MAX_SEEDS:
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds is {text!r}, which has one of them twice; write 5 (seeds 0 to 4), 2-4, or 1,3,8")
+    if not seeds or len(seeds) > MAX_SEEDS:
         raise wrong
     return seeds
 
@@ -130,7 +132,9 @@ def in_steps(
     for key, value in (("steps", epochs), ("warmup_steps", warmup_epochs)):
         if value is not None:
             if not 0 < value < 1e9:
-                raise InputError(f"--{key.replace('steps', 'epochs')} is {value}; it must be a number above 0")
+                raise InputError(
+                    f"--{key.replace('steps', 'epochs')} is {value}; it must be above 0 and below a billion"
+                )
             recipe[key] = max(1, -int(-value * draft.data.num_train // draft.recipe.batch_size))
     kind = recipe.get("warmup") or base.get("recipe", {}).get("warmup", "none")
     if "warmup_steps" in recipe and kind == "none":
