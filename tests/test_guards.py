@@ -120,7 +120,9 @@ def test_deep_networks_are_extrapolated() -> None:
 def test_what_a_cpu_cannot_hold_is_refused_before(monkeypatch: pytest.MonkeyPatch) -> None:
     fixed, image = memory_of_a_step(config(), bytes_each=4)
     for spare in (1, -1):
-        monkeypatch.setattr(guards, "usable_memory", lambda _, spare=spare: (fixed + 4096 * image) / guards.DOUBT + spare)
+        monkeypatch.setattr(
+            guards, "usable_memory", lambda _, spare=spare: (fixed + 4096 * image) / guards.DOUBT + spare
+        )
         with contextlib.nullcontext() if spare > 0 else pytest.raises(OutOfMemory, match="--batch-size"):
             check_memory(config(), CPU)
     with pytest.raises(OutOfMemory, match=r"a step of ResNet200000 .* needs about [0-9.]+ GB"):
