@@ -161,8 +161,11 @@ def test_threads_have_an_upper_bound() -> None:
         prepare(Execution(device="cpu", threads=8 * cores + 1))
 
 
-@pytest.mark.parametrize("text", ["nan,0.5,0.5", "0,0.5,0.5", "1e300,0.5,0.5", "0.5,0.5", "124,116,104"])
+@pytest.mark.parametrize("text", ["nan,0.5,0.5", "-0.1,0.5,0.5", "1e300,0.5,0.5", "0.5,0.5", "124,116,104"])
 def test_channels_are_pixels_of_0_to_1(text: str) -> None:
-    assert parse_channels("--mean", "0.485,0.456,1") == (0.485, 0.456, 1.0)
-    with pytest.raises(InputError, match=f"--mean is '{text}'"):
-        parse_channels("--mean", text)
+    assert parse_channels("--mean", "0,0.456,1") == (0.0, 0.456, 1.0)  # pixels as they are: 0,0,0 and 1,1,1
+    for flag in ("--mean", "--std"):
+        with pytest.raises(InputError, match=f"{flag} is '{text}'"):
+            parse_channels(flag, text)
+    with pytest.raises(InputError, match="--std is '0,1,1'; pixels are 0 to 1 here, so 0 cannot be"):
+        parse_channels("--std", "0,1,1")

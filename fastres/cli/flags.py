@@ -74,13 +74,14 @@ def parse_percent(flag: str, text: str) -> float:
 
 
 def parse_channels(flag: str, text: str) -> tuple[float, float, float]:
-    """Three numbers above 0 and up to 1, comma-separated. Raises InputError."""
+    """Three numbers of 0 to 1, comma-separated; a standard deviation is not 0. Raises InputError."""
     try:
         red, green, blue = (float(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"{flag} is {text!r}; write three numbers as 0.485,0.456,0.406") from None
-    if not all(0 < value <= 1 for value in (red, green, blue)):  # nan neither
-        raise InputError(f"{flag} is {text!r}; pixels are 0 to 1 here, so write numbers above 0 and up to 1")
+    for value in (red, green, blue):
+        if not 0 <= value <= 1 or (flag == "--std" and value == 0):  # nor nan
+            raise InputError(f"{flag} is {text!r}; pixels are 0 to 1 here, so {value:g} cannot be")
     return red, green, blue
 
 
