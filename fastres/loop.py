@@ -44,7 +44,7 @@ def train(
         config: What to train and how; `fastres.make_config` builds it. Default: the paper's ResNet-20 on CIFAR-10.
         resume: A run folder to resume, from its newest whole checkpoint. Then `config` may be left out; where it is
             given it must compute the same thing.
-        overwrite: Move a non-empty `config.output.out` aside instead of refusing it.
+        overwrite: Move a run or sweep that is in `config.output.out` aside instead of refusing it.
         verbosity: "live", "lines", "quiet", or "auto": live on a terminal, lines elsewhere.
         console, clocks: The command line's own, which began before this call.
         deadline: When to save and stop, on the clock of `time.perf_counter`, in seconds.
@@ -101,8 +101,7 @@ def train_together(
     Args:
         folders: Configs that differ in their seed alone, by run folder. A folder that is a run's goes on with it.
         interrupt: Its deadline is kept. Signals are noted in it, also one that comes too late to cut these runs.
-        overwrite: Move a folder that holds something, but no run, aside.
-        console, clocks: As `train`.
+        overwrite, console, clocks: As `train`.
         brief: Print one line of each result; the rest is in its console.log.
 
     Returns:

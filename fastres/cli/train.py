@@ -205,7 +205,7 @@ def train(
         Path | None, typer.Option(help="The run folder (default: a new one in runs/).", rich_help_panel=OUTPUT)
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Move a non-empty --out aside.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--overwrite", help="Move a run that is in --out aside.", rich_help_panel=OUTPUT)
     ] = False,
     resume: Annotated[Path | None, typer.Option(help="Resume this run folder.", rich_help_panel=OUTPUT)] = None,
     log_every: Annotated[
