@@ -15,16 +15,16 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastres import nvml
 from fastres.build import build_loaders, build_net, build_optimizer, load_images
 from fastres.cells import Cell
 from fastres.cudagraph import CapturedGraph
+from fastres.data.frozen import FrozenLoader
 from fastres.data.imageset import ImageSet
 from fastres.guards import explained_memory_errors
-from fastres.layernet import runtime_of
 from fastres.parts import PARTS, Marks, marked
+from fastres.resolve import runtime_of
 from fastres.roofline import Ceilings, Work, measure_ceilings, work_of
 from fastres.runtime import DTYPES, environment, synchronize
 from fastres.step import Loader, Replica, TrainStep
@@ -69,28 +69,6 @@ class Timing:
         return cuts[0], cuts[-1]
 
 
-class FrozenLoader:
-    """Gives another loader's first batch every time."""
-
-    name, prefetched, period = "none", 0, 1
-
-    def __init__(self, loader: Loader, device: torch.device) -> None:
-        loader.prepare(0)
-        images, labels = loader.load(torch.zeros(1, dtype=torch.int64, device=device))
-        self._batch = images.clone(memory_format=torch.preserve_format), labels.clone()
-        loader.close()
-
-    def prepare(self, step: int) -> None:
-        """Nothing to do ahead."""
-
-    def load(self, counter: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """The batch, whatever `counter` says."""
-        return self._batch
-
-    def close(self) -> None:
-        """Nothing to release."""
-
-
 class Bench:
     """A cell that is alive: `train`'s own step, warmed up.
 
@@ -101,7 +79,9 @@ class Bench:
 
     def __init__(self, cell: Cell, images: ImageSet, num_steps: int = MAX_STEPS) -> None:
         self.cell, self._num_steps, config = cell, num_steps, cell.config
+        start = perf_counter()
         self.runtime = runtime_of(config)
+        resolve_seconds = perf_counter() - start
         device = self.runtime.device
         gpu = device.type == "cuda"
         held = torch.cuda.memory_allocated(device) if gpu else 0
@@ -112,7 +92,7 @@ class Bench:
             configs = [dataclasses.replace(config, seed=config.seed + k) for k in range(cell.num_replicas)]
             loaders = build_loaders(configs, images, images.mean_image(), self.runtime)
             if cell.frozen:
-                loaders = [FrozenLoader(each, device) for each in loaders]
+                loaders = [_frozen(each, device) for each in loaders]
             for loader in loaders:
                 failed.callback(loader.close)
             self.replicas: list[Replica] = []
@@ -127,7 +107,7 @@ class Bench:
             if self.runtime.compile_scope != "none" or self.runtime.cuda_graph:
                 self.step.warm_up(self._capture, graph_steps=config.execution.graph_steps)
                 synchronize(device)
-            self.compile_seconds = perf_counter() - start
+            self.compile_seconds = resolve_seconds + perf_counter() - start
             self.run(FIRST_STEPS)
             failed.pop_all()
         self.peak_memory = torch.cuda.max_memory_allocated(device) - held if gpu else None
@@ -306,6 +286,15 @@ def _alive(cells: Sequence[Cell], stack: contextlib.ExitStack, say: Callable[[st
             images[key] = load_images(cell.config.data, cell.config.execution, say=say)
         say(f"warming up {cell.label}")
         yield stack.enter_context(contextlib.closing(Bench(cell, images[key])))
+
+
+def _frozen(loader: Loader, device: torch.device) -> FrozenLoader:
+    """Another loader's first batch, every time."""
+    loader.prepare(0)
+    images, labels = loader.load(torch.zeros(1, dtype=torch.int64, device=device))
+    frozen = FrozenLoader(images.clone(memory_format=torch.preserve_format), labels.clone())
+    loader.close()
+    return frozen
 
 
 def _as_json(timing: Timing, bench: Bench) -> dict[str, Any]:

@@ -188,9 +188,14 @@ def build_evaluators(
     batches = list(_plain_batches(config, images, mean, runtime, train=train))
     capture = CapturedGraph if runtime.cuda_graph else None
     how: dict[str, Any] = {"num_classes": len(images.class_names), "dtype": runtime.dtype, "capture": capture}
-    fused = runtime.native and runtime.device.type == "cuda"
-    kind = LayerInference if runtime.layer_kernels else Inference
-    return [Evaluator(net, batches, forward=kind(net) if fused else None, **how) for net in nets]
+    return [Evaluator(net, batches, forward=inference_of(net, runtime), **how) for net in nets]
+
+
+def inference_of(net: nn.Module, runtime: Runtime) -> Inference | LayerInference | None:
+    """The network in evaluation mode by fastres' own GPU kernels; None: by torch's."""
+    if not runtime.native or runtime.device.type != "cuda":
+        return None
+    return LayerInference(net) if runtime.layer_kernels else Inference(net)
 
 
 def build_evaluator(net: nn.Module, config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime) -> Evaluator:

@@ -75,7 +75,7 @@ def _plan() -> str:
     """What `fastres train` resolves to here."""
     from fastres.build import loader_kind
     from fastres.config import RunConfig
-    from fastres.layernet import runtime_of
+    from fastres.resolve import runtime_of
 
     config = RunConfig()
     runtime = runtime_of(config)

@@ -4,24 +4,18 @@
 much as the convolution itself.
 """
 
-import importlib.util
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastres.config import RunConfig
-from fastres.errors import FastresError, InputError, MachineError
-from fastres.fusednet import Layer, check_images, is_paper_net, layers_of, new_maps, supports
+from fastres.fusednet import Layer, check_images, layers_of, new_maps
 from fastres.models.cifar import CifarNet, logits_of
 from fastres.native.gpu_layers import LANES, MAX_CLASSES, MAX_LAYERS, SUM_THREADS, Kind, compile_for, launch
-from fastres.runtime import Runtime, prepare
 
 BY_DEFAULT = False  # whether they are the default on a GPU that supports them; off until measured
-FOR_WHAT = "for the paper's CIFAR networks, shortcut A, norms over the whole batch, and most batch sizes"
 SHARED = 147_456  # bytes that a program shares, the most that one kernel takes; an A100 has them
 MAX_SHARES = 64  # of a layer's gradient of weights
 IMAGE_US, BYTES_A_US = 1.2, 3e6  # estimates for an H200, not measured: an image in `weight_grads`, and its memory
@@ -52,53 +46,6 @@ def shares_for(num_layers: int, size: int, batch_size: int, processors: int) -> 
 def processors_of(device: torch.device) -> int:
     """Multiprocessors of a GPU; where there is none, an H200's."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def runtime_of(config: RunConfig) -> Runtime:
-    """What a config's execution resolves to for its network; errors as of `runtime.prepare`."""
-    runtime, batch_size = prepare(config.execution, depth=config.model.depth), config.recipe.batch_size
-    wanted = config.execution.layer_kernels
-    if wanted or (wanted is None and BY_DEFAULT and runtime.native and runtime.device.type == "cuda"):
-        try:
-            _check(config, runtime)
-            return replace(runtime, layer_kernels=True)
-        except FastresError:
-            if wanted:
-                raise
-    if not runtime.native or runtime.device.type == "cpu" or supports(config.model, batch_size):
-        return runtime
-    if config.execution.native:
-        raise InputError(f"--native kernels on a GPU are {FOR_WHAT}; use --no-native")
-    notes = (*runtime.notes, f"training without fastres' own GPU kernels, more slowly: they are {FOR_WHAT}")
-    return replace(runtime, native=False, notes=notes)
-
-
-def _check(config: RunConfig, runtime: Runtime) -> None:
-    """Raise MachineError or InputError if the layer kernels cannot be used."""
-    if runtime.device.type != "cuda":
-        raise MachineError("--layer-kernels need a GPU; leave it out to train on the CPU")
-    if not runtime.native:
-        others = {
-            "--no-native": config.execution.native is False,
-            f"--precision {runtime.precision}": runtime.precision != "bf16",
-            "--no-shadow-weights": config.execution.shadow_weights is False,
-            "--no-channels-last": not config.execution.channels_last,
-            "a torch without Triton": True,
-        }
-        raise InputError(f"--layer-kernels do not go with {next(flag for flag, given in others.items() if given)}")
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        raise MachineError("--layer-kernels need cuda-bindings, which this torch came without; leave it out")
-    gpu, batch_size = torch.cuda.get_device_properties(runtime.device), config.recipe.batch_size
-    if gpu.shared_memory_per_block_optin < SHARED:
-        has = (
-            f"{SHARED:,} bytes of shared memory a thread block, and this GPU has {gpu.shared_memory_per_block_optin:,}"
-        )
-        raise MachineError(f"--layer-kernels need {has}; leave it out")
-    if not is_paper_net(config.model, batch_size):
-        raise InputError(f"--layer-kernels are {FOR_WHAT}; leave it out")
-    if not splits_evenly(batch_size, gpu.multi_processor_count):
-        over = f"{gpu.multi_processor_count} multiprocessors"
-        raise InputError(f"--layer-kernels cannot share out --batch-size {batch_size} over {over}; use a multiple of 8")
 
 
 def kind_of(layer: Layer) -> Kind:

@@ -17,9 +17,9 @@ from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
 from fastres.errors import Diverged, InputError
 from fastres.guards import Interrupt, check_memory, explained_memory_errors, interrupts, stopped
-from fastres.layernet import runtime_of
 from fastres.member import Member, make_members
 from fastres.models.cifar import num_parameters
+from fastres.resolve import runtime_of
 from fastres.result import RunResult, result_of, summary
 from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, default_path, remove_empty, resume_with
 from fastres.runstate import RunState, load_states, record_environment
@@ -113,7 +113,8 @@ def train_together(
     clocks, config = clocks or Clocks(), next(iter(folders.values()))
     check_loader(config)
     with clocks("other"), contextlib.closing(console), contextlib.ExitStack() as stack:
-        runtime = runtime_of(config)
+        with clocks("compile"):
+            runtime = runtime_of(config, console.say)
         check_memory(config, runtime, num_replicas=len(folders))
         for note in runtime.notes:
             console.say_once(note)

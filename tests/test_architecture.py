@@ -32,6 +32,7 @@ LAYERS = (
     ("roofline",),
     ("build", "weights"),
     ("runstate", "result", "guards", "checks"),
+    ("resolve",),
     ("nvml", "parts", "doctor"),
     ("member", "pace", "cells"),
     ("loop", "bench", "evaluate"),

@@ -22,8 +22,8 @@ from fastres import step
 from fastres.config import Execution, make_config
 from fastres.errors import InputError, MachineError
 from fastres.fusednet import FusedNet, Inference, Launch, split, supports
-from fastres.layernet import runtime_of
 from fastres.models.cifar import CifarNet, logits_of
+from fastres.resolve import Verdict, runtime_of
 from fastres.runtime import Runtime, prepare
 from fastres.shadow import ShadowedSgd
 from tests.interpreted import CASES
@@ -198,6 +198,7 @@ def some_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastres.runtime._device", lambda _: torch.device("cuda", 0))
     monkeypatch.setattr("fastres.runtime._set_up_cuda", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("fastres.resolve.check_kernels", lambda *_: Verdict())
 
 
 def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

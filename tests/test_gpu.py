@@ -25,8 +25,9 @@ from fastres.data.synthetic import make_synthetic
 from fastres.data.table import TableLoader
 from fastres.errors import Interrupted
 from fastres.fusednet import FusedNet, Inference
-from fastres.layernet import LayerInference, runtime_of
+from fastres.layernet import LayerInference
 from fastres.models.cifar import CifarNet
+from fastres.resolve import runtime_of
 from fastres.step import Replica, TrainStep
 from fastres.steptimer import StepTimer
 from tests.interpreted import far, network

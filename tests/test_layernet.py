@@ -24,13 +24,13 @@ from fastres.layernet import (
     LayerInference,
     LayerNet,
     programs_for,
-    runtime_of,
     shares_for,
     splits_evenly,
 )
 from fastres.models.cifar import CifarNet
 from fastres.native import gpu_layers
 from fastres.native.gpu_layers import Kind, Layers
+from fastres.resolve import runtime_of
 from tests import emulated
 from tests.interpreted import far, network
 from tests.test_fusednet import some_gpu

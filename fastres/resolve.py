@@ -1,0 +1,188 @@
+"""What a config's execution comes to for its network on this machine: the kernels that suit both, and are right here.
+
+fastres' own GPU kernels were tested on few GPUs, drivers and compilers. So a run begins with one step of a small
+network by them, which must be as exact as torch's own.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastres import layernet
+from fastres.build import EVALUATION_BATCH, build_net, build_optimizer, inference_of
+from fastres.checks import words
+from fastres.config import Model, RunConfig, make_config
+from fastres.data.frozen import FrozenLoader
+from fastres.errors import FastresError, InputError, MachineError, says_out_of_memory
+from fastres.fusednet import is_paper_net, supports
+from fastres.optim import momentum_buffers
+from fastres.runtime import Runtime, autocast, prepare
+from fastres.step import Replica
+
+FOR_WHAT = "for the paper's CIFAR networks, shortcut A, norms over the whole batch, and most batch sizes"
+SMALL = 8  # layers; has every kind of layer that a deeper network has
+# How many times as far from fp32 as torch's bf16 a gradient may be, and what is near enough in any case. By rounding
+# alone it is 1.6 times as far from 16 images on, 2.5 times for very few (docs/LOG.md); a tap that is missed makes a
+# third of the gradient.
+FACTOR, NEAR = 3.0, 2**-7
+
+
+def runtime_of(config: RunConfig, say: Callable[[str], None] | None = None) -> Runtime:
+    """What a config's execution resolves to for its network.
+
+    Args:
+        config: The run's.
+        say: Callback for progress lines.
+
+    Raises:
+        InputError, MachineError: As of `runtime.prepare`; or kernels that were asked for do not go with the network or
+            the batch, do not run on this GPU, or compute something else there.
+    """
+    runtime, execution, batch_size = _suiting(config), config.execution, config.recipe.batch_size
+    while runtime.native and runtime.device.type == "cuda":
+        if say:
+            say("checking fastres' own kernels on this GPU")
+        bare = replace(runtime, compile_scope="none", compile_mode="default", cuda_graph=False, threads=1, notes=())
+        verdict = check_kernels(bare, replace(config.model, depth=SMALL), batch_size)
+        if not verdict.fault:
+            return replace(runtime, notes=(*runtime.notes, *verdict.notes))
+        if runtime.layer_kernels:
+            name, wanted, others = "--layer-kernels", execution.layer_kernels, replace(runtime, layer_kernels=False)
+        else:
+            name, wanted, others = "--native kernels", execution.native, replace(runtime, native=False)
+        if wanted:
+            raise MachineError(f"{name} {verdict.fault}; use {name.split()[0].replace('--', '--no-')}")
+        runtime = replace(others, notes=(*runtime.notes, f"training without {name}, more slowly: they {verdict.fault}"))
+    return runtime
+
+
+def _suiting(config: RunConfig) -> Runtime:
+    """The runtime with the kernels that network and batch allow."""
+    runtime, batch_size = prepare(config.execution, depth=config.model.depth), config.recipe.batch_size
+    wanted = config.execution.layer_kernels
+    if wanted or (wanted is None and layernet.BY_DEFAULT and runtime.native and runtime.device.type == "cuda"):
+        try:
+            _check_layer_kernels(config, runtime)
+            return replace(runtime, layer_kernels=True)
+        except FastresError:
+            if wanted:
+                raise
+    if not runtime.native or runtime.device.type == "cpu" or supports(config.model, batch_size):
+        return runtime
+    if config.execution.native:
+        raise InputError(f"--native kernels on a GPU are {FOR_WHAT}; use --no-native")
+    notes = (*runtime.notes, f"training without fastres' own GPU kernels, more slowly: they are {FOR_WHAT}")
+    return replace(runtime, native=False, notes=notes)
+
+
+def _check_layer_kernels(config: RunConfig, runtime: Runtime) -> None:
+    """Raise MachineError or InputError if the layer kernels cannot be used."""
+    if runtime.device.type != "cuda":
+        raise MachineError("--layer-kernels need a GPU; leave it out to train on the CPU")
+    if not runtime.native:
+        others = {
+            "--no-native": config.execution.native is False,
+            f"--precision {runtime.precision}": runtime.precision != "bf16",
+            "--no-shadow-weights": config.execution.shadow_weights is False,
+            "--no-channels-last": not config.execution.channels_last,
+            "a torch without Triton": True,
+        }
+        raise InputError(f"--layer-kernels do not go with {next(flag for flag, given in others.items() if given)}")
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        raise MachineError("--layer-kernels need cuda-bindings, which this torch came without; leave it out")
+    gpu, batch_size = torch.cuda.get_device_properties(runtime.device), config.recipe.batch_size
+    if (has := gpu.shared_memory_per_block_optin) < layernet.SHARED:
+        needed = f"{layernet.SHARED:,} bytes of shared memory a thread block, and this GPU has {has:,}"
+        raise MachineError(f"--layer-kernels need {needed}; leave it out")
+    if not is_paper_net(config.model, batch_size):
+        raise InputError(f"--layer-kernels are {FOR_WHAT}; leave it out")
+    if not layernet.splits_evenly(batch_size, gpu.multi_processor_count):
+        over = f"{gpu.multi_processor_count} multiprocessors"
+        raise InputError(f"--layer-kernels cannot share out --batch-size {batch_size} over {over}; use a multiple of 8")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On fastres' own kernels."""
+
+    fault: str | None = None  # what they do wrong, to be said of "they"
+    notes: tuple[str, ...] = ()
+
+
+@functools.cache
+def check_kernels(runtime: Runtime, model: Model, batch_size: int) -> Verdict:
+    """Compare a step and a test of a small network by a runtime's own kernels with torch's, in bf16 and in fp32.
+
+    Args:
+        runtime: With the kernels to check; compiles nothing else.
+        model: Of the network.
+        batch_size: Images of the step.
+
+    Raises:
+        MachineError: The kernels have left the GPU in a state in which this process can use it no more.
+    """
+    torchs = replace(runtime, native=False, layer_kernels=False)
+    exact = replace(torchs, precision="fp32", shadow_weights=False)
+    try:
+        wanted, theirs = (_results(each, model, batch_size) for each in (exact, torchs))
+    except Exception as error:  # noqa: BLE001 (whatever it is, it says nothing of the kernels)
+        if says_out_of_memory(error):
+            return Verdict()  # training will not fit either, and says so better
+        return Verdict(notes=(f"fastres' own GPU kernels could not be checked: {words(error)}",))
+    try:
+        ours = _results(runtime, model, batch_size)
+    except Exception as error:  # noqa: BLE001 (a compiler's, a launcher's, a driver's)
+        if says_out_of_memory(error):
+            return Verdict()
+        _check_usable(runtime.device, error)
+        return Verdict(f"do not run on this GPU ({words(error)})")
+    for what, exactly in wanted.items():
+        our, their = ((float((found[what] - exactly).norm() / exactly.norm())) for found in (ours, theirs))
+        if not our <= FACTOR * max(their, NEAR):  # NaN too
+            return Verdict(f"are wrong on this GPU: {what} is {our:.2g} from fp32's, torch's bf16 {their:.2g}")
+    return Verdict()
+
+
+def _check_usable(device: torch.device, error: Exception) -> None:
+    """Raise MachineError after an error that CUDA does not recover from."""
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        raise MachineError(f"fastres' own kernels failed on this GPU ({words(error)}); use --no-native") from error
+
+
+def _results(runtime: Runtime, model: Model, batch_size: int) -> dict[str, Tensor]:
+    """What one step and one test give, float64, on the CPU. The same weights and images for every runtime."""
+    config = make_config("paper", recipe={"batch_size": batch_size, "weight_decay": 0.0})
+    config, device, chance = replace(config, model=model), runtime.device, torch.Generator().manual_seed(0)
+    net = build_net(config, runtime, num_classes=10)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim == 1:  # scales and shifts that are not all alike
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=chance).to(device))
+            parameter.copy_(parameter.bfloat16())
+    # Coarse patterns, one a class: gradients that agree from image to image leave less to hide a fault in.
+    patterns = torch.randn(10, 3, 4, 4, generator=chance).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    labels, test_labels = (torch.arange(num) % 10 for num in (batch_size, EVALUATION_BATCH))
+    train_images, test_images = (
+        (patterns[some] + 0.3 * torch.randn(len(some), 3, 32, 32, generator=chance))
+        .bfloat16()
+        .to(device, runtime.dtype, memory_format=torch.channels_last)
+        for some in (labels, test_labels)
+    )
+    loader, optimizer = FrozenLoader(train_images, labels.to(device)), build_optimizer(net, config.recipe)
+    # no timed search for cuDNN's kernels, which would take longer than all else here
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        replica = Replica(net, optimizer, loader, runtime, num_steps=1)
+        replica.step()  # its learning rate is 0, so the velocities are the gradients
+        net.eval()
+        with torch.no_grad(), autocast(device, runtime.dtype):
+            inference = inference_of(net, runtime)
+            logits = inference(test_images) if inference else net(test_images)
+    parts = {f"gradient of {name}": grad for name, grad in momentum_buffers(net, optimizer).items()}
+    parts |= {"loss": replica.losses[:1], "logits": logits, **dict(net.named_buffers())}
+    return {name: tensor.detach().double().cpu() for name, tensor in parts.items()}

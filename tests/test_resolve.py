@@ -1,0 +1,166 @@
+"""resolve.py: kernels that are wrong or do not run are found before a run begins, and torch's take their place."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastres import resolve, step
+from fastres.build import build_net
+from fastres.config import Model, make_config
+from fastres.errors import MachineError
+from fastres.layernet import LayerInference
+from fastres.resolve import Verdict, check_kernels, runtime_of
+from fastres.runtime import Runtime
+from tests.test_fusednet import Double
+from tests.test_layernet import folder, launched, needs_compiler, roomy_gpu  # noqa: F401 (fixtures)
+
+RUNTIME = Runtime(torch.device("cpu"), "bf16", shadow_weights=True, native=True)
+SMALL = Model(depth=8)
+
+
+@pytest.fixture(autouse=True)
+def checked_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels of a GPU's have doubles here; a test is of few images."""
+
+    class OnCpu(step.Replica):
+        def __init__(self, net: nn.Module, *args: Any, **kwargs: Any) -> None:
+            super().__init__(net, *args, **kwargs)
+            self._fuse = args[2].native
+
+    monkeypatch.setattr(resolve, "Replica", OnCpu)
+    monkeypatch.setattr(resolve, "build_net", lambda c, r, **how: build_net(c, replace(r, native=False), **how))
+    monkeypatch.setattr(resolve, "EVALUATION_BATCH", 8)
+    monkeypatch.setattr(step, "FusedNet", Double)
+    monkeypatch.setattr(resolve, "inference_of", lambda net, r: LayerInference(net) if r.layer_kernels else None)
+    check_kernels.cache_clear()
+    yield
+    check_kernels.cache_clear()
+
+
+def broken(**parts: Callable[[Tensor], Tensor]) -> type[Double]:
+    """A double whose results are not what they were."""
+
+    class Broken(Double):
+        def forward(self, images: Tensor) -> Tensor:
+            return parts.get("maps", Tensor.clone)(super().forward(images))
+
+        def backward(self, grad: Tensor) -> None:
+            super().backward(grad)
+            for name in {"weight_grads", "norm_grads"} & parts.keys():
+                setattr(self, name, parts[name](getattr(self, name)))
+
+    return Broken
+
+
+def test_right_kernels_have_no_fault() -> None:
+    assert check_kernels(RUNTIME, SMALL, 16) == Verdict()
+    assert check_kernels(RUNTIME, replace(SMALL, arch="plain"), 3) == Verdict()
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch_size", [3, 16])
+def test_the_layer_kernels_have_no_fault(batch_size: int, launched: list[str]) -> None:  # noqa: F811
+    assert check_kernels(replace(RUNTIME, layer_kernels=True), SMALL, batch_size) == Verdict()
+    assert "backward_layer" in launched
+
+
+def without_a_tap(grads: Tensor) -> Tensor:
+    """Of the last convolution, 64 x 3 x 3 x 64."""
+    grads = grads.clone()
+    grads[-64 * 9 * 64 :].view(64, 9, 64)[:, 8] = 0
+    return grads
+
+
+@pytest.mark.parametrize(
+    ("what", "wrong"),
+    [
+        ("layer3.0.conv2.weight", {"weight_grads": without_a_tap}),
+        ("", {"weight_grads": lambda grads: grads * 1.3}),
+        ("conv1.weight", {"weight_grads": lambda grads: grads + torch.nan}),
+        ("bn1.weight", {"norm_grads": lambda grads: grads.flip(0)}),
+        ("", {"maps": lambda maps: maps.flip(0)}),  # of other images
+    ],
+)
+def test_what_they_get_wrong_is_found(
+    what: str, wrong: dict[str, Callable[[Tensor], Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "FusedNet", broken(**wrong))
+    fault = check_kernels(RUNTIME, SMALL, 16).fault
+    assert fault
+    assert f"are wrong on this GPU: gradient of {what}" in fault
+
+
+def test_an_evaluation_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(net: nn.Module, runtime: Runtime) -> Callable[[Tensor], Tensor] | None:
+        return (lambda images: net(images) * 1.05) if runtime.native else None
+
+    monkeypatch.setattr(resolve, "inference_of", other)
+    fault = check_kernels(RUNTIME, SMALL, 16).fault
+    assert fault
+    assert "are wrong on this GPU: logits is" in fault
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_kernels_that_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "FusedNet", failing(ValueError("out of resource: shared memory\nRequired: 131072")))
+    assert (
+        check_kernels(RUNTIME, SMALL, 8).fault == "do not run on this GPU (ValueError: out of resource: shared memory)"
+    )
+    check_kernels.cache_clear()
+    monkeypatch.setattr(step, "FusedNet", failing(RuntimeError("CUDA out of memory.")))
+    assert check_kernels(RUNTIME, SMALL, 8) == Verdict()  # no fault of theirs; what does not fit is told later
+
+
+def test_a_gpu_that_is_lost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(step, "FusedNet", failing(error))
+    monkeypatch.setattr(torch, "zeros", failing(error))
+    monkeypatch.setattr(resolve, "_results", lambda runtime, *_: failing(error)() if runtime.native else {})
+    with pytest.raises(
+        MachineError, match=r"failed on this GPU \(RuntimeError: CUDA error: an illegal.*; use --no-native"
+    ):
+        check_kernels(RUNTIME, SMALL, 8)
+
+
+def test_what_cannot_be_compared_is_told_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve, "_results", failing(RuntimeError("cuDNN is not there")))
+    verdict = check_kernels(RUNTIME, SMALL, 8)
+    assert not verdict.fault
+    assert verdict.notes == ("fastres' own GPU kernels could not be checked: RuntimeError: cuDNN is not there",)
+
+
+@pytest.mark.parametrize("layers", [True, False])
+def test_torchs_kernels_take_the_place_of_those_with_a_fault(layers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    roomy_gpu(monkeypatch)
+    monkeypatch.setattr("fastres.layernet.BY_DEFAULT", layers)
+    monkeypatch.setattr(resolve, "check_kernels", lambda runtime, *_: Verdict("are wrong" if runtime.native else None))
+    said: list[str] = []
+    runtime = runtime_of(make_config(execution={"threads": 1}), said.append)
+    assert not runtime.native
+    assert not runtime.layer_kernels
+    assert said == ["checking fastres' own kernels on this GPU"] * (1 + layers)
+    assert "training without --native kernels, more slowly: they are wrong" in runtime.notes
+    with pytest.raises(MachineError, match="--native kernels are wrong; use --no-native"):
+        runtime_of(make_config(execution={"threads": 1, "native": True}))
+    with pytest.raises(MachineError, match="--layer-kernels are wrong; use --no-layer-kernels"):
+        runtime_of(make_config(execution={"threads": 1, "layer_kernels": True}))
+
+
+def test_each_kind_of_kernels_is_checked_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    roomy_gpu(monkeypatch)
+    monkeypatch.setattr("fastres.layernet.BY_DEFAULT", True)
+    faults = {True: Verdict("are wrong"), False: Verdict(notes=("a note",))}
+    monkeypatch.setattr(resolve, "check_kernels", lambda runtime, *_: faults[runtime.layer_kernels])
+    runtime = runtime_of(make_config(execution={"threads": 1}))
+    assert (runtime.native, runtime.layer_kernels) == (True, False)
+    assert runtime.notes == ("training without --layer-kernels, more slowly: they are wrong", "a note")
