@@ -8,21 +8,18 @@ import platform
 import re
 import shutil
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from fastres import driver, host
-from fastres.errors import FastresError
+from fastres.errors import FastresError, first_line
 
 MIN_TORCH = (2, 11)
 DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 DALI_PYTHON = (3, 15)  # the first Python that DALI has no build for
-BF16_CAPABILITY, TRITON_CAPABILITY = (8, 0), (7, 0)  # of a GPU: Ampere, Volta
 RUN_BYTES, ROOM_BYTES = 200_000_000, 2_000_000_000  # on the disk: without it no run; with less a note
 
 Mark = Literal["ok", "note", "error"]
@@ -47,12 +44,6 @@ class Finding:
     stops: bool = False
 
 
-def words(error: Exception) -> str:
-    """An exception in one line."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def system() -> Iterable[Finding]:
     """Operating system and Python."""
     yield Finding("ok", "system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
@@ -66,7 +57,7 @@ def torch_build() -> Iterable[Finding]:
         yield Finding(
             "error",
             "torch",
-            f"cannot be imported: {words(error)}",
+            f"cannot be imported: {first_line(error)}",
             f"{_pip()} install --force-reinstall torch",
             stops=True,
         )
@@ -89,40 +80,46 @@ def gpus() -> Iterable[Finding]:
     """Every GPU: memory, and what its generation lacks."""
     import torch
 
-    if not torch.cuda.is_available():
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if driver.newest_cuda() and hidden is not None and hidden.strip() in ("", "-1"):
-            yield Finding("note", "GPU", f"hidden by CUDA_VISIBLE_DEVICES={hidden!r}", "unset CUDA_VISIBLE_DEVICES")
-        else:
-            yield Finding("note", "GPU", "none that torch can use; training will be on the CPU")
+    from fastres import gpu
+
+    if not gpu.available():
+        why = gpu.why_none()
+        remedy = "unset CUDA_VISIBLE_DEVICES" if why.startswith("hidden") else ""
+        value = f"none that torch can use{f': {why}' if why else ''}; training will be on the CPU"
+        yield Finding("note", "GPU", value, remedy)
         return
-    built_for = [
-        tuple(divmod(int(arch[3:].rstrip("af")), 10)) for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_"
-    ]
     for k in range(torch.cuda.device_count()):
         seen = torch.cuda.get_device_properties(k)
-        free, total = torch.cuda.mem_get_info(k)
-        capability = (seen.major, seen.minor)
-        what = f"GPU cuda:{k}"
-        value = (
-            f"{seen.name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, compute capability {seen.major}.{seen.minor}"
-        )
-        if built_for and capability < min(built_for):
-            oldest = ".".join(map(str, min(built_for)))
-            value += f"; this torch has kernels from {oldest} on"
-            stops = k == 0  # the one that --device auto takes
-            yield Finding("error" if stops else "note", what, value, "fastres train --device cpu", stops=stops)
-        elif capability < TRITON_CAPABILITY:
-            yield Finding("note", what, f"{value}: too old for torch.compile", "fastres train --no-compile")
-        elif capability < BF16_CAPABILITY:
+        capability, what = (seen.major, seen.minor), f"GPU cuda:{k}"
+        value = f"{seen.name}, {_room(k)}, compute capability {seen.major}.{seen.minor}"
+        if not gpu.has_kernels(capability):
+            mark: Mark = "error" if k == 0 else "note"  # the one that --device auto takes
+            remedy = f"fastres train --device cpu, or {gpu.OLDER_TORCH}"
+            yield Finding(mark, what, f"{value}; this torch has no kernels for it", remedy)
+        elif capability < gpu.COMPILED:
+            yield Finding("note", what, f"{value}: too old for torch.compile, so training is slower")
+        elif capability < gpu.BF16:
             yield Finding("note", what, f"{value}: no bf16 (Ampere and later have it), so fp16")
         else:
             yield Finding("ok", what, f"{value}, bf16")
 
 
+def _room(index: int) -> str:
+    """A GPU's memory; one that is full, or another process' alone, does not even tell."""
+    import torch
+
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+    except RuntimeError as error:
+        return f"memory not known ({first_line(error)})"
+    return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+
+
 def nvidia_driver() -> Iterable[Finding]:
     """Whether the driver is new enough for torch's CUDA."""
     import torch
+
+    from fastres import gpu
 
     supported, wanted = driver.newest_cuda(), torch.version.cuda
     if not supported:
@@ -132,9 +129,8 @@ def nvidia_driver() -> Iterable[Finding]:
             yield Finding("ok", "driver", "none needed: no NVIDIA GPU")
         return
     value = f"NVIDIA {driver.version() or 'of unknown version'}, up to CUDA {supported[0]}.{supported[1]}"
-    if wanted and supported[0] < int(wanted.partition(".")[0]):  # minor versions are compatible, major ones are not
-        index = "https://download.pytorch.org/whl/cu126"
-        remedy = f"update the driver, or in an environment of your own: pip install torch --index-url {index}"
+    if gpu.driver_too_old():
+        remedy = f"update the driver, or {gpu.OLDER_TORCH}"
         yield Finding("note", "driver", f"{value}: too old for torch's CUDA {wanted}, so the GPU is not used", remedy)
     else:
         yield Finding("ok", "driver", value)
@@ -161,19 +157,21 @@ def memory() -> Iterable[Finding]:
 
 
 def compiler() -> Iterable[Finding]:
-    """What torch.compile builds with, and fastres its kernels for a CPU: a C++ compiler; Python's headers."""
+    """What torch.compile and fastres build with, on a GPU Triton; Python's headers."""
     import torch
 
-    gpu, found = torch.cuda.is_available(), host.cpp_compiler()
-    header = Path(sysconfig.get_path("include")) / "Python.h"
+    gpu = torch.cuda.is_available()
+    without = "or --no-compile --no-native" if gpu else "or --no-compile"
+    found = host.c_compiler() if gpu else host.cpp_compiler()
     if found is None:
-        why = "none; torch.compile and fastres' own CPU kernels need one"
-        remedy = "apt-get install g++ (or --no-compile)" if sys.platform == "linux" else "install one, or --no-compile"
+        why = "none; kernels for a GPU need one" if gpu else "none; torch.compile and fastres' own CPU kernels need one"
+        install = f"apt-get install {'gcc' if gpu else 'g++'}" if sys.platform == "linux" else "install one"
+        remedy = f"{install} ({without})"
         yield Finding("error" if gpu else "note", "compiler", why, remedy, stops=gpu)
-    elif not header.exists():
-        remedy = f"apt-get install python3.{sys.version_info.minor}-dev (or --no-compile)"
+    elif not host.python_header():
+        remedy = f"apt-get install python3.{sys.version_info.minor}-dev ({without})"
         value = f"{found}, but Python.h is missing, which torch.compile needs"
-        yield Finding("error" if gpu else "note", "compiler", value, remedy)
+        yield Finding("error" if gpu else "note", "compiler", value, remedy, stops=gpu)
     else:
         yield Finding("ok", "compiler", found)
 
@@ -182,7 +180,7 @@ def triton() -> Iterable[Finding]:
     """What torch.compile's kernels for a GPU are written in."""
     import torch
 
-    found, gpu = _version("triton"), torch.cuda.is_available()
+    found, gpu = host.version_of("triton"), torch.cuda.is_available()
     if found or not gpu:
         value = f"{found}; nvcc is not needed" if found else "not installed; only a GPU needs it"
         yield Finding("ok", "Triton", value)
@@ -198,7 +196,7 @@ def dali() -> Iterable[Finding]:
     from fastres.data.dali import dali_available
 
     gpu = torch.cuda.is_available()
-    found = {name: version for name in DALI if (version := _version(name))}
+    found = {name: version for name in DALI if (version := host.version_of(name))}
     said = " and ".join(f"{name} {version}" for name, version in found.items())
     if len(found) > 1:
         remedy = f"{_pip()} uninstall {' '.join(found)} && {_pip()} install {DALI[0]}"
@@ -256,14 +254,20 @@ def disk() -> Iterable[Finding]:
 
 
 def compile_cache() -> Iterable[Finding]:
-    """Where compiled code is kept between runs."""
+    """Where compiled code is kept between runs: torch's, and on a GPU Triton's."""
+    import torch
+
     folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _default_compile_cache())
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        yield Finding("error", "compile cache", f"{folder} cannot be written", "export TORCHINDUCTOR_CACHE_DIR=FOLDER")
-    else:
-        lasts = ", until that folder is emptied" if folder.is_relative_to(tempfile.gettempdir()) else ""
-        yield Finding("ok", "compile cache", f"{folder}{lasts}")
+    yield _cache("compile cache", folder, "TORCHINDUCTOR_CACHE_DIR")
+    if torch.cuda.is_available():
+        yield _cache("Triton cache", host.triton_cache_dir(), "TRITON_CACHE_DIR")
+
+
+def _cache(what: str, folder: Path, variable: str) -> Finding:
+    if not host.writable(folder):
+        return Finding("error", what, f"{folder} cannot be written", f"export {variable}=FOLDER")
+    lasts = ", until that folder is emptied" if folder.is_relative_to(tempfile.gettempdir()) else ""
+    return Finding("ok", what, f"{folder}{lasts}")
 
 
 def _default_compile_cache() -> str:
@@ -276,10 +280,3 @@ def _pip() -> str:
     """How packages are put into this environment: by the clone's own uv, as the README has it, or by pip."""
     uv = Path(sys.prefix).parent / ".uv" / "bin" / "uv"
     return ".uv/bin/uv pip" if uv.exists() else "python -m pip"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

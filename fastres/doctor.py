@@ -11,7 +11,7 @@ from typing import Any
 
 from fastres import checks
 from fastres.checks import Finding
-from fastres.errors import FastresError
+from fastres.errors import FastresError, first_line
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def examine(data_dir: Path | None = None) -> Examination:
         return Examination(findings, f"fastres train cannot run here yet: {error}", possible=False)
     except Exception as error:  # noqa: BLE001 (the report never fails itself)
         return Examination(
-            findings, f"fastres train: what it will do is not known ({checks.words(error)})", possible=False
+            findings, f"fastres train: what it will do is not known ({first_line(error)})", possible=False
         )
 
 
@@ -68,7 +68,7 @@ def _isolated(what: str, check: Callable[[], Iterable[Finding]]) -> list[Finding
             warnings.simplefilter("ignore")
             return list(check())
     except Exception as error:  # noqa: BLE001 (the other checks go on)
-        return [Finding("note", what, f"cannot be checked: {checks.words(error)}")]
+        return [Finding("note", what, f"cannot be checked: {first_line(error)}")]
 
 
 def _plan() -> str:

@@ -5,12 +5,29 @@ A message is one or two lines: what is wrong, the value, what to type next. `cli
 """
 
 # How messages of the CPU allocator, CUDA, cuDNN, cuBLAS and DALI say it; torch.OutOfMemoryError says it by its type.
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "bad_alloc", "_OUT_OF_MEMORY")
+OUT_OF_MEMORY = (
+    "can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "bad_alloc", "_OUT_OF_MEMORY",
+    "Can't allocate ", "CUDA allocation failed",
+)  # fmt: skip
 
 
 def says_out_of_memory(error: BaseException) -> bool:
-    """Whether a library's error says that memory ran out."""
-    return any(sign in str(error) for sign in OUT_OF_MEMORY)
+    """Whether a library's error says that memory ran out, or came of one that does.
+
+    A CUDA graph's capture that memory ends raises one more error, of streams that have not joined.
+    """
+    while True:
+        if any(sign in str(error) for sign in OUT_OF_MEMORY):
+            return True
+        if not (before := error.__cause__ or error.__context__):
+            return False
+        error = before
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its type, and the first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class FastresError(Exception):

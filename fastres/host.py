@@ -1,9 +1,13 @@
-"""The host: cores, CPU, compiler, and the folder for what outlives a run. Nothing here needs torch."""
+"""The host: cores, CPU, compilers, packages, and folders for what outlives a run. Nothing here needs torch."""
 
+import contextlib
 import functools
 import os
 import platform
 import shutil
+import sysconfig
+import tempfile
+from importlib import metadata
 from pathlib import Path
 
 from fastres.errors import MachineError
@@ -40,10 +44,30 @@ def bf16_features() -> set[str]:
     return {"amx_bf16", "avx512_bf16"} & set(cpu_info("flags").split())
 
 
+def version_of(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def cpp_compiler() -> str | None:
     """The C++ compiler that torch.compile will find, or None."""
     names = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
     return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def c_compiler() -> str | None:
+    """The C compiler by which Triton builds what launches its kernels, or None."""
+    if found := os.environ.get("CC"):
+        return shutil.which(found)
+    return shutil.which("gcc") or shutil.which("clang")
+
+
+def python_header() -> bool:
+    """Whether Python.h is there, which Debian and its like have in a package of its own."""
+    return (Path(sysconfig.get_path("include")) / "Python.h").exists()
 
 
 def default_cache_dir() -> Path:
@@ -59,3 +83,22 @@ def default_cache_dir() -> Path:
         return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "fastres"
     except RuntimeError as error:
         raise MachineError(f"no cache folder: {error}; set FASTRES_CACHE to one") from error
+
+
+def writable(folder: Path) -> bool:
+    """Whether a folder that need not be there yet can be written."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return os.access(there, os.W_OK)
+
+
+def triton_cache_dir() -> Path:
+    """Where the kernels that Triton compiled are kept: `$TRITON_CACHE_DIR`, or beside what fastres keeps.
+
+    A temporary folder where that cannot be written.
+    """
+    if asked := os.environ.get("TRITON_CACHE_DIR"):
+        return Path(asked)
+    with contextlib.suppress(MachineError):
+        if writable(folder := default_cache_dir() / "triton"):
+            return folder
+    return Path(tempfile.gettempdir()) / f"fastres_{os.getuid() if hasattr(os, 'getuid') else ''}" / "triton"

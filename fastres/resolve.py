@@ -14,10 +14,9 @@ from torch import Tensor
 
 from fastres import layernet
 from fastres.build import EVALUATION_BATCH, build_net, build_optimizer, inference_of
-from fastres.checks import words
 from fastres.config import Model, RunConfig, make_config
 from fastres.data.frozen import FrozenLoader
-from fastres.errors import FastresError, InputError, MachineError, says_out_of_memory
+from fastres.errors import FastresError, InputError, MachineError, first_line, says_out_of_memory
 from fastres.fusednet import is_paper_net, supports
 from fastres.optim import momentum_buffers
 from fastres.runtime import Runtime, autocast, prepare
@@ -132,14 +131,14 @@ def check_kernels(runtime: Runtime, model: Model, batch_size: int) -> Verdict:
     except Exception as error:  # noqa: BLE001 (whatever it is, it says nothing of the kernels)
         if says_out_of_memory(error):
             return Verdict()  # training will not fit either, and says so better
-        return Verdict(notes=(f"fastres' own GPU kernels could not be checked: {words(error)}",))
+        return Verdict(notes=(f"fastres' own GPU kernels could not be checked: {first_line(error)}",))
     try:
         ours = _results(runtime, model, batch_size)
     except Exception as error:  # noqa: BLE001 (a compiler's, a launcher's, a driver's)
         if says_out_of_memory(error):
             return Verdict()
         _check_usable(runtime.device, error)
-        return Verdict(f"do not run on this GPU ({words(error)})")
+        return Verdict(f"do not run on this GPU ({first_line(error)})")
     for what, exactly in wanted.items():
         our, their = ((float((found[what] - exactly).norm() / exactly.norm())) for found in (ours, theirs))
         if not our <= FACTOR * max(their, NEAR):  # NaN too
@@ -152,7 +151,7 @@ def _check_usable(device: torch.device, error: Exception) -> None:
     try:
         torch.zeros(1, device=device).item()
     except RuntimeError:
-        raise MachineError(f"fastres' own kernels failed on this GPU ({words(error)}); use --no-native") from error
+        raise MachineError(f"fastres' own kernels failed on this GPU ({first_line(error)}); use --no-native") from error
 
 
 def _results(runtime: Runtime, model: Model, batch_size: int) -> dict[str, Tensor]:

@@ -13,15 +13,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from fastres import host
+from fastres import driver, gpu, host
 from fastres.config import Execution
-from fastres.errors import InputError, MachineError
+from fastres.errors import InputError, MachineError, OutOfMemory, first_line, says_out_of_memory
 from fastres.native.kernels import kernels
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,17 +63,20 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
         MachineError: A GPU, precision, graph or compiler was asked for by name and is not there.
         InputError: A GPU index that does not exist.
     """
-    notes = []
-    device = _device(execution.device)
-    if device.type == "cpu" and execution.device == "auto":
-        notes.append("no GPU found: training on the CPU")
+    device, note = gpu.choose(execution.device)
+    notes = [note] if note else []
     threads, cores = execution.threads or host.num_cores(), os.cpu_count() or 1
     if threads > MAX_THREADS * cores:
         raise InputError(f"--threads is {threads:,}, and this machine has {cores:,} cores; 0 means one per core")
     torch.set_num_threads(threads)
-    compiled = device.type == "cuda" if execution.compile is None else execution.compile
-    if compiled and not host.cpp_compiler():  # on a GPU for the launchers that Triton builds
-        raise MachineError(f"--compile on {device.type} needs a C++ compiler; install g++, or use --no-compile")
+    compiled = execution.compile
+    if compiled is None:
+        compiled = device.type == "cuda"
+        if compiled and torch.cuda.get_device_capability(device) < gpu.COMPILED:
+            compiled = False
+            notes.append("training without torch.compile, more slowly: Triton has nothing for a GPU so old")
+    if compiled and device.type == "cpu" and not host.cpp_compiler():
+        raise MachineError("--compile on a CPU needs a C++ compiler; install g++, or use --no-compile")
     if execution.deterministic and execution.compile_mode == "max-autotune":
         raise InputError("--compile-mode max-autotune chooses kernels by timing, which --deterministic rules out")
     if execution.cuda_graph and device.type != "cuda":
@@ -85,6 +87,8 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
         raise InputError(f"--shadow-weights are bf16, and the precision here is {precision}; use --precision bf16")
     native, why_not = _native(execution, device, precision)
     notes += [why_not] if why_not else []
+    if device.type == "cuda" and (compiled or native):
+        _check_launchers()
     if device.type == "cpu":
         _keep_freed_memory()
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler logs that there is no GPU
@@ -109,7 +113,13 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
 
 def _set_up_cuda(device: torch.device, precision: str, *, deterministic: bool) -> None:
     """Set what torch, cuDNN, cuBLAS and Inductor do on a GPU."""
-    torch.cuda.set_device(device)
+    try:
+        torch.cuda.set_device(device)  # makes a context there
+    except RuntimeError as error:
+        if says_out_of_memory(error):
+            raise OutOfMemory(f"{device} is full: other processes hold its memory (nvidia-smi lists them)") from error
+        raise MachineError(f"{device} cannot be used: {first_line(error)}; nvidia-smi may say more") from error
+    os.environ.setdefault("TRITON_CACHE_DIR", str(host.triton_cache_dir()))  # else it depends on who comes first
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     # One shape for the whole run, so the timed search for cuDNN's kernels pays; it may choose another one each time.
     torch.backends.cudnn.benchmark = not deterministic
@@ -200,16 +210,16 @@ def environment(runtime: Runtime) -> dict[str, Any]:
     """Machine, versions and commit, as JSON values, for `environment.json` and benchmark results."""
     cuda = runtime.device.type == "cuda"
     return {
-        "fastres": _version("fastres"),
+        "fastres": host.version_of("fastres"),
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,  # type: ignore[no-untyped-call]
-        "numpy": _version("numpy"),
-        "dali": _version("nvidia-dali-cuda120") or _version("nvidia-dali-cuda130"),
+        "numpy": host.version_of("numpy"),
+        "dali": host.version_of("nvidia-dali-cuda120") or host.version_of("nvidia-dali-cuda130"),
         "gpu": torch.cuda.get_device_name(runtime.device) if cuda else None,
-        "driver": _driver() if cuda else None,
+        "driver": driver.version() if cuda else None,
         "cpu": host.cpu_name(),
         "cpu_id": host.cpu_id(),
         "cores": host.num_cores(),
@@ -225,23 +235,22 @@ def environment(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def _device(name: str) -> torch.device:
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise MachineError(f"--device {name} was asked for, but torch finds no CUDA GPU; use --device cpu or auto")
-    device = torch.device("cuda", 0) if name in ("auto", "cuda") else torch.device(name)
-    if device.index >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0")
-    return device
+def _check_launchers() -> None:
+    """Raise MachineError where Triton could not build what launches its kernels, which it does in C."""
+    without = "or use --no-compile --no-native"
+    if not host.c_compiler():
+        raise MachineError(f"kernels for a GPU need a C compiler to launch them: install gcc, {without}")
+    if not host.python_header():
+        package = f"python3.{sys.version_info.minor}-dev"
+        raise MachineError(f"kernels for a GPU need Python.h to launch them: install {package}, {without}")
 
 
 def _precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
-        native_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
+        native_bf16 = torch.cuda.get_device_capability(device) >= gpu.BF16
         if name == "bf16" and not native_bf16:
-            gpu = torch.cuda.get_device_name(device)
-            raise MachineError(f"{gpu} has no bf16 (Ampere and later do); use --precision fp16 or fp32")
+            what = torch.cuda.get_device_name(device)
+            raise MachineError(f"{what} has no bf16 (Ampere and later do); use --precision fp16 or fp32")
         return name if name != "auto" else "bf16" if native_bf16 else "fp16"
     if name == "tf32":
         raise MachineError("--precision tf32 needs a GPU; use fp32 on the CPU")
@@ -254,20 +263,21 @@ def _precision(name: str, device: torch.device) -> str:
 
 def _native(execution: Execution, device: torch.device, precision: str) -> tuple[bool, str | None]:
     """Whether to use fastres' own kernels, and what to tell the user if they cannot be used."""
-    wanted, gpu = execution.native, device.type == "cuda"
+    wanted, on_gpu = execution.native, device.type == "cuda"
     others = {
-        f"--precision {precision}": precision != "bf16" if gpu else precision not in ("fp32", "bf16"),
-        "--no-shadow-weights": gpu and execution.shadow_weights is False,  # they read the shadows
-        "--shadow-weights": bool(execution.shadow_weights) and not gpu,  # which are bf16
+        f"--precision {precision}": precision != "bf16" if on_gpu else precision not in ("fp32", "bf16"),
+        "--no-shadow-weights": on_gpu and execution.shadow_weights is False,  # they read the shadows
+        "--shadow-weights": bool(execution.shadow_weights) and not on_gpu,  # which are bf16
         "--no-channels-last": not execution.channels_last,
     }
     if against := [flag for flag, given in others.items() if given]:
         if wanted:
             raise InputError(f"--native kernels do not go with {against[0]}; use --no-native, or leave that out")
-        return False, None
+        note = f"training without fastres' own kernels, more slowly: they do not go with {against[0]}"
+        return False, None if wanted is False else note
     if wanted is False:
         return False, None
-    if gpu:
+    if on_gpu:
         return _triton(wanted)
     try:
         kernels()
@@ -308,17 +318,6 @@ def _keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(m_mmap_threshold, 1 << 30)
     libc.mallopt(m_trim_threshold, most)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _driver() -> str | None:
-    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
 
 
 def _commit() -> str | None:

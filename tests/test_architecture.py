@@ -20,7 +20,7 @@ MAX_LINES = 350
 LAYERS = (
     ("errors",),
     ("files", "models.depth", "data.imageset", "host", "clock", "driver", "series"),
-    ("configtree", "native"),
+    ("configtree", "native", "gpu"),
     ("config",),
     ("runtime", "optim", "shadow", "models", "data"),
     ("checkpoint", "cudagraph", "fusednet"),

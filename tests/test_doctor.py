@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastres import checks, doctor, driver, host, layernet, runtime
+from fastres import checks, doctor, driver, host, resolve, runtime
 from fastres.checks import Finding
 from fastres.cli import run
 from fastres.cli.doctor import plain, table
@@ -87,7 +87,7 @@ def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_plan_is_what_training_resolves_to(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = runtime.Runtime(torch.device("cuda", 0), "bf16", compile_scope="whole", cuda_graph=True)
-    monkeypatch.setattr(layernet, "prepare", lambda *_, **__: resolved)
+    monkeypatch.setattr(resolve, "prepare", lambda *_, **__: resolved)
     monkeypatch.setattr("fastres.data.dali.dali_available", lambda: True)
     assert doctor._plan() == "cuda:0, bf16, dali loader, compiled (whole), a step as one CUDA graph"
 
@@ -110,7 +110,7 @@ def test_where_training_cannot_be_prepared_it_says_so(monkeypatch: pytest.Monkey
     def prepare(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(layernet, "prepare", prepare)
+    monkeypatch.setattr(resolve, "prepare", prepare)
     found = doctor.examine()
     assert not found.possible
     assert str(error) in found.verdict
@@ -179,13 +179,16 @@ def test_torch_that_is_too_old_or_not_built_for_the_gpu(monkeypatch: pytest.Monk
         ((9, 0), "ok", "bf16"),
         ((12, 0), "ok", "bf16"),
         ((7, 5), "note", "no bf16"),
-        ((6, 1), "error", "kernels from 7.0 on"),
+        ((7, 2), "note", "no bf16"),  # what is built for 7.0 runs on it
+        ((6, 1), "error", "this torch has no kernels for it"),
+        ((10, 0), "error", "this torch has no kernels for it"),
+        ((12, 1), "ok", "bf16"),
     ],
 )
 def test_generations_of_gpus(gpu: Any, capability: tuple[int, int], mark: str, says: str) -> None:
     gpu(capability)
     found = one(checks.gpus())
-    assert (found.mark, found.stops) == (mark, mark == "error")
+    assert (found.mark, found.stops) == (mark, False)  # --device auto takes the CPU
     assert says in found.value
     assert "100.0 of 150.0 GB free" in found.value
 
@@ -198,7 +201,21 @@ def test_a_second_gpu_that_is_too_old_stops_nothing(gpu: Any) -> None:
 def test_a_gpu_too_old_for_triton(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu((6, 1))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_60"])
-    assert one(checks.gpus()).remedy == "fastres train --no-compile"
+    assert "too old for torch.compile" in one(checks.gpus()).value
+
+
+def test_a_gpu_that_is_full_hides_no_other(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu((9, 0), (9, 0))
+
+    def room(index: int) -> tuple[float, float]:
+        if index == 0:
+            raise RuntimeError("CUDA error: out of memory\nmore")
+        return 100e9, 150e9
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", room)
+    full, free = checks.gpus()
+    assert "memory not known (RuntimeError: CUDA error: out of memory)" in full.value
+    assert "100.0 of 150.0 GB free" in free.value
 
 
 def test_a_hidden_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,20 +259,38 @@ def test_what_the_driver_library_answers(monkeypatch: pytest.MonkeyPatch) -> Non
     assert driver.newest_cuda() == (12, 8)
 
 
-def test_compilers(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compilers(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "cpp_compiler", lambda: None)
     assert (one(checks.compiler()).mark, one(checks.compiler()).stops) == ("note", False)
     gpu((9, 0))
-    assert (one(checks.compiler()).mark, one(checks.compiler()).stops) == ("error", True)
-    monkeypatch.setattr(host, "cpp_compiler", lambda: "/usr/bin/g++")
-    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
-    assert "Python.h is missing" in one(checks.compiler()).value
-    (tmp_path / "Python.h").touch()
-    assert one(checks.compiler()) == Finding("ok", "compiler", "/usr/bin/g++")
+    monkeypatch.setattr(host, "c_compiler", lambda: None)
+    found = one(checks.compiler())
+    assert (found.mark, found.stops) == ("error", True)
+    assert "--no-compile --no-native" in found.remedy
+    monkeypatch.setattr(host, "c_compiler", lambda: "/usr/bin/gcc")
+    monkeypatch.setattr(host, "python_header", lambda: False)
+    found = one(checks.compiler())
+    assert "Python.h is missing" in found.value
+    assert found.stops
+    monkeypatch.setattr(host, "python_header", lambda: True)
+    assert one(checks.compiler()) == Finding("ok", "compiler", "/usr/bin/gcc")
+
+
+def test_compilers_by_tritons_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """$CC and nothing else where it is set; gcc; clang."""
+    for name in ("gcc", "clang"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert host.c_compiler() == str(tmp_path / "gcc")
+    (tmp_path / "gcc").unlink()
+    assert host.c_compiler() == str(tmp_path / "clang")
+    monkeypatch.setenv("CC", "nowhere")
+    assert host.c_compiler() is None
 
 
 def test_triton_is_needed_on_a_gpu_alone(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_version", lambda _: None)
+    monkeypatch.setattr(host, "version_of", lambda _: None)
     assert one(checks.triton()).mark == "ok"
     gpu((9, 0))
     assert (one(checks.triton()).mark, one(checks.triton()).stops) == ("error", True)
@@ -263,7 +298,7 @@ def test_triton_is_needed_on_a_gpu_alone(gpu: Any, monkeypatch: pytest.MonkeyPat
 
 def test_dali(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     installed: dict[str, str] = {}
-    monkeypatch.setattr(checks, "_version", installed.get)
+    monkeypatch.setattr(host, "version_of", installed.get)
     monkeypatch.setattr("fastres.data.dali.dali_available", lambda: bool(installed))
     assert one(checks.dali()).mark == "ok"
     gpu((9, 0))
@@ -280,7 +315,7 @@ def test_dali(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_python_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_version", lambda _: None)
+    monkeypatch.setattr(host, "version_of", lambda _: None)
     monkeypatch.setattr(sys, "version_info", (3, 15, 0))
     assert "has no build for Python" in one(checks.dali()).value
 
@@ -334,3 +369,17 @@ def test_compile_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "until that folder is emptied" in one(checks.compile_cache()).value
     monkeypatch.setattr("os.access", lambda *_: False)
     assert one(checks.compile_cache()).remedy.startswith("export TORCHINDUCTOR_CACHE_DIR=")
+
+
+def test_tritons_cache(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu((9, 0))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
+    _, found = checks.compile_cache()
+    assert (found.mark, found.what) == ("ok", "Triton cache")
+    assert found.value.startswith(f"{tmp_path}/cache/triton")
+    monkeypatch.setattr(host, "writable", lambda folder: tmp_path not in folder.parents)
+    assert tmp_path not in host.triton_cache_dir().parents  # a temporary folder
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "mine"))
+    _, found = checks.compile_cache()
+    assert (found.mark, found.value) == ("error", f"{tmp_path}/mine cannot be written")

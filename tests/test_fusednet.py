@@ -195,8 +195,9 @@ def test_pixels_are_shared_out_evenly(pixels: int) -> None:
 
 
 def some_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastres.runtime._device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr("fastres.gpu.choose", lambda name: (torch.device("cpu" if name == "cpu" else "cuda:0"), None))
     monkeypatch.setattr("fastres.runtime._set_up_cuda", lambda *_, **__: None)
+    monkeypatch.setattr("fastres.runtime._check_launchers", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr("fastres.resolve.check_kernels", lambda *_: Verdict())
 

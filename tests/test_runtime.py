@@ -3,17 +3,19 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from fastres import host
+from fastres import driver, gpu, host, runtime
 from fastres.cli.flags import parse_channels
 from fastres.config import Execution
-from fastres.errors import InputError, MachineError
+from fastres.errors import InputError, MachineError, OutOfMemory, says_out_of_memory
 from fastres.runtime import environment, prepare
 
 
@@ -32,10 +34,14 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], co
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_60", "sm_70", "sm_75", "sm_80", "sm_90"])
+    monkeypatch.setattr("fastres.runtime._check_launchers", lambda: None)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "somewhere")
 
 
 def test_no_gpu_means_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "why_none", lambda: "")
     chosen = prepare(Execution(threads=1))
     assert chosen.device.type == "cpu"
     assert chosen.notes == ("no GPU found: training on the CPU",)
@@ -110,6 +116,123 @@ def test_compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare(Execution(device="cpu", compile=True, threads=1))
 
 
+@pytest.mark.parametrize(("lacks", "says"), [("c_compiler", "need a C compiler"), ("python_header", "need Python.h")])
+def test_a_gpu_without_what_launches_kernels(monkeypatch: pytest.MonkeyPatch, lacks: str, says: str) -> None:
+    check = runtime._check_launchers
+    pretend_gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(runtime, "_check_launchers", check)
+    for part in ("c_compiler", "python_header"):
+        monkeypatch.setattr(host, part, lambda part=part: None if part == lacks else "there")
+    for how in (Execution(threads=1), Execution(threads=1, compile=False), Execution(threads=1, native=False)):
+        with pytest.raises(MachineError, match=f"{says}.*--no-compile --no-native"):
+            prepare(how)
+    assert not prepare(Execution(threads=1, compile=False, native=False)).native  # as it said
+
+
+@pytest.mark.parametrize(
+    ("newest", "has_gpu", "hidden", "built_for", "why"),
+    [
+        (None, False, None, "13.2", ""),
+        (None, True, None, "13.2", "there is an NVIDIA GPU, but no driver"),
+        ((12, 4), True, None, "13.2", "the driver knows CUDA up to 12.4, and this torch needs 13.2"),
+        ((13, 0), True, "", "13.2", "hidden by CUDA_VISIBLE_DEVICES=''"),
+        ((13, 0), True, None, None, "this torch was built for the CPU alone"),
+        ((13, 0), True, "0", "13.2", ""),
+    ],
+)
+def test_why_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    newest: tuple[int, int] | None,
+    has_gpu: bool,
+    hidden: str | None,
+    built_for: str | None,
+    why: str,
+) -> None:
+    def is_available() -> bool:
+        warnings.warn("CUDA initialization: the driver is too old", UserWarning, stacklevel=1)  # as torch does
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(driver, "newest_cuda", lambda: newest)
+    monkeypatch.setattr(driver, "has_gpu", lambda: has_gpu)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert prepare(Execution(threads=1)).notes == (f"no GPU {f'({why})' if why else 'found'}: training on the CPU",)
+    because = re.escape(f" ({why})" if why else "")
+    with pytest.raises(MachineError, match=f"torch finds no CUDA GPU{because}; use --device cpu or auto"):
+        prepare(Execution(threads=1, device="cuda"))
+
+
+def test_a_gpu_that_torch_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would take it, and fail at the first kernel."""
+    pretend_gpu(monkeypatch, (5, 2))
+    chosen = prepare(Execution(threads=1))
+    assert chosen.device.type == "cpu"
+    assert chosen.notes[0].startswith(
+        "this torch has no kernels for Some GPU (compute capability 5.2): training on the CPU"
+    )
+    with pytest.raises(MachineError, match="this torch has no kernels for Some GPU"):
+        prepare(Execution(threads=1, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        (["sm_75", "sm_80", "sm_90", "sm_120"], (8, 9), True),
+        (["sm_75", "sm_80", "sm_90", "sm_120"], (11, 0), False),
+        (["sm_75", "sm_80", "sm_90", "compute_90"], (11, 0), True),
+        (["sm_86"], (8, 0), False),
+        (["sm_100a"], (10, 0), True),
+        (["gfx90a"], (9, 0), True),
+        ([], (9, 0), True),
+    ],
+)
+def test_which_gpus_torch_was_built_for(
+    monkeypatch: pytest.MonkeyPatch, archs: list[str], capability: tuple[int, int], runs: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: archs)
+    assert gpu.has_kernels(capability) == runs
+
+
+def test_a_gpu_too_old_for_triton_is_not_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, (6, 1))
+    chosen = prepare(Execution(threads=1))
+    assert (chosen.compile_scope, chosen.precision, chosen.native) == ("none", "fp16", False)
+    assert any("without torch.compile, more slowly" in note for note in chosen.notes)
+
+
+def test_a_gpu_that_others_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, (9, 0))
+    for said, kind in (
+        ("CUDA error: out of memory", OutOfMemory),
+        ("CUDA-capable device(s) is/are busy", MachineError),
+    ):
+
+        def fails(_: object, said: str = said) -> None:
+            raise RuntimeError(said)
+
+        monkeypatch.setattr(torch.cuda, "set_device", fails)
+        with pytest.raises(kind, match="cuda:0"):
+            prepare(Execution(threads=1))
+
+
+def test_kernels_that_do_not_go_with_a_precision_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, (7, 5))
+    said = "training without fastres' own kernels, more slowly: they do not go with --precision fp16"
+    assert prepare(Execution(threads=1)).notes == (said,)
+    assert prepare(Execution(threads=1, native=False)).notes == ()
+
+
+def test_an_error_that_follows_from_lack_of_memory_says_so() -> None:
+    late = RuntimeError("capturing stream has unjoined work")
+    assert not says_out_of_memory(late)
+    late.__context__ = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert says_out_of_memory(late)
+    assert says_out_of_memory(RuntimeError("Can't allocate 4096 bytes on device 0."))  # DALI's words
+
+
 def test_threads() -> None:
     before = torch.get_num_threads()
     try:
@@ -133,8 +256,6 @@ def test_environment_is_json_and_names_the_machine() -> None:
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     code = """
 import resource, torch
-from fastres import host
-from fastres.cli.flags import parse_channels
 from fastres.config import Execution
 from fastres.runtime import prepare
 {prepare}
