@@ -13,6 +13,7 @@ from fastres import config as cfg
 from fastres.config import RunConfig
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
+from fastres.errors import MachineError
 from fastres.evaluator import Evaluator
 from fastres.fusednet import Inference
 from fastres.layernet import LayerInference
@@ -135,11 +136,23 @@ def loader_kind(execution: cfg.Execution, runtime: Runtime) -> str:
     return "dali" if runtime.device.type == "cuda" and dali_available() else "resident"
 
 
-def build_loaders(configs: Sequence[RunConfig], images: ImageSet, mean: Mean, runtime: Runtime) -> list[Loader]:
+def build_loaders(
+    configs: Sequence[RunConfig],
+    images: ImageSet,
+    mean: Mean,
+    runtime: Runtime,
+    say: Callable[[str], None] | None = None,
+) -> list[Loader]:
     """The loaders of runs that differ in their seed alone. They share the images, and DALI makes their batches in one.
 
+    Args:
+        configs: Of the runs.
+        images, mean, runtime: Of all of them.
+        say: Told where a DALI that nobody asked for does not start, and the resident loader takes its place; None:
+            that is an error too.
+
     Raises:
-        MachineError: As `build_loader`.
+        MachineError: As `build_loader`; or DALI does not start.
     """
     from fastres.data.dali import DaliLoader
     from fastres.data.plan import EpochPlan
@@ -157,16 +170,21 @@ def build_loaders(configs: Sequence[RunConfig], images: ImageSet, mean: Mean, ru
     }
     kind = loader_kind(execution, runtime)
     if kind == "dali":
-        dali = DaliLoader(
-            images,
-            first,
-            others=others,
-            num_threads=runtime.threads,
-            ahead=execution.graph_steps,
-            compiled=runtime.compile_scope != "none" and runtime.device.type == "cuda",
-            **options,
-        )
-        return [*dali.seats()]
+        try:
+            dali = DaliLoader(
+                images,
+                first,
+                others=others,
+                num_threads=runtime.threads,
+                ahead=execution.graph_steps,
+                compiled=runtime.compile_scope != "none" and runtime.device.type == "cuda",
+                **options,
+            )
+            return [*dali.seats()]
+        except MachineError as error:
+            if execution.loader == "dali" or not say:
+                raise
+            say(f"taking the resident loader: {error}")
     if kind == "torchvision":
         from fastres.data.torchvision import TorchvisionLoader
 

@@ -71,7 +71,7 @@ class Evaluator:
 
     @torch.no_grad()
     def warm_up(self) -> None:
-        """Compile and capture, before any clock runs. Without a capture there is nothing to do."""
+        """Compile and capture, before any clock runs; without a capture the first call compiles."""
         if self._capture and not self._graph:
             with self._evaluating():
                 self._graph = self._capture([self._launch], [*self.net.state_dict().values()])
@@ -82,6 +82,7 @@ class Evaluator:
         self.warm_up()
         with self._evaluating():
             if self._graph:
+                self._graph.check()
                 self._graph.replay()
             else:
                 self._launch()

@@ -293,7 +293,8 @@ def check_images(images: Tensor, weight: Tensor) -> None:
 
 
 def _launch(kernel: Any, programs: int, launch: Launch, *args: Any) -> None:
-    kernel[programs,](*args, num_warps=launch.warps)
+    # Multiply and add in one rounding, as Triton did by default until 3.9, which warns that it will not.
+    kernel[programs,](*args, num_warps=launch.warps, enable_fp_fusion=True)
 
 
 def _kernels() -> tuple[Any, Any]:

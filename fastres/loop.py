@@ -160,7 +160,7 @@ def _run(
     with contextlib.ExitStack() as stack:
         # Build. Chance is a function of the seed: weights here, samples in the epoch plan.
         mean = images.mean_image()
-        members = make_members(configs, runs, images, mean, runtime, clocks, stack)
+        members = make_members(configs, runs, images, mean, runtime, clocks, stack, console.say)
         train_step = TrainStep([member.replica for member in members])
         if runtime.compile_scope != "none" or runtime.cuda_graph:
             console.say("compiling (later runs of the same model find the result in the compiler's cache)")

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastres import optim
@@ -190,13 +190,14 @@ def make_members(
     runtime: Runtime,
     clocks: Clocks,
     stack: contextlib.ExitStack,
+    say: Callable[[str], None],
 ) -> list[Member]:
-    """What is trained, with initial weights, at step 0; its loaders are closed with the stack."""
+    """What is trained, with initial weights, at step 0; its loaders are closed with the stack. `say` takes notices."""
     config = configs[0]
     nets = [build_net(own, runtime, num_classes=len(images.class_names)) for own in configs]
     clean: Sequence[Evaluator | None] = [None] * len(runs)
     with clocks("data"):
-        loaders = build_loaders(configs, images, mean, runtime)
+        loaders = build_loaders(configs, images, mean, runtime, say)
         for loader in loaders:
             stack.enter_context(contextlib.closing(loader))
         tests = build_evaluators(nets, config, images, mean, runtime)

@@ -85,6 +85,11 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Time a large matrix product, on a CPU a convolution too, and a large copy; takes a second or two."""
     gpu = device.type == "cuda"
     side, numbers = (8192, 1 << 28) if gpu else (2048, 1 << 26)
+    if gpu:  # of what the networks beside it leave
+        room = torch.cuda.mem_get_info(device)[0]
+        side = side if room > 4e9 else 4096
+        while 8 * numbers > room / 2:
+            numbers //= 2
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = side**3 / _best(lambda: torch.mm(a, b), device)
     if not gpu:  # another library's, which may use more of a CPU: on an AMD MKL's fp32 product is half as quick

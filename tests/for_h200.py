@@ -28,11 +28,13 @@ def main() -> None:
     triton.runtime.driver.set_active(driver)
     launched = []
 
-    def launch(kernel, programs, how, *args) -> None:
-        compiled = kernel.warmup(*args, grid=(programs,), num_warps=how.warps)
+    run = triton.runtime.JITFunction.run
+
+    def compile_only(kernel, *args, **how):
+        compiled = run(kernel, *args, **how | {"warmup": True})
         launched.append({"kernel": kernel.fn.__name__, "shared": compiled.metadata.shared})
 
-    fusednet._launch = launch
+    triton.runtime.JITFunction.run = compile_only
     for depth, batch_size in ((20, 128), (8, 100)):
         net = CifarNet(depth).to(memory_format=torch.channels_last)
         weights = {name: p.detach().bfloat16() for name, p in net.named_parameters() if p.ndim == 4}

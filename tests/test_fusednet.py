@@ -36,8 +36,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 def told_by(module: str, **environment: str) -> Any:
     """What a module of the tests prints, in a process of its own."""
-    # Triton 3.9 warns that its default for fused multiply-adds will change: to the same choice on a GPU, which is fine.
-    command = [sys.executable, "-W", "ignore", "-m", f"tests.{module}"]
+    of_nan = "ignore::RuntimeWarning"  # numpy's, of what the interpreter multiplies
+    command = [sys.executable, "-W", "error", "-W", of_nan, "-m", f"tests.{module}"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)

@@ -19,7 +19,7 @@ from fastres.cli.report import report
 from fastres.cli.reproduce import reproduce
 from fastres.cli.responses import responses
 from fastres.cli.train import train
-from fastres.errors import FastresError, Interrupted
+from fastres.errors import FastresError, Interrupted, OutOfMemory, first_line, says_out_of_memory
 
 app = typer.Typer(
     name="fastres",
@@ -81,6 +81,11 @@ def run(argv: list[str]) -> int:
     except typer.TyperException as error:  # usage: an unknown flag, a value of the wrong type
         print(f"fastres: {_usage(error, argv)}", file=sys.stderr)
         return error.exit_code
+    except (RuntimeError, MemoryError) as error:  # where no other batch size would help: a test, a benchmark's products
+        if debug or not (isinstance(error, MemoryError) or says_out_of_memory(error)):
+            raise
+        print(f"fastres: out of memory: {first_line(error)}; free some, or use another --device", file=sys.stderr)
+        return OutOfMemory.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:  # so typer returns where Ctrl-C came before there was a state to save

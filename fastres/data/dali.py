@@ -101,9 +101,9 @@ class DaliLoader:
         self._data = torch.from_numpy(pixels(images.train_images, mean)).to(device)[None]  # DALI reads it in place
         try:
             self._pipeline: Any = _pipeline(device, num_threads)
+            self._feed("data", self._data)
         except (ImportError, OSError, RuntimeError) as error:  # half installed, or not for this driver
             raise _explained("DALI does not start", error) from error
-        self._feed("data", self._data)
         self._next_run = 0  # the run that will be asked for next
         self._asked: list[int] = []  # runs under way, oldest first
         self._started = False
@@ -214,7 +214,9 @@ class DaliLoader:
         except RuntimeError as error:
             self._asked.clear()  # a pipeline that has failed gives nothing more
             raise _explained(f"DALI failed at its run {run}", error) from error
-        if self._side:  # not by DLPack: DALI gives such a buffer back by a thread that waits for the whole device
+        # By the array interface, not by DLPack: DALI gives such a buffer back by a thread that waits for the whole
+        # device. Nothing but the stream above says when it is filled: it must be the one that copies it.
+        if self._side:
             return torch.as_tensor(frames[0], device=self._data.device)
         tensor: Tensor = torch.utils.dlpack.from_dlpack(frames[0])
         return tensor
@@ -257,10 +259,14 @@ class Seat:
 
 
 def _explained(what: str, error: Exception) -> Exception:
-    """The error to raise: `what` and DALI's first line; where memory ran out DALI's own, which others explain."""
+    """The error to raise: `what` and why; where memory ran out DALI's own, which others explain.
+
+    DALI names the operator, prints where the pipeline made it, and says why after "encountered:".
+    """
     if says_out_of_memory(error):
         return error
-    first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+    said = str(error).rpartition("encountered:")[2].splitlines()
+    first = next((line for line in said if line.strip()), "no reason given")
     return MachineError(f"{what}: {first.strip().rstrip(':')}; --loader resident does without")
 
 
