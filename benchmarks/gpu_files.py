@@ -64,7 +64,8 @@ class Setting:
 
     def config(self, depth: int, **changes: Any) -> "RunConfig":
         """The paper's run, every switch as it is by default; speed hardly depends on the data, but its size counts."""
-        from fastres.config import make_config, merge
+        from fastres.config import make_config
+        from fastres.configtree import merge
 
         base: Result = {
             "model": {"depth": depth},

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastres.bench import SCHEMA
-from fastres.config import differences
+from fastres.configtree import differences
 from fastres.errors import InputError
 from fastres.files import check_figure, disk_error, save_figure, write_text
 from fastres.parts import PARTS

@@ -14,30 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastres.configtree import build, differences, is_int, merge, nearest
+from fastres.configtree import build, coerced, is_int, merge, nearest
 from fastres.errors import InputError
 from fastres.models.depth import check_depth
 
-__all__ = [
-    "MAX_GRAPH_STEPS",
-    "NUM_TRAIN",
-    "NUM_VALIDATION",
-    "PRESETS",
-    "Data",
-    "Execution",
-    "Model",
-    "Output",
-    "Recipe",
-    "RunConfig",
-    "differences",
-    "make_config",
-    "merge",
-    "preset_tree",
-    "with_dependent_defaults",
-]
-
 NUM_TRAIN = {"cifar10": 50_000, "synthetic": 10_000}  # images before any validation split
-MAX_STEPS = 100_000_000  # rates, losses and errors of each step are kept on the device: 1.6 GB
+MAX_STEPS = 10_000_000  # rates, losses and errors of each step are kept on the device: 160 MB
 MAX_GRAPH_STEPS = 64  # a graph holds every kernel of its steps, a few hundred each
 NUM_VALIDATION = 5_000  # the paper's 45k/5k split (section 4.2)
 
@@ -150,8 +132,9 @@ class Output:
 class RunConfig:
     """One training run.
 
-    The default is the paper's ResNet-20 on CIFAR-10. Build one with `fastres.make_config`, which applies presets,
-    fills in what depends on other values and validates; `RunConfig(...)` alone validates too.
+    The default is the paper's ResNet-20 on CIFAR-10. Build one with `fastres.make_config`, which applies presets and
+    fills in what depends on other values, as ResNet-110's warm-up. `RunConfig(...)` and `dataclasses.replace` check
+    types and values, and fill in nothing.
 
     Raises:
         InputError: A value is out of range; the message names the key, the value and what is allowed.
@@ -165,6 +148,8 @@ class RunConfig:
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:
+        for key, value in coerced(self).items():
+            object.__setattr__(self, key, value)  # frozen for all others
         _validate(self)
 
     @property
@@ -179,8 +164,11 @@ class RunConfig:
         return self.recipe.steps * self.recipe.batch_size / self.data.num_train
 
     def experiment(self) -> dict[str, Any]:
-        """The half that says what is computed, as JSON-ready values."""
+        """The half that says what is computed, as JSON-ready values; those without effect are the defaults."""
         tree = self.to_dict()
+        for section, keys in _without_effect(self).items():
+            default = dataclasses.asdict(Model() if section == "model" else Recipe())
+            tree[section] |= json.loads(json.dumps({key: default[key] for key in keys}))
         return {key: tree[key] for key in ("model", "data", "recipe", "seed")}
 
     @property
@@ -246,6 +234,9 @@ def make_config(preset: str = "paper", **changes: Any) -> RunConfig:
     Raises:
         InputError: An unknown preset or key, or a value out of range.
     """
+    for key, value in changes.items():
+        if dataclasses.is_dataclass(value):
+            raise InputError(f"{key} is {value}; give a dict of what differs from the preset, as model={{'depth': 56}}")
     tree = merge(preset_tree(preset), changes)
     return RunConfig.from_dict(with_dependent_defaults(tree))
 
@@ -266,14 +257,33 @@ def with_dependent_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     model, recipe = tree.get("model", {}), tree.get("recipe", {})
     if not isinstance(model, Mapping) or not isinstance(recipe, Mapping):
         return tree  # refused when the config is built
-    if recipe.get("warmup") == "ramp" and "warmup_steps" not in recipe and is_int(recipe.get("steps")):
-        tree = merge(tree, {"recipe": {"warmup_steps": max(1, recipe["steps"] // 10)}})
+    steps = recipe.get("steps", Recipe.steps)
+    if recipe.get("warmup") == "ramp" and "warmup_steps" not in recipe and is_int(steps):
+        tree = merge(tree, {"recipe": {"warmup_steps": max(1, steps // 10)}})
     if model.get("arch") == "imagenet":
         tree = merge({"model": {"depth": 18, "shortcut": "B"}}, tree)
     deep_resnet = model.get("arch", "resnet") == "resnet" and is_int(model.get("depth")) and model["depth"] >= 110
     if deep_resnet and "warmup" not in recipe and recipe.get("schedule", "step") == "step":
         tree = merge(tree, {"recipe": {"warmup": "constant"}})
     return tree
+
+
+def _without_effect(config: RunConfig) -> dict[str, set[str]]:
+    """Keys, by section, that do nothing beside the others."""
+    model, recipe, keys = config.model, config.recipe, dict[str, set[str]](model=set(), recipe=set())
+    if model.arch == "plain":
+        keys["model"] |= {"shortcut", "pad"}
+    if model.shortcut == "B":
+        keys["model"] |= {"pad"}
+    if recipe.schedule == "linear":
+        keys["recipe"] |= {"milestones", "lr_decay"}
+    if recipe.warmup in ("none", "error"):
+        keys["recipe"] |= {"warmup_steps"}
+    if recipe.warmup in ("none", "ramp"):
+        keys["recipe"] |= {"warmup_lr"}
+    if recipe.momentum == 0:
+        keys["recipe"] |= {"lr_in_velocity"}
+    return keys
 
 
 def _validate(config: RunConfig) -> None:
@@ -294,13 +304,22 @@ def _validate(config: RunConfig) -> None:
     need(fits, "norm_batch", model.norm_batch, rule)
     need(math.isfinite(model.bn_eps) and model.bn_eps > 0, "bn_eps", model.bn_eps, "it must be a finite number above 0")
     need(0 < model.bn_momentum <= 1, "bn_momentum", model.bn_momentum, "it must be above 0 and at most 1")
-    for key, low_ok in (("lr", False), ("warmup_lr", False), ("lr_decay", False), ("weight_decay", True)):
+    for key, low_ok in (("lr", False), ("warmup_lr", False), ("weight_decay", True)):
         value = getattr(recipe, key)
         holds = math.isfinite(value) and (value >= 0 if low_ok else value > 0)
         need(holds, key, value, f"it must be a finite number {'at least' if low_ok else 'above'} 0")
+    need(1e-6 <= recipe.lr_decay <= 1, "lr_decay", recipe.lr_decay, "it must be 1e-6 to 1")
+    if recipe.warmup in ("constant", "error"):
+        rule = f"a warm-up's must not be above lr, {recipe.lr}; --warmup none turns it off"
+        need(recipe.warmup_lr <= recipe.lr, "warmup_lr", recipe.warmup_lr, rule)
     need(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "it must be at least 0 and below 1")
     in_order = all(a < b for a, b in zip(recipe.milestones, recipe.milestones[1:], strict=False))
-    need(in_order and all(m > 0 for m in recipe.milestones), "milestones", list(recipe.milestones), "they must rise")
+    need(
+        in_order and all(m > 0 for m in recipe.milestones),
+        "milestones",
+        list(recipe.milestones),
+        "they must rise, from above 0",
+    )
     rule = "it must be at least 1; --warmup none turns it off"
     need(recipe.warmup_steps >= 1, "warmup_steps", recipe.warmup_steps, rule)
     if recipe.warmup in ("ramp", "constant"):

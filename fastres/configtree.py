@@ -5,6 +5,8 @@ A tree is nested mappings, as TOML and JSON give them. Knows nothing of what the
 
 import dataclasses
 import difflib
+import numbers
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -36,7 +38,7 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = 
 
 def is_int(value: Any) -> bool:
     """Whether it is an integer, and not true or false."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -60,16 +62,26 @@ def build(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
     values = {}
     for key, value in tree.items():
         if key not in hints:
-            raise InputError(f"unknown key {path}{key}{nearest(key, hints) or '; keys: ' + ', '.join(hints)}")
+            homes = [home for home, kind in hints.items() if key in getattr(kind, "__dataclass_fields__", ())]
+            place = f"; it is one of {homes[0]}'s: {path}{homes[0]}.{key}" if homes else ""
+            raise InputError(f"unknown key {path}{key}{place or nearest(key, hints) or '; keys: ' + ', '.join(hints)}")
         values[key] = _coerce(hints[key], value, f"{path}{key}")
     return cls(**values)
 
 
+def coerced(instance: Any) -> dict[str, Any]:
+    """The values of a config dataclass by name, each as its declared type; errors as of `build`."""
+    hints = typing.get_type_hints(type(instance))
+    return {key: _coerce(hints[key], getattr(instance, key), key) for key in hints}
+
+
 def _coerce(kind: Any, value: Any, path: str) -> Any:
-    """The value as its declared type, or InputError. Accepts what TOML and JSON write for it, and nothing looser."""
+    """The value as its declared type, or InputError. Takes what TOML and JSON write for it, numpy's numbers, paths."""
+    if hasattr(value, "tolist"):  # of numpy and torch: a number or a list
+        value = value.tolist()
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if dataclasses.is_dataclass(value) and isinstance(value, kind):
-            return value
+        if isinstance(value, kind):
+            value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         if isinstance(value, Mapping):
             return build(kind, value, f"{path}.")
         raise InputError(f"{path} is {value!r}; it must be a table of keys")
@@ -84,11 +96,14 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         raise InputError(f"{path} is {value!r}; it must be one of {', '.join(options)}{nearest(str(value), options)}")
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_coerce(options[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if kind is float and is_int(value):
+    if kind is float and is_int(value) and abs(value) < 1 << 1000:
         return float(value)
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     if kind is str and path.endswith("checkpoint_every") and is_int(value):
         return str(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    wanted = {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(kind, "a list of integers")
+    many = {int: "integers", str: "text"}.get(options[0], "values") if options else ""
+    wanted = {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(kind, f"a list of {many}")
     raise InputError(f"{path} is {value!r}; it must be {wanted}")

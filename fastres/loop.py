@@ -11,7 +11,8 @@ from fastres import pace
 from fastres.build import load_images, lr_schedule
 from fastres.checkpoint import Checkpoint
 from fastres.clock import Clocks
-from fastres.config import RunConfig, differences
+from fastres.config import RunConfig
+from fastres.configtree import differences
 from fastres.console import Console, Progress, Verbosity
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet

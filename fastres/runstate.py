@@ -10,7 +10,8 @@ from torch import Tensor
 from fastres import checkpoint
 from fastres.build import Mean, loader_kind
 from fastres.checkpoint import Checkpoint
-from fastres.config import RunConfig, differences
+from fastres.config import RunConfig
+from fastres.configtree import differences
 from fastres.data.imageset import ImageSet
 from fastres.data.pixels import SCALE
 from fastres.errors import Diverged, InputError

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from fastres import checkpoint
 from fastres.clock import Clocks
-from fastres.config import RunConfig, differences
-from fastres.configtree import is_int
+from fastres.config import RunConfig
+from fastres.configtree import differences, is_int
 from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError
 from fastres.files import write_json

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from fastres import checkpoint
-from fastres.config import RunConfig, make_config, merge
+from fastres.config import RunConfig, make_config
+from fastres.configtree import merge
 from fastres.rundir import RunDir
 
 

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import tomllib
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastres.config import PRESETS, Model, Recipe, RunConfig, differences, make_config
+from fastres.config import PRESETS, Model, Recipe, RunConfig, make_config
+from fastres.configtree import differences, merge
 from fastres.errors import InputError
 
 
@@ -95,8 +98,10 @@ SWITCHES: dict[str, dict[str, Any]] = {
 def test_every_switch_of_the_first_half_is_in_the_digest_and_named_where_it_differs(section: str, key: str) -> None:
     fields = dataclasses.fields({"model": Model, "recipe": Recipe}[section])
     assert {field.name for field in fields} == SWITCHES[section].keys()
-    changes: dict[str, Any] = {section: {key: SWITCHES[section][key]}}
-    base, other = make_config(), make_config(**changes)
+    base = make_config(recipe={"warmup": "constant"} if key in ("warmup_steps", "warmup_lr") else {})
+    tree = base.to_dict()
+    tree[section][key] = SWITCHES[section][key]
+    other = RunConfig.from_dict(tree)
     assert other.digest != base.digest
     (line,) = differences(base.experiment(), other.experiment())
     assert line.startswith(f"{section}.{key}: ")
@@ -117,6 +122,13 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"recipe": {"lr": 0}}, "above 0"),
     ({"recipe": {"lr": "0.1"}}, "must be a number"),
     ({"recipe": {"steps": 0}}, "at least 1"),
+    ({"recipe": {"lr": 10**400}}, "must be a number"),
+    ({"recipe": {"lr_decay": 1e-300}}, "lr_decay is 1e-300; it must be 1e-6 to 1"),
+    ({"recipe": {"lr": 0.001, "warmup": "constant"}}, "warmup_lr is 0.01; a warm-up's must not be above lr, 0.001"),
+    ({"recipe": {"milestones": 5}}, "must be a list of integers"),
+    ({"execution": {"data_urls": "http://x"}}, "must be a list of text"),
+    ({"steps": 5}, "unknown key steps; it is one of recipe's: recipe.steps"),
+    ({"model": Model(depth=110)}, "give a dict of what differs from the preset"),
     ({"recipe": {"momentum": 1.0}}, "below 1"),
     ({"recipe": {"lr_in_velocity": "yes"}}, "true or false"),
     ({"model": {"norm_batch": 48}}, "norm_batch is 48; it must divide batch_size, 128, or be 0 for the whole batch"),
@@ -156,6 +168,51 @@ def test_bad_values_are_refused_with_the_way_out(changes: dict[str, Any], messag
         make_config(**changes)
 
 
+def test_values_given_in_python_are_held_to_the_same_rules() -> None:
+    for bad, message in (
+        (lambda: RunConfig(recipe=Recipe(schedule="cosine")), "must be one of step, linear"),  # type: ignore[arg-type]
+        (lambda: RunConfig(recipe=Recipe(steps="10")), "recipe.steps is '10'; it must be an integer"),  # type: ignore[arg-type]
+        (lambda: RunConfig(model=Model(arch="rezznet")), "did you mean 'resnet'"),  # type: ignore[arg-type]
+        (lambda: RunConfig(seed=True), "seed is True; it must be an integer"),
+    ):
+        with pytest.raises(InputError, match=message):
+            bad()
+    assert RunConfig(recipe=Recipe(lr=1)).digest == make_config(recipe={"lr": 1}).digest
+
+
+def test_numbers_of_numpy_and_paths_are_taken() -> None:
+    ours = make_config(
+        model={"depth": np.int64(110)},
+        recipe={"lr": np.float64(0.1), "milestones": np.array([32_000, 48_000]), "warmup_steps": np.int32(400)},
+        seed=np.uint8(3),
+        output={"out": Path("runs/x")},
+    )
+    assert ours == make_config(model={"depth": 110}, seed=3, output={"out": "runs/x"})
+    assert ours.recipe.warmup == "constant"
+    assert json.loads(json.dumps(ours.to_dict()))["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        ({"model": {"arch": "plain"}}, {"model": {"shortcut": "B", "pad": "after"}}),
+        ({"model": {"shortcut": "B"}}, {"model": {"pad": "after"}}),
+        ({"recipe": {"schedule": "linear"}}, {"recipe": {"milestones": [5], "lr_decay": 0.5}}),
+        ({}, {"recipe": {"warmup_steps": 7, "warmup_lr": 0.02}}),
+        ({"recipe": {"warmup": "ramp", "warmup_steps": 9}}, {"recipe": {"warmup_lr": 0.02}}),
+        ({"recipe": {"warmup": "error"}}, {"recipe": {"warmup_steps": 7}}),
+        ({"recipe": {"momentum": 0.0}}, {"recipe": {"lr_in_velocity": True}}),
+    ],
+    ids=str,
+)
+def test_what_has_no_effect_makes_no_other_experiment(base: dict[str, Any], changes: dict[str, Any]) -> None:
+    ours, theirs = make_config(**base), make_config(**merge(base, changes))
+    assert ours != theirs
+    assert ours.digest == theirs.digest
+    with_effect = make_config(**merge(base, {"recipe": {"batch_size": 64}}))
+    assert with_effect.digest != ours.digest
+
+
 def test_unknown_preset() -> None:
     with pytest.raises(InputError, match="did you mean 'smoke'"):
         make_config("smok")
@@ -171,6 +228,7 @@ def test_checkpoint_every_in_steps_or_minutes() -> None:
 def test_ramp_takes_a_tenth_of_the_steps_unless_told() -> None:
     assert make_config("fast", recipe={"steps": 500}).recipe.warmup_steps == 50
     assert make_config("fast", recipe={"steps": 1}).recipe.warmup_steps == 1
+    assert make_config(recipe={"warmup": "ramp"}).recipe.warmup_steps == 6_400
     assert make_config("fast", recipe={"steps": 500, "warmup_steps": 7}).recipe.warmup_steps == 7
 
 

@@ -13,7 +13,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.legend import Legend
 
 from fastres.cli import run as command
-from fastres.config import RunConfig, make_config, merge
+from fastres.config import RunConfig, make_config
+from fastres.configtree import merge
 from fastres.curves import COLORS, NUM_STYLES, figure_of
 from fastres.errors import InputError
 from fastres.plot import Run, plot_runs, read_runs, tell_apart

@@ -14,7 +14,8 @@ import torch
 import typer.main
 
 from fastres.cli import app, run
-from fastres.config import Data, Model, Recipe, RunConfig, differences, make_config
+from fastres.config import Data, Model, Recipe, RunConfig, make_config
+from fastres.configtree import differences
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.optim import make_sgd
 from fastres.runtime import Runtime

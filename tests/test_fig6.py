@@ -10,7 +10,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastres.config import make_config, merge
+from fastres.config import make_config
+from fastres.configtree import merge
 from fastres.errors import InputError
 from fastres.reproduce import fig6, figure
 from fastres.reproduce.networks import by_network

@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 import fastres
 from benchmarks.gpu_timing import launch_seconds
 from fastres.build import build_evaluator, build_loaders, build_net, build_optimizer, lr_schedule
-from fastres.config import RunConfig, make_config, merge
+from fastres.config import RunConfig, make_config
+from fastres.configtree import merge
 from fastres.cudagraph import CapturedGraph
 from fastres.data.dali import dali_available
 from fastres.data.plan import EpochPlan

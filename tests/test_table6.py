@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fastres.config import RunConfig, make_config, merge
+from fastres.config import RunConfig, make_config
+from fastres.configtree import merge
 from fastres.console import Console
 from fastres.errors import InputError, OutsideTolerance
 from fastres.reproduce import table6

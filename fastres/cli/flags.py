@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastres.config import RunConfig, merge, preset_tree, with_dependent_defaults
+from fastres.config import RunConfig, preset_tree, with_dependent_defaults
+from fastres.configtree import merge
 from fastres.errors import InputError
 
 T = TypeVar("T")

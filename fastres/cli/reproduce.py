@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastres.cli.flags import given, parse_list, parse_model, refuse_both
-from fastres.config import make_config, merge, preset_tree
+from fastres.config import make_config, preset_tree
+from fastres.configtree import merge
 from fastres.errors import InputError
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from fastres.cli.flags import (
     refuse_both,
 )
 from fastres.clock import Clocks
-from fastres.config import RunConfig, merge, with_dependent_defaults
+from fastres.config import RunConfig, with_dependent_defaults
+from fastres.configtree import merge
 from fastres.errors import InputError
 
 MODEL, RECIPE, DATA, EXECUTION, OUTPUT = "Model", "Recipe", "Data", "How it runs", "What is kept and shown"

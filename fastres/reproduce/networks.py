@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from fastres.config import RunConfig, differences
+from fastres.config import RunConfig
+from fastres.configtree import differences
 from fastres.data.imageset import caveat
 from fastres.errors import InputError
 from fastres.plot import remarks

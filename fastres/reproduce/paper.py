@@ -78,16 +78,8 @@ def differences(config: RunConfig) -> list[Difference]:
     model, recipe = config.model, config.recipe
     paper = make_config("paper", model={"arch": model.arch, "depth": model.depth})
     unused = {"seed"}
-    if model.arch == "plain":
-        unused |= {"model.shortcut", "model.pad"}
-    if recipe.schedule != "step":
-        unused |= {"recipe.milestones", "recipe.lr_decay"}
-    if "none" in (recipe.warmup, paper.recipe.warmup):
+    if "none" in (recipe.warmup, paper.recipe.warmup):  # that there is one is a difference, and enough
         unused |= {"recipe.warmup_steps", "recipe.warmup_lr"}
-    if recipe.warmup == "ramp":
-        unused |= {"recipe.warmup_lr"}
-    if recipe.warmup == "error":
-        unused |= {"recipe.warmup_steps"}
     both_warm_up = {paper.recipe.warmup, recipe.warmup} <= set(WARM_UPS)
     found = []
     for path, default, value in _pairs(paper.experiment(), config.experiment()):

@@ -14,7 +14,8 @@ from time import perf_counter
 from typing import Any
 
 from fastres.build import load_images
-from fastres.config import RunConfig, differences, make_config, merge
+from fastres.config import RunConfig, make_config
+from fastres.configtree import differences, merge
 from fastres.console import Console, duration
 from fastres.errors import FastresError, InputError, OutOfTime
 from fastres.models.depth import num_blocks
