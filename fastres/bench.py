@@ -91,10 +91,13 @@ class Bench:
         with memory, contextlib.ExitStack() as failed:
             configs = [dataclasses.replace(config, seed=config.seed + k) for k in range(cell.num_replicas)]
             loaders = build_loaders(configs, images, images.mean_image(), self.runtime)
-            if cell.frozen:
-                loaders = [_frozen(each, device) for each in loaders]
             for loader in loaders:
                 failed.callback(loader.close)
+            if cell.frozen:
+                frozen: list[Loader] = [_frozen(each, device) for each in loaders]
+                for loader in loaders:  # after the last is read: they may share a pipeline
+                    loader.close()
+                loaders = frozen
             self.replicas: list[Replica] = []
             for one, loader in zip(configs, loaders, strict=True):
                 net = build_net(one, self.runtime, num_classes=len(images.class_names))
@@ -104,7 +107,7 @@ class Bench:
             self.replica = self.replicas[0]
             self.step, self.done = TrainStep(self.replicas), 0
             start = perf_counter()
-            if self.runtime.compile_scope != "none" or self.runtime.cuda_graph:
+            if self.runtime.needs_warm_up:
                 self.step.warm_up(self._capture, graph_steps=config.execution.graph_steps)
                 synchronize(device)
             self.compile_seconds = resolve_seconds + perf_counter() - start
@@ -292,9 +295,7 @@ def _frozen(loader: Loader, device: torch.device) -> FrozenLoader:
     """Another loader's first batch, every time."""
     loader.prepare(0)
     images, labels = loader.load(torch.zeros(1, dtype=torch.int64, device=device))
-    frozen = FrozenLoader(images.clone(memory_format=torch.preserve_format), labels.clone())
-    loader.close()
-    return frozen
+    return FrozenLoader(images.clone(memory_format=torch.preserve_format), labels.clone())
 
 
 def _as_json(timing: Timing, bench: Bench) -> dict[str, Any]:

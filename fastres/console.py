@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
@@ -14,6 +14,7 @@ from rich.segment import SegmentLines
 from rich.table import Table
 from rich.text import Text
 
+from fastres.errors import InputError
 from fastres.rundir import RunDir
 
 Verbosity = Literal["auto", "live", "lines", "quiet"]
@@ -86,6 +87,8 @@ class Console:
     """
 
     def __init__(self, verbosity: Verbosity = "auto", *, stderr: bool = False) -> None:
+        if verbosity not in get_args(Verbosity):
+            raise InputError(f"verbosity is {verbosity!r}; use {', '.join(get_args(Verbosity))}")
         self.verbosity = verbosity if verbosity != "auto" else "live" if _interactive() else "lines"
         self._rich: RichConsole = _Stream(file=sys.stderr if stderr else None, highlight=False, soft_wrap=True)
         self._runs: tuple[RunDir, ...] = ()

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import tempfile
@@ -63,12 +64,10 @@ def save_figure(figure: "Figure", path: Path, *, dpi: int) -> None:
     """
     from matplotlib import rc_context  # half a second; only where something is drawn
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with rc_context({"svg.hashsalt": "fastres"}):
-            figure.savefig(path, dpi=dpi, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except OSError as error:
-        raise disk_error(error, path.parent, 0) from error
+    drawn, kind = io.BytesIO(), path.suffix.removeprefix(".")
+    with rc_context({"svg.hashsalt": "fastres"}):
+        figure.savefig(drawn, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
+    write_bytes(path, drawn.getvalue())
 
 
 def check_figure(path: Path, flag: str = "--out") -> None:

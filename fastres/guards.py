@@ -55,7 +55,8 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
 
     def note(signum: int, _frame: FrameType | None) -> None:
         if interrupt.signum is not None:
-            raise KeyboardInterrupt
+            name = signal.Signals(signum).name
+            raise Interrupted(f"stopped by {name} at once, where the newest checkpoint is; {interrupt.way_on}", signum)
         interrupt.signum = signum
 
     signals = [signal.SIGINT, signal.SIGTERM]
@@ -99,11 +100,11 @@ def _way_out(config: RunConfig, runtime: Runtime, num_replicas: int, said: str) 
     batch_size, where = config.recipe.batch_size, "GPU" if runtime.device.type == "cuda" else "CPU"
     try:
         fixed, image = memory_of_a_step(config, bytes_each=runtime.dtype.itemsize, num_replicas=num_replicas)
+        usable = usable_memory(runtime.device)
     except (RuntimeError, MemoryError):  # not even for that
         return (
             f"out of memory with {config.name} at batch size {batch_size:,}; try --batch-size {max(1, batch_size // 2)}"
         )
-    usable = usable_memory(runtime.device)
     need, have = fixed + batch_size * image, "an unknown amount is" if usable is None else f"{usable / 1e9:.1f} GB are"
     asked = re.search(r"ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", said)
     at = f", {float(asked[1]) * UNITS[asked[2]]:.1f} GB of them at once" if asked else ""
@@ -111,6 +112,8 @@ def _way_out(config: RunConfig, runtime: Runtime, num_replicas: int, said: str) 
         f"out of memory: a step of {config.name} on {batch_size:,} images needs about {need / 1e9:.1f} GB{at}; "
         f"{have} free for it on the {where}\n"
     )
+    if num_replicas > 1:  # another batch size would be another experiment
+        return head + f"fewer runs at once need less: --side-by-side {num_replicas // 2}"
     fits = batch_size // 2  # where the estimate is no help: it says that the batch fits
     if usable is not None and need > USABLE_SHARE * usable:
         fits = int((USABLE_SHARE * usable - fixed) / image)

@@ -61,6 +61,10 @@ def train(
         Interrupted: SIGINT or SIGTERM (main thread only); the state was saved.
         OutOfTime: The deadline has come; the state was saved.
     """
+    if config is not None and not isinstance(config, RunConfig):
+        raise InputError(f"config is {config!r}; build one with fastres.make_config, as make_config('smoke')")
+    if resume is not None and overwrite:
+        raise InputError(f"resume={str(resume)!r} goes on with that run, and overwrite moves it aside; leave one out")
     console = console or Console(verbosity)
     run = None
     if resume is not None:
@@ -163,7 +167,7 @@ def _run(
         mean = images.mean_image()
         members = make_members(configs, runs, images, mean, runtime, clocks, stack, console.say)
         train_step = TrainStep([member.replica for member in members])
-        if runtime.compile_scope != "none" or runtime.cuda_graph:
+        if runtime.needs_warm_up:
             console.say("compiling (later runs of the same model find the result in the compiler's cache)")
             with clocks("compile"):
                 capture = CapturedGraph if runtime.cuda_graph else None
@@ -212,8 +216,8 @@ def _run(
 
                 if done == first + pace.LOOK_AHEAD_STEPS:
                     synchronize(runtime.device)  # host sync: once a run, to know how long it will take
-                    if warning := pace.long_run(perf_counter() - began, done - first, recipe.steps - done, runs):
-                        console.say(warning)
+                    if warning := pace.long_run(perf_counter() - began, done - first, recipe.steps - done):
+                        console.say(f"{warning} Ctrl-C saves; {interrupt.way_on}")
 
                 for member in alive:
                     if member.end_warm_up_if_due(schedule, done):
@@ -225,9 +229,9 @@ def _run(
                 logs, tests_now = last or done % output.log_every == 0, last or done % output.eval_every == 0
                 if not (logs or tests_now or saves):
                     continue
-                seconds = clocks.read("train")
                 for member in alive:
                     member.read(done, schedule, runtime.precision)  # host sync
+                seconds = clocks.read("train")  # after it: else it would be the seconds of launching
                 if saves:
                     train_step.check()  # a graph that reads memory which was given back computes rubbish
                 since_log += timer.collect()

@@ -22,6 +22,8 @@ from fastres.runstate import RunState, data_note, last_good
 from fastres.runtime import Runtime
 from fastres.step import Replica, Window
 
+LAST_STEPS = 391  # of a run's training error at its end: an epoch of 50,000 images in batches of 128
+
 
 class Member:
     """A run in training.
@@ -158,7 +160,7 @@ class Member:
             test_loss=self.tested.loss,
             best_test_error=state.best_error,
             best_step=state.best_step,
-            train_error=next(record["error"] for record in reversed(records) if record["kind"] == "train"),
+            train_error=_last_train_error(records),
             class_errors=self.tested.class_errors,
             steps=config.recipe.steps,
             warmup_end=state.warmup_end,
@@ -180,6 +182,18 @@ class Member:
         self.diverged = Diverged(why)
         self.run.write_json(DIVERGED, {"step": self.state.step, "why": why})
         return self.diverged
+
+
+def _last_train_error(records: Sequence[Mapping[str, Any]]) -> float:
+    """Over the last log windows that have `LAST_STEPS` steps together, or over all."""
+    train = [record for record in records if record["kind"] == "train"]
+    wrong, steps, end = 0.0, 0, train[-1]["step"]
+    for k in range(len(train) - 1, -1, -1):
+        begin = train[k - 1]["step"] if k else 0
+        wrong, steps = wrong + train[k]["error"] * (train[k]["step"] - begin), end - begin
+        if steps >= LAST_STEPS:
+            break
+    return wrong / steps
 
 
 def make_members(

@@ -6,8 +6,6 @@ from time import perf_counter
 
 from fastres import optim
 from fastres.config import RunConfig
-from fastres.guards import AGAIN
-from fastres.rundir import RunDir, resume_with
 
 LOOK_AHEAD_STEPS = 20  # after so many steps the whole run's time is known well enough to warn
 LONG_RUN_SECONDS = 3_600
@@ -48,19 +46,17 @@ def is_due(config: RunConfig, done: int, saved_at: float) -> bool:
     return perf_counter() >= save_time(config, saved_at)
 
 
-def long_run(seconds: float, taken: int, left: int, runs: Sequence[RunDir]) -> str | None:
-    """What to say where the rest of a run takes hours, with the ways out; None where it does not.
+def long_run(seconds: float, taken: int, left: int) -> str | None:
+    """What to say where the rest of a run takes hours; None where it does not.
 
     Args:
         seconds: Since the first step.
         taken, left: Steps.
-        runs: Which were begun.
     """
     remaining = seconds / taken * left
     if remaining <= LONG_RUN_SECONDS:
         return None
-    on = resume_with(runs[0].path) if len(runs) == 1 else AGAIN
     return (
         f"at {seconds / taken:.2g} s a step the remaining {left:,} steps take about {remaining / 3600:.1f} hours. "
-        f"Shorter: a GPU, --preset fast, fewer --steps or a smaller --depth. Ctrl-C saves; {on}"
+        f"Shorter: a GPU, --preset fast, fewer --steps or a smaller --depth."
     )

@@ -22,7 +22,7 @@ class RunResult:
     test_loss: float  # mean cross-entropy, last step
     best_test_error: float  # over all evaluations; chosen on the test set, so never the result
     best_step: int
-    train_error: float  # running error over the last logged steps, augmented images
+    train_error: float  # running error over the last epoch of batches of 128 or a little more, augmented
     class_errors: list[float | None]  # test error by class, last step
     steps: int
     warmup_end: int | None  # step at which warm-up ended; None without one
@@ -79,7 +79,7 @@ def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]
         f"  training error    {percent(result.train_error)} (running, augmented)",
         f"  training clock    {duration(seconds.get('train', 0.0))}, {result.images_per_second:,.0f} img/s"
         + (f", one of {result.side_by_side} runs side by side" if result.side_by_side > 1 else ""),
-        *([f"  a step            {step['p50']:.3g} ms, 99 % below {step['p99']:.3g} ms"] if step else []),
+        *([f"  a step            {_short(step['p50'])} ms, 99 % below {_short(step['p99'])} ms"] if step else []),
         f"  memory            {result.peak_memory / 1e9:.2f} GB at most",
         *(f"  {name:<17} {duration(value)}" for name, value in seconds.items() if name != "train"),
         f"  run folder        {result.run}",
@@ -87,3 +87,7 @@ def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]
         f"  again             fastres eval {shlex.quote(str(result.run))}",
         f"  more plots        fastres plot {shlex.quote(str(result.run))}",
     ]
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1_000 else f"{number:.3g}"

@@ -47,6 +47,12 @@ class Runtime:
     notes: tuple[str, ...] = ()  # lines the user should see: a fall-back that was taken
 
     @property
+    def needs_warm_up(self) -> bool:
+        """Whether the first step does more than a step: compiles, or is captured."""
+        own_kernels = self.native and self.device.type == "cuda"
+        return self.compile_scope != "none" or self.cuda_graph or own_kernels
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of images and activations; weights, BN statistics, loss and momentum stay in fp32."""
         return DTYPES[self.precision]
@@ -330,12 +336,13 @@ def _commit() -> str | None:
         return os.environ.get("FASTRES_COMMIT")
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
     changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
-    return commit and commit + ("+" if changed else "")
+    return commit and commit + ("" if changed == "" else "+")  # None: git did not say, so they may
 
 
 def _output(command: list[str]) -> str | None:
+    """The first line that a command prints; None where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip().split("\n")[0] or None
+    return done.stdout.strip().split("\n")[0]

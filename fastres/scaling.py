@@ -1,6 +1,7 @@
 """Cost against work: img/s over batch sizes and depths, each cell alone on the machine."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def draw_scaling(report: Report, path: Path) -> None:
     names: dict[str, list[dict[str, Any]]] = {}
     for cell in report["cells"]:
         names.setdefault(cell["label"].split()[0], []).append(cell)
-    for colour, (name, cells) in zip(COLOURS * 2, names.items(), strict=False):
+    for colour, (name, cells) in zip(itertools.cycle(COLOURS), names.items(), strict=False):
         sizes = [cell["config"]["recipe"]["batch_size"] for cell in cells]
         rates = [cell["images_per_second"] for cell in cells]
         axes.plot(sizes, rates, color=colour, marker="o", markersize=4)

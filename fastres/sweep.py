@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from time import perf_counter
 from typing import Any, Literal
 
 from fastres import checkpoint
@@ -33,7 +34,7 @@ Outcome = RunResult | Diverged
 
 def train_seeds(
     config: RunConfig | None = None,
-    seeds: Sequence[int] = (),
+    seeds: Sequence[int] | int = (),
     *,
     resume: str | Path | None = None,
     side_by_side: int = 0,
@@ -50,7 +51,7 @@ def train_seeds(
     Args:
         config: What to train; `config.output.out` is the sweep's folder (default: a new one under runs/). Its seed does
             not count. May be left out with `resume`.
-        seeds: Which. With `resume` default to those of the sweep.
+        seeds: Which; a number stands for so many, 0 and up. With `resume` default to those of the sweep.
         resume: A sweep's folder to resume.
         side_by_side: Runs at once; 0: up to eight on a GPU, one on a CPU.
         verbosity, console, clocks, deadline: As `fastres.train`.
@@ -61,6 +62,9 @@ def train_seeds(
     Raises:
         As `fastres.train`, but for Diverged; InputError where the folder belongs to another sweep.
     """
+    if config is not None and not isinstance(config, RunConfig):
+        raise InputError(f"config is {config!r}; build one with fastres.make_config, as make_config('smoke')")
+    seeds = range(seeds) if isinstance(seeds, int) else [int(seed) for seed in seeds]  # also those of numpy
     folder = Path(resume) if resume is not None else None
     if folder is not None:
         stored = read_sweep(folder)
@@ -115,8 +119,9 @@ def train_all(
         else:
             RunDir.check_free(path, overwrite=False)
     interrupt = Interrupt(way_on, deadline)
-    for group in _groups(folders, side_by_side):
-        if interrupt.signum is not None:  # it came when the group before had no step left to cut
+    for number, group in enumerate(_groups(folders, side_by_side)):
+        # It came when the group before had no step left to cut.
+        if interrupt.signum is not None or (number and perf_counter() >= deadline):
             raise stopped(interrupt, f"before {', '.join(map(str, group))}")
         on_begin(group)
         train_together(group, interrupt, console=console, clocks=clocks, brief=True)

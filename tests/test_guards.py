@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
 import re
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +14,8 @@ import torch
 
 from fastres import guards, runtime
 from fastres.config import RunConfig, make_config
-from fastres.errors import OutOfMemory
-from fastres.guards import check_memory, explained_memory_errors, memory_of_a_step
+from fastres.errors import Interrupted, OutOfMemory
+from fastres.guards import Interrupt, check_memory, explained_memory_errors, interrupts, memory_of_a_step
 from fastres.runtime import Runtime
 
 SAID = (
@@ -188,3 +190,14 @@ def test_usable_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 7)
     assert runtime.usable_memory(torch.device("cuda", 0)) == 12
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_stops_at_once_and_says_what_is_left(signum: signal.Signals, code: int) -> None:
+    interrupt = Interrupt("resume with: fastres train --resume x")
+    with interrupts(interrupt):
+        os.kill(os.getpid(), signum)
+        assert interrupt.signum == signum
+        with pytest.raises(Interrupted, match=f"stopped by {signum.name} at once.*resume with: fastres") as caught:
+            os.kill(os.getpid(), signum)
+    assert caught.value.exit_code == code

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fastres.clock import Clocks
 from fastres.data import synthetic
 from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfMemory
 from fastres.rundir import RunDir
-from fastres.step import TrainStep
+from fastres.step import Replica, TrainStep
 from fastres.sweep import train_seeds
 from tests.runs import assert_same_run, timeless_metrics, tiny
 
@@ -382,3 +383,44 @@ def test_clocks_count_every_second_once() -> None:
     assert set(clocks.totals()) == {"outer", "inner"}
     frozen = clocks.total()
     assert clocks.total() == frozen  # no phase runs: no time is counted
+
+
+def test_the_training_clock_counts_finished_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a launch returns at once, and reading the log is what waits."""
+    window = Replica.window
+
+    def slow(self: Replica, start: int, stop: int) -> Any:
+        time.sleep(0.1)
+        return window(self, start, stop)
+
+    monkeypatch.setattr(Replica, "window", slow)
+    fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
+    records = [r for r in RunDir.open(tmp_path / "run").metrics() if r["kind"] == "train"]
+    for number, record in enumerate(records, 1):
+        assert record["clock"]["train"] > 0.1 * number
+        assert record["clock"]["images_per_second"] < 16 * 5 / 0.1
+
+
+def test_what_is_no_config_is_refused(tmp_path: Path, whole: Path) -> None:
+    for wrong in ("smoke", {"seed": 1}, 5):
+        with pytest.raises(InputError, match=r"build one with fastres.make_config"):
+            fastres.train(wrong)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=r"build one with fastres.make_config"):
+            train_seeds(wrong, 2)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="verbosity is 'loud'; use auto, live, lines, quiet"):
+        fastres.train(tiny(tmp_path / "run"), verbosity="loud")  # type: ignore[arg-type]
+    before = sorted(path.name for path in whole.parent.iterdir())
+    with pytest.raises(InputError, match="overwrite moves it aside; leave one out"):
+        fastres.train(resume=whole, overwrite=True)
+    assert sorted(path.name for path in whole.parent.iterdir()) == before
+
+
+def test_the_training_error_is_over_an_epoch(monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+    records = [{"kind": "train", "step": step, "error": error} for step, error in ((5, 0.9), (10, 0.5), (14, 0.25))]
+    records.insert(1, {"kind": "test", "step": 5, "error": 0.1})
+    for last_steps, error in ((1, 0.25), (4, 0.25), (5, (4 * 0.25 + 5 * 0.5) / 9), (391, (1 + 2.5 + 4.5) / 14)):
+        monkeypatch.setattr(member, "LAST_STEPS", last_steps)
+        assert member._last_train_error(records) == pytest.approx(error)
+    train = [r for r in timeless_metrics(whole) if r["kind"] == "train"]  # windows of 5, 5, 5, 5 and 4 steps
+    mean = sum(r["error"] * n for r, n in zip(train, (5, 5, 5, 5, 4), strict=True)) / 24
+    assert json.loads((whole / "result.json").read_text())["train_error"] == pytest.approx(mean)

@@ -38,9 +38,9 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Kernels are looked for in this empty folder, and not remembered."""
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
-    native.kernels.cache_clear()
+    native._built.cache_clear()
     yield tmp_path
-    native.kernels.cache_clear()
+    native._built.cache_clear()
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -289,7 +289,7 @@ def test_built_once_and_built_again_where_damaged(cache: Path, monkeypatch: pyte
     native.kernels()
     (path,) = cache.iterdir()  # no folder is left behind
     assert len(commands) == 2
-    native.kernels.cache_clear()
+    native._built.cache_clear()
     native.kernels()
     assert len(commands) == 3  # only asked what it would build for
     whole = path.read_bytes()
@@ -298,9 +298,24 @@ def test_built_once_and_built_again_where_damaged(cache: Path, monkeypatch: pyte
         folder.mkdir()
         (folder / path.name).write_bytes(damaged)
         monkeypatch.setenv("FASTRES_CACHE", str(folder))
-        native.kernels.cache_clear()
+        native._built.cache_clear()
         native.kernels()
         assert (folder / path.name).read_bytes() == whole
+
+
+def test_a_compiler_that_fails_is_not_asked_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fails(command: list[str]) -> str:
+        calls.append(command)
+        raise MachineError("g++ cannot build them: no room")
+
+    native._built.cache_clear()
+    monkeypatch.setattr(native, "_run", fails)
+    for _ in range(3):
+        with pytest.raises(MachineError, match="no room"):
+            native.kernels()
+    assert len(calls) == 1
 
 
 def test_another_cpu_has_kernels_of_its_own(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +324,7 @@ def test_another_cpu_has_kernels_of_its_own(cache: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         native, "_run", lambda command: run_command(command) + "#define __SSE9__ 1" * ("-dM" in command)
     )
-    native.kernels.cache_clear()
+    native._built.cache_clear()
     native.kernels()
     assert len(list(cache.iterdir())) == 2
 
@@ -320,7 +335,7 @@ def test_a_cpu_without_avx512_has_shorter_vectors(cache: Path, monkeypatch: pyte
     x, grad = (randn(5, 32, 8, 8, seed=seed, dtype=BF16) for seed in (1, 2))
     expected = run(make(32, 32), x, None, grad)
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-march=x86-64"))
-    native.kernels.cache_clear()
+    native._built.cache_clear()
     assert native.kernels().conv_weight_grad is None
     found = run(make(32, 32), x, None, grad)
     for name, value in expected.items():

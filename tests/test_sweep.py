@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastres
-from fastres import checkpoint, sweep
+from fastres import checkpoint, member, pace, sweep
 from fastres.cli.flags import parse_seeds
 from fastres.console import Console
 from fastres.data.dali import dali_available
@@ -186,6 +186,27 @@ def test_out_of_time_saves_and_goes_on(alone: Path, tmp_path: Path) -> None:
     assert caught.value.exit_code == 0
     train_seeds(resume=folder, side_by_side=3, verbosity="quiet")
     assert_same_runs(alone, folder)
+
+
+def test_out_of_time_between_two_runs_begins_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutAfterOne(Member):
+        def finish(self, *args: Any) -> Any:
+            monkeypatch.setattr(sweep, "perf_counter", lambda: math.inf)
+            return super().finish(*args)
+
+    monkeypatch.setattr(member, "Member", OutAfterOne)
+    with pytest.raises(OutOfTime, match=r"stopped before .*seed1, all saved; resume with: fastres train --resume .*p$"):
+        train_seeds(
+            tiny(tmp_path / "sweep", recipe={"steps": 2}), 2, verbosity="quiet", deadline=perf_counter() + 3_600
+        )
+    assert [sweep.status(tmp_path / "sweep" / f"seed{k}") for k in (0, 1)] == ["finished", "missing"]
+
+
+def test_a_long_sweep_says_how_to_resume_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "LONG_RUN_SECONDS", 0)
+    train_seeds(tiny(tmp_path / "sweep"), [0], verbosity="quiet")
+    log = (tmp_path / "sweep" / "seed0" / "console.log").read_text()
+    assert f"Ctrl-C saves; resume with: fastres train --resume {tmp_path / 'sweep'}\n" in log
 
 
 def test_clean_training_error_is_recorded_and_changes_nothing(alone: Path, tmp_path: Path) -> None:

@@ -54,13 +54,27 @@ class Kernels:
             self.conv_weight_grad = kernel("conv_weight_grad", *[POINTER] * 3, *[INT64] * 5, INT)
 
 
-@functools.cache
 def kernels() -> Kernels:
     """The kernels, built on first use (two seconds) and kept in the cache for the next process.
 
     Raises:
         MachineError: This is not Linux, there is no g++, it does not build, or the cache cannot be used.
     """
+    if isinstance(built := _built(), MachineError):
+        raise MachineError(str(built))
+    return built
+
+
+@functools.cache
+def _built() -> Kernels | MachineError:
+    """The kernels, or why there are none: once a process, since a compiler that fails takes its seconds too."""
+    try:
+        return _build()
+    except MachineError as error:
+        return error
+
+
+def _build() -> Kernels:
     if platform.system() != "Linux":
         raise MachineError(f"they are for Linux, and this is {platform.system()}")
     if (compiler := shutil.which(COMPILER)) is None:
