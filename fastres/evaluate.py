@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastres import checkpoint
+from fastres import checkpoint, gpu
 from fastres.build import EVALUATION_BATCH, Mean, empty_net, load_images, place
 from fastres.config import Execution, Model, RunConfig
 from fastres.console import percent
@@ -20,7 +20,7 @@ from fastres.data.resident import evaluation_batches
 from fastres.errors import InputError
 from fastres.evaluator import Evaluation, Evaluator
 from fastres.models.imagenet import Network
-from fastres.rundir import RunDir
+from fastres.rundir import RunDir, found_again
 from fastres.runtime import Runtime, prepare
 from fastres.weights import read_weights
 
@@ -30,7 +30,7 @@ Channels = tuple[float, float, float]
 # What a single pass over the test images does not pay for, whatever the run was trained with and on.
 ONE_PASS: dict[str, Any] = {
     "device": "auto", "compile": False, "cuda_graph": False, "shadow_weights": False, "native": False,
-    "layer_kernels": False,
+    "layer_kernels": False, "threads": 0,
 }  # fmt: skip
 OTHER_IMAGES = "measured on other images than those of the run"
 
@@ -58,16 +58,21 @@ class Outcome:
     target: str
     model: str  # ResNet20
     step: int | None  # of training; None where the file does not say
+    held_out: str  # the images it was tested on: "test" or "validation"
     images: ImageSet
     evaluation: Evaluation
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: test_error, test_loss, class_errors by name, confusion, and what was tested on what."""
+        """JSON-ready: test_error, test_loss, class_errors by name, confusion, and what was tested on what.
+
+        Of the validation images where `held_out` says so.
+        """
         names = self.images.class_names
         return {
             "target": self.target,
             "model": self.model,
             "step": self.step,
+            "held_out": self.held_out,
             "test_error": self.evaluation.error,
             "test_loss": self.evaluation.loss,
             "class_errors": dict(zip(names, self.evaluation.class_errors, strict=True)),
@@ -95,7 +100,8 @@ def evaluate_target(
     trained = load_trained(target, execution, arch=arch, dataset=dataset, mean=mean, std=std, say=say)
     num_classes = len(trained.images.class_names)
     evaluator = Evaluator(trained.net, trained.batches(), num_classes=num_classes, dtype=trained.runtime.dtype)
-    return Outcome(str(target), trained.name, trained.step, trained.images, evaluator())
+    held_out = trained.config.data.held_out if trained.config else "test"
+    return Outcome(str(target), trained.name, trained.step, held_out, trained.images, evaluator())
 
 
 def load_trained(
@@ -130,7 +136,9 @@ def load_trained(
     saved = _saved(target, say)
     foreign = None if saved else read_weights(target)  # before a download for nothing
     config = RunConfig.from_dict(saved.meta["config"]) if saved else None
-    tree = (config or RunConfig()).to_dict()
+    tree = found_again((config or RunConfig()).to_dict())
+    if tree["execution"]["precision"] == "tf32" and not gpu.available():
+        tree["execution"]["precision"] = "fp32"
     chosen = RunConfig.from_dict(
         {
             "execution": {**tree["execution"], **ONE_PASS, **execution},
@@ -153,8 +161,11 @@ def load_trained(
                 f"--arch {arch}: the tensors of {target} are those of --arch {foreign.arch or 'resnet or plain'}"
             )
         own: Literal["resnet", "plain"] = "plain" if arch == "plain" else "resnet"
+        if std is not None and mean is None:
+            raise InputError("--std goes with --mean, the other half of what the weights were trained with; add it")
         model = Model(arch=foreign.arch or own, depth=foreign.depth, shortcut=foreign.shortcut)
         weights, step = foreign.state, None
+        say(_assumed(target, model, guessed=arch is None and foreign.arch is None, mean=mean, std=std))
         mean_image = images.mean_image() if mean is None else np.full((32, 32, 3), mean, np.float32) * 255
     if not checkpoint.all_finite(weights):
         raise InputError(f"{target} holds weights that are NaN or Inf; whatever it answers means nothing")
@@ -171,6 +182,18 @@ def load_trained(
         caveats=_caveats(saved, images),
         batches=functools.partial(_batches, images, mean_image, std, runtime, chosen.execution),
     )
+
+
+def _assumed(target: Path, model: Model, *, guessed: bool, mean: Channels | None, std: Channels | None) -> str:
+    """What weights of another project do not say of themselves, in a line."""
+    kind = f"{RunConfig(model=model).name}, shortcut {model.shortcut}" + (" (--arch plain if not)" if guessed else "")
+    if mean is None:
+        pixels = f"pixels less the training images' mean image, times {SCALE:g} (--mean and --std if not)"
+    else:
+        pixels = f"pixels of 0 to 1 less {mean}" + (
+            f", over {std}" if std else f", times {255 * SCALE:g} (--std if not)"
+        )
+    return f"{target}: taken for {kind}; {pixels}"
 
 
 def _saved(target: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
@@ -243,8 +266,9 @@ def report(outcome: Outcome) -> str:
     note = "" if data.official else f", not the official files ({data.test_digest()[:23]}...)"
     worst = max(error or 0.0 for error in outcome.evaluation.class_errors) or 1.0
     width = max(map(len, data.class_names))
+    found = outcome.evaluation
     lines = [
-        f"{outcome.model}{at}: test error {percent(outcome.evaluation.error)}, loss {outcome.evaluation.loss:.4f}",
+        f"{outcome.model}{at}: {outcome.held_out} error {percent(found.error)}, loss {found.loss:.4f}",
         f"{outcome.evaluation.num_images:,} images of {data.name}{note}",
     ]
     for name, error in zip(data.class_names, outcome.evaluation.class_errors, strict=True):

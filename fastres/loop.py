@@ -22,7 +22,7 @@ from fastres.member import Member, make_members
 from fastres.models.cifar import num_parameters
 from fastres.resolve import runtime_of
 from fastres.result import RunResult, result_of, summary
-from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, default_path, remove_empty, resume_with
+from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, default_path, found_again, remove_empty, resume_with
 from fastres.runstate import RunState, load_states, record_environment
 from fastres.runtime import Runtime, peak_memory, synchronize
 from fastres.step import TrainStep
@@ -295,7 +295,7 @@ def _reopen(path: Path, asked: RunConfig | None) -> tuple[RunDir, RunConfig]:
     run = RunDir.open(path)
     stored = run.config()
     check_same(run, stored if asked is None else asked)
-    return run, asked or stored
+    return run, asked or RunConfig.from_dict(found_again(stored.to_dict()))
 
 
 def check_same(run: RunDir, config: RunConfig) -> None:

@@ -146,12 +146,18 @@ class RunDir:
         except OSError as error:
             raise disk_error(error, self.path, 0) from error
 
+    def environments(self) -> list[dict[str, Any]]:
+        """What environment.json has of the first process, then of those that resumed it; none where it is damaged."""
+        try:
+            first = self.read_json(ENVIRONMENT)
+        except InputError:
+            return []
+        resumed = first.get("resumed")
+        return [first, *(one for one in (resumed if isinstance(resumed, list) else []) if isinstance(one, dict))]
+
     def data(self) -> dict[str, Any]:
         """The images as recorded in environment.json: name, digest, official. {} where that is missing or damaged."""
-        try:
-            data = self.read_json(ENVIRONMENT).get("data")
-        except InputError:
-            return {}
+        data = next((one.get("data") for one in self.environments()), None)
         return data if isinstance(data, dict) else {}
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
@@ -251,6 +257,14 @@ def new_folder(name: str) -> Path:
 def resume_with(path: Path) -> str:
     """How to resume a run or a sweep."""
     return f"resume with: fastres train --resume {shlex.quote(str(path))}"
+
+
+def found_again(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config, without a data folder that is gone since (the run was moved): it is looked for as by default."""
+    execution = dict(tree.get("execution", {}))
+    if execution.get("data_dir") and not Path(execution["data_dir"]).exists():
+        execution["data_dir"] = None
+    return {**tree, "execution": execution}
 
 
 def remove_empty(path: Path) -> None:

@@ -22,7 +22,7 @@ from fastres.files import write_json
 from fastres.guards import AGAIN, Interrupt, stopped
 from fastres.loop import check_loader, check_same, train_together
 from fastres.result import RunResult, result_of
-from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, is_left_behind, new_folder, resume_with
+from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, found_again, is_left_behind, new_folder, resume_with
 from fastres.runtime import prepare
 
 SWEEP = "sweep.json"
@@ -68,7 +68,7 @@ def train_seeds(
     folder = Path(resume) if resume is not None else None
     if folder is not None:
         stored = read_sweep(folder)
-        config, seeds = config or RunConfig.from_dict(stored["config"]), seeds or stored["seeds"]
+        config, seeds = config or RunConfig.from_dict(found_again(stored["config"])), seeds or stored["seeds"]
     config = config or RunConfig()
     check_loader(config)
     if not seeds or len(set(seeds)) < len(seeds):

@@ -1,6 +1,7 @@
 """evaluate.py: a run, its checkpoint and foreign weights are tested as they were trained to see images."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -187,3 +188,38 @@ def test_a_run_that_had_a_gpu_is_tested_without_one(run: Path, tmp_path: Path) -
     checkpoint.save(tmp_path, saved.tensors, {**saved.meta, "config": config})
     outcome = evaluate_target(tmp_path / checkpoint.NEWEST, {"device": "cpu", "precision": "fp32"}, say=lambda _: None)
     assert outcome.evaluation == outcome_of(run).evaluation
+
+
+def test_a_run_of_another_machine_is_tested_by_this_ones_means(run: Path, tmp_path: Path) -> None:
+    """More threads than there are here, TF32 without a GPU, a data folder that was left behind."""
+    saved = checkpoint.load(run / checkpoint.NEWEST)
+    config = saved.meta["config"]
+    config["execution"] |= {"threads": 100_000, "precision": "tf32", "data_dir": str(tmp_path / "gone")}
+    checkpoint.save(tmp_path, saved.tensors, {**saved.meta, "config": config})
+    outcome = evaluate_target(tmp_path / checkpoint.NEWEST, {"device": "cpu"}, say=lambda _: None)
+    assert outcome.evaluation.confusion == outcome_of(run).evaluation.confusion
+
+
+def test_validation_images_are_called_that(run: Path) -> None:
+    outcome = replace(outcome_of(run), held_out="validation")
+    assert "at step 16: validation error " in report(outcome)
+    assert outcome.to_dict()["held_out"] == "validation"
+
+
+def test_what_is_assumed_of_foreign_weights_is_told(tmp_path: Path) -> None:
+    save_file(CifarNet(8).state_dict(), tmp_path / "w.safetensors")
+    said: list[str] = []
+
+    def ask(**how: object) -> str:
+        said.clear()
+        evaluate_target(tmp_path / "w.safetensors", CPU, dataset="synthetic", say=said.append, **how)  # type: ignore[arg-type]
+        return next(line for line in said if "taken for" in line).partition("taken for ")[2]
+
+    assert ask() == (
+        "ResNet8, shortcut A (--arch plain if not); pixels less the training images' mean image, times 0.015625 "
+        "(--mean and --std if not)"
+    )
+    half = (0.5, 0.5, 0.5)
+    assert ask(arch="plain", mean=half, std=half) == f"PlainNet8, shortcut A; pixels of 0 to 1 less {half}, over {half}"
+    with pytest.raises(InputError, match="--std goes with --mean"):
+        ask(std=half)

@@ -12,7 +12,7 @@ import torch
 from fastres import checkpoint
 from fastres.config import make_config
 from fastres.errors import InputError, MachineError
-from fastres.rundir import METRICS, RunDir, default_path, remove_empty
+from fastres.rundir import METRICS, RunDir, default_path, found_again, remove_empty
 
 
 def test_non_empty_folders_are_refused_or_moved_aside(tmp_path: Path) -> None:
@@ -170,3 +170,11 @@ def test_default_paths_do_not_collide(tmp_path: Path, monkeypatch: pytest.Monkey
         paths.add(path)
     assert len(paths) == 3
     assert all(p.name.startswith("plainnet56-seed4-") for p in paths)
+
+
+def test_a_data_folder_that_is_gone_is_looked_for_elsewhere(tmp_path: Path) -> None:
+    tree = {"execution": {"data_dir": str(tmp_path), "threads": 1}, "seed": 3}
+    assert found_again(tree) == tree
+    tree["execution"] = {"data_dir": str(tmp_path / "gone"), "threads": 1}
+    assert found_again(tree) == {"execution": {"data_dir": None, "threads": 1}, "seed": 3}
+    assert found_again({"seed": 3}) == {"seed": 3, "execution": {}}

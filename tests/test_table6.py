@@ -35,7 +35,7 @@ def make_run(
     run = RunDir.create(path)
     run.write_json("config.json", config.to_dict())
     data = {"name": "cifar10", "digest": "sha256:0", "official": official}
-    run.write_json("environment.json", {"gpu": "GPU X", "cpu": "CPU", "data": data})
+    run.write_json("environment.json", {"gpu": "GPU X", "cpu": "CPU", "precision": "bf16", "data": data})
     run.append_metrics({"kind": "train", "step": 100, "loss": 1.0, "error": 0.5, "lr": 0.1})
     if diverged:
         run.write_json("diverged.json", {"step": 100, "why": "NaN"})
@@ -64,8 +64,20 @@ def test_a_row_by_hand(tmp_path: Path) -> None:
     assert row.paper == 0.0875
     assert row.delta == pytest.approx(-0.0005)
     assert row.verdict == "within the paper's spread"
-    assert (row.seconds, row.images_per_second, row.machines) == (80.0, 100_000.0, ("GPU X",))
+    assert (row.seconds, row.images_per_second, row.machines) == (80.0, 100_000.0, ("GPU X, bf16",))
     assert [Path(run).name for run in row.runs] == [f"resnet20-{k}" for k in range(5)]
+
+
+def test_precisions_are_told_where_they_differ(tmp_path: Path) -> None:
+    runs = make_net(tmp_path, "resnet", 20, ERRORS)
+    assert "bf16" not in note_of(runs)
+    first = runs[1].read_json("environment.json")
+    runs[1].write_json("environment.json", {**first, "resumed": [{"step": 50, **first, "precision": "fp32"}]})
+    runs += make_net(tmp_path, "plain", 20, ERRORS)
+    assert "ResNet-20 in bf16 and fp32" in note_of(runs)
+    row, _ = table6.rows_of(runs)
+    assert row.machines == ("GPU X, bf16", "GPU X, fp32")
+    assert "GPU X, fp32" in table6.markdown([row], note="")
 
 
 def test_the_last_step_is_the_result_not_the_best(tmp_path: Path) -> None:
@@ -180,7 +192,7 @@ def test_a_run_that_did_not_record_its_images(tmp_path: Path) -> None:
     remade(runs[3], official=None)
     (row,) = table6.rows_of(runs)
     assert (row.n, row.caveat, row.machines) == (
-        5, "which images were used was not recorded", ("GPU X", "machine not recorded"),
+        5, "which images were used was not recorded", ("GPU X, bf16", "machine not recorded"),
     )  # fmt: skip
     assert "which images were used was not recorded" in note_of(runs)
     with pytest.raises(OutsideTolerance, match="not recorded"):

@@ -118,7 +118,7 @@ def bench(
         execution=given(
             device=device,
             threads=threads,
-            data_dir=None if data_dir is None else str(data_dir),
+            data_dir=None if data_dir is None else str(data_dir.absolute()),
         ),
     )
     switches: dict[str, Any] = {

@@ -134,7 +134,7 @@ def reproduce(
             precision=precision,
             loader=loader,
             threads=threads,
-            data_dir=None if data_dir is None else str(data_dir),
+            data_dir=None if data_dir is None else str(data_dir.absolute()),
             data_urls=data_url,
         ),
     }

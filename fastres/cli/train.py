@@ -285,7 +285,7 @@ def train(
             layer_kernels=layer_kernels,
             channels_last=channels_last,
             threads=threads,
-            data_dir=None if data_dir is None else str(data_dir),
+            data_dir=None if data_dir is None else str(data_dir.absolute()),
             data_urls=data_url,
         ),
         output=given(
@@ -336,9 +336,8 @@ def train(
 def _resumed(path: Path) -> dict[str, Any]:
     """The config of a run or a sweep that is to go on."""
     from fastres import sweep
-    from fastres.rundir import RunDir
+    from fastres.rundir import RunDir, found_again
 
     if sweep.is_sweep(path):
-        tree: dict[str, Any] = sweep.read_sweep(path)["config"]
-        return tree
-    return RunDir.open(path).config().to_dict()
+        return found_again(sweep.read_sweep(path)["config"])
+    return found_again(RunDir.open(path).config().to_dict())

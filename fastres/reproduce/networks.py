@@ -99,12 +99,17 @@ def _network(name: str, members: Sequence[tuple[RunConfig, RunDir]]) -> Network:
 def note_of(runs: Iterable[RunDir]) -> str:
     """What a reader must be told of the runs behind a table or figure, on its face; "" where there is nothing.
 
-    Data that is not the official CIFAR-10 files, every difference from the paper's recipe, and every choice that is not
-    our default where the paper leaves it open. What is not so of all networks names those of which it is.
+    Data that is not the official CIFAR-10 files, precisions where a network has several, every difference from the
+    paper's recipe, and every choice that is not our default where the paper leaves it open. What is not so of all
+    networks names those of which it is.
     """
     read = [(run.config(), run) for run in runs]
     named = [(paper_name(config.model.arch, config.model.depth), config, run) for config, run in read]
     notes = remarks((name, _on_images(config, run)) for name, config, run in named)
+    precisions: dict[str, set[str]] = {}
+    for name, _, run in named:
+        precisions.setdefault(name, set()).update(str(e["precision"]) for e in run.environments() if "precision" in e)
+    notes += [f"{name} in {' and '.join(sorted(some))}" for name, some in precisions.items() if len(some) > 1]
     return "; ".join([*notes, *recipe_notes((name, config) for name, config, _ in named)])
 
 

@@ -203,7 +203,7 @@ def responses(subject: Subject) -> str:
     stds = subject.answers.responses
     said = note(
         "Standard deviation of the output of each 3x3 layer, after batch norm and before ReLU or addition, "
-        "over the test images (the paper's Figure 7)."
+        f"over the {subject.held_out} images (the paper's Figure 7)."
     )
     charts = [
         f"<div><h3>{title}</h3>{_response_chart(values, label)}</div>"
@@ -276,10 +276,13 @@ def environment(subject: Subject) -> str:
         for name, value in subject.environment.items()
         if name not in ("data", "resumed") and value is not None
     ]
-    resumed = subject.environment.get("resumed")
-    if isinstance(resumed, list):
-        steps = ", ".join(_plain(r.get("step")) for r in resumed if isinstance(r, dict))
-        machine.append(("resumed", f"at step {steps}", ""))
+    for one in subject.run.folder.environments()[1:]:
+        changed = [
+            f"{key.replace('_', ' ')} {_plain(value)}"
+            for key, value in one.items()
+            if key not in ("data", "step") and value is not None and value != subject.environment.get(key)
+        ]
+        machine.append(("resumed", f"at step {_plain(one.get('step'))}", ", ".join(changed)))
     left = f"<div><h3>Data</h3>{keys(data) if data else note('Not recorded.')}</div>"
     return section(
         "Data and environment", f'<div class="pair">{left}<div><h3>Environment</h3>{keys(machine)}</div></div>'

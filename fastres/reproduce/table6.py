@@ -22,7 +22,7 @@ from fastres.files import write_json, write_text
 from fastres.reproduce.networks import Network, by_network
 from fastres.reproduce.paper import TABLE_6, TOLERANCE, differences
 from fastres.result import RunResult, result_of
-from fastres.rundir import ENVIRONMENT, RunDir
+from fastres.rundir import RunDir
 from fastres.sweep import status
 
 FEW = 3  # runs from which on a mean is judged, and has an interval: of two it would reach below zero
@@ -61,7 +61,7 @@ class Row:
     data: str | None  # digest of the images, where recorded
     seconds: float | None  # of the training clock, a run; of runs side by side their share of it
     images_per_second: float | None  # summed over runs side by side
-    machines: tuple[str, ...]  # GPUs, or CPUs
+    machines: tuple[str, ...]  # GPUs, or CPUs, each with its precision
     runs: tuple[str, ...]  # folders behind the row
 
 
@@ -89,7 +89,7 @@ def _row(network: Network) -> Row:
             except InputError:
                 damaged += 1
             else:
-                machines.add(_machine(run))
+                machines |= _machines(run)
     diverged = sum(status(run.path) == "diverged" for _, run in network.runs)
     errors = [result.test_error for result in results.values()]
     published = TABLE_6.get((network.config.model.arch, network.config.model.depth))
@@ -127,13 +127,13 @@ def _row(network: Network) -> Row:
     )
 
 
-def _machine(run: RunDir) -> str:
-    """GPU, or else CPU, on which a run was trained."""
-    try:
-        found = run.read_json(ENVIRONMENT)
-    except InputError:
-        return "machine not recorded"
-    return str(found.get("gpu") or found.get("cpu") or "machine not recorded")
+def _machines(run: RunDir) -> set[str]:
+    """GPU, or else CPU, on which a run was trained, and in which precision; several where it was resumed elsewhere."""
+    found = {
+        ", ".join(filter(None, (env.get("gpu") or env.get("cpu") or "machine not recorded", env.get("precision"))))
+        for env in run.environments()
+    }
+    return found or {"machine not recorded"}
 
 
 def interval(errors: Sequence[float]) -> tuple[float, float] | None:
