@@ -81,8 +81,10 @@ def footnote(report: Report) -> str:
     )
     off = any(abs(cell["profiled_over_step"] - 1) > PROFILE_TOLERANCE for cell in report["cells"])
     note = f"\n*: more than {PROFILE_TOLERANCE:.0%} off the step's own time; read the parts with care." if off else ""
+    turns = f"{rounds} round{'s' if rounds > 1 else ''}"
     return (
-        f"Medians of {rounds} rounds of the unmodified step, cells in turns, after compilation and first steps.\n"
+        f"Medians of {turns} of the unmodified step, cells in turns, after compilation and first steps; "
+        f"{_conditions(report)}.\n"
         f"x floor: over the least time that arithmetic and memory traffic need here, as measured now: {ceilings}.{note}"
     )
 
@@ -190,7 +192,21 @@ def draw(report: Report, path: Path) -> None:
 def _machine(report: Report) -> str:
     env = report["environment"]
     commit = f", commit {short(env['commit'])}" if env.get("commit") else ""
-    return f"{env['gpu'] or env['cpu']}, {env['threads']} CPU threads, torch {env['torch']}{commit}"
+    threads = f"{env['threads']} CPU thread{'s' if env['threads'] != 1 else ''}"
+    return f"{env['gpu'] or env['cpu']}, {threads}, torch {env['torch']}{commit}"
+
+
+def _conditions(report: Report) -> str:
+    """What every reader asks first: batch size, precision, whose kernels; all that occur."""
+    cells = report["cells"]
+    batches = sorted({cell["config"]["recipe"]["batch_size"] for cell in cells})
+    resolved = [cell.get("resolved") or {} for cell in cells]  # reports from before had none
+    precisions = sorted({found["precision"] for found in resolved if "precision" in found})
+    kernels = {found["native"] for found in resolved if "native" in found}
+    whose = "" if not kernels else "fastres' own kernels" if kernels == {True} else "torch's kernels"
+    if len(kernels) > 1:
+        whose = "fastres' own kernels or torch's"
+    return ", ".join(filter(None, [f"batch {' or '.join(map(str, batches))}", " or ".join(precisions), whose]))
 
 
 def short(commit: str) -> str:

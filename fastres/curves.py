@@ -93,7 +93,7 @@ def figure_of(
     farthest = max((float(line.x[-1]) for curve in curves for line in curve.lines), default=0.0)
     unit, scale = time_unit(farthest) if x == "time" else ("steps" if x == "step" else "epochs", 1.0)
     key, runs = _key_of_legend(curves, what), _runs_of_legend(curves, title)
-    rows = sum(math.ceil(len(entries) / _columns(entries)) for entries in (key, runs) if entries)
+    rows = sum(_rows(entries) for entries in (key, runs) if entries)
     room = LEGEND_ROW * rows + 0.05  # inches
     figure = Figure(figsize=(7.4, AXES_HEIGHT + room), layout="constrained")
     axes, below = figure.subplots(2, height_ratios=(AXES_HEIGHT - 0.7, room))
@@ -169,6 +169,19 @@ def _columns(entries: Sequence[Entry]) -> int:
     return 1
 
 
+def _rows(entries: Sequence[Entry]) -> int:
+    """Lines of text that the legend takes: in one column a label may be several."""
+    columns = _columns(entries)
+    if columns > 1:
+        return math.ceil(len(entries) / columns)
+    return sum(len(_lines(label)) for _, label in entries)
+
+
+def _lines(label: str) -> list[str]:
+    """A label, folded where it is wider than the figure."""
+    return textwrap.wrap(label, LEGEND_WIDTH - HANDLE) or [label]
+
+
 def _legend(axes: "Axes", entries: Sequence[Entry], place: Literal["upper center", "lower center"]) -> "Legend":
     legend = axes.legend(
         [handle for handle, _ in entries],
@@ -184,7 +197,7 @@ def _legend(axes: "Axes", entries: Sequence[Entry], place: Literal["upper center
     )
     for text, (_, label) in zip(legend.get_texts(), entries, strict=True):
         text.set_parse_math(False)
-        text.set_text(label)
+        text.set_text("\n".join(_lines(label)))
     return legend
 
 

@@ -20,6 +20,7 @@ from fastres.errors import Diverged, InputError
 from fastres.guards import Interrupt, check_memory, explained_memory_errors, interrupts, stopped
 from fastres.member import Member, make_members
 from fastres.models.cifar import num_parameters
+from fastres.models.depth import IMAGENET_BLOCKS
 from fastres.resolve import runtime_of
 from fastres.result import RunResult, result_of, summary
 from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, default_path, found_again, remove_empty, resume_with
@@ -187,6 +188,10 @@ def _run(
         if first:
             console.say(f"resuming from step {first:,} of {', '.join(str(run.path) for run in runs)}")
         console.say(_introduction(config, members, images, runtime))
+        if config.model.arch != "imagenet" and config.model.depth in IMAGENET_BLOCKS:
+            console.say(
+                f"this is the CIFAR network of that depth; ImageNet's is --model ImageNetResNet{config.model.depth}"
+            )
         if recipe.schedule == "step" and recipe.milestones and recipe.milestones[0] >= recipe.steps:
             console.say(
                 f"the learning rate never falls: the first of --milestones, {recipe.milestones[0]:,}, does not come "

@@ -73,14 +73,26 @@ class Run:
         )
 
 
-def read_runs(paths: Iterable[Path]) -> tuple[str, list[Run]]:
+def read_runs(paths: Iterable[Path], say: Callable[[str], None]) -> tuple[str, list[Run]]:
     """The runs that paths name, and what they have in common: "ResNet20, cifar10, seed 0".
 
+    `say` is told of each whose config cannot be read, and which is left out.
+
     Raises:
-        InputError: A path is no run folder and holds none, or a config cannot be read.
+        InputError: A path is no run folder and holds none, or no config can be read.
     """
-    folders = find_runs(paths)
-    configs = [folder.config() for folder in folders]
+    folders, configs = list[RunDir](), list[RunConfig]()
+    problems = list[InputError]()
+    for folder in find_runs(paths):
+        try:
+            configs.append(folder.config())
+            folders.append(folder)
+        except InputError as error:
+            problems.append(error)
+    if not folders:
+        raise problems[0]
+    for problem in problems:
+        say(f"{problem}; left out")
     common, labels = tell_apart(configs, [folder.path.resolve().name for folder in folders])
     read = zip(folders, configs, labels, strict=True)
     runs = [Run(folder, config, folder.metrics(), label) for folder, config, label in read]
@@ -184,7 +196,7 @@ def plot_runs(
     """
     if out is not None:
         check_figure(out)
-    common, runs = read_runs(paths)
+    common, runs = read_runs(paths, say)
     curves = {id(run): run.curve(what=what, x=x, smooth=smooth) for run in runs}
     drawn = [run for run in runs if curves[id(run)].lines]
     if not drawn:

@@ -40,14 +40,17 @@ class RunResult:
 
 def result_of(run: RunDir) -> RunResult:
     """The result of a finished run. Raises InputError where it is not finished or its file is damaged."""
-    values = run.read_json(RESULT)
+    remedy = (
+        f"Remove that file, and resuming the run makes it again: fastres train --resume {shlex.quote(str(run.path))}"
+    )
+    try:
+        values = run.read_json(RESULT)
+    except InputError as error:
+        raise InputError(f"{error}. {remedy}" if (run.path / RESULT).exists() else str(error)) from error
     found = {key: values.get(key) for key in RunResult.__dataclass_fields__ if key != "run"}
     for key, value in found.items():
         if not _fits(key, value):
-            raise InputError(
-                f"{run.path / RESULT} is damaged: {key} is {value!r}. Remove that file, and resuming the run makes it "
-                f"again: fastres train --resume {run.path}"
-            )
+            raise InputError(f"{run.path / RESULT} is damaged: {key} is {value!r}. {remedy}")
     return RunResult(run=run.path, **found)  # type: ignore[arg-type]  # checked above
 
 

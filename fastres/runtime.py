@@ -100,6 +100,11 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler logs that there is no GPU
     if device.type == "cuda":
         _set_up_cuda(device, precision, deterministic=execution.deterministic)
+    graph = device.type == "cuda" and execution.cuda_graph is not False
+    if not compiled and (execution.compile_mode, execution.compile_scope) != ("default", "auto"):
+        notes.append("nothing is compiled here, so how to compile it makes no difference; --compile does")
+    if not graph and execution.graph_steps > 1:
+        notes.append("--graph-steps does nothing without a CUDA graph")
     scope = execution.compile_scope
     if scope == "auto":
         scope = "blocks" if device.type == "cuda" and depth >= DEEP else "whole"
@@ -108,7 +113,7 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
         precision=precision,
         compile_scope=scope if compiled else "none",
         compile_mode=execution.compile_mode,
-        cuda_graph=device.type == "cuda" and execution.cuda_graph is not False,
+        cuda_graph=graph,
         deterministic=execution.deterministic,
         shadow_weights=device.type == "cuda" and precision == "bf16" if shadows is None else shadows,
         native=native,
@@ -262,9 +267,7 @@ def _precision(name: str, device: torch.device) -> str:
         raise MachineError("--precision tf32 needs a GPU; use fp32 on the CPU")
     if name != "auto":
         return name
-    return (
-        "bf16" if _multiplies_bf16(host.bf16_features(), amd=host.cpu_info("vendor_id") == "AuthenticAMD") else "fp32"
-    )
+    return "bf16" if host.multiplies_bf16() else "fp32"
 
 
 def _native(execution: Execution, device: torch.device, precision: str) -> tuple[bool, str | None]:
@@ -301,15 +304,6 @@ def _triton(wanted: bool | None) -> tuple[bool, str | None]:
             raise MachineError("--native kernels need Triton, which this torch came without; use --no-native")
         return False, "training without fastres' own GPU kernels, more slowly: torch came without Triton"
     return True, None
-
-
-def _multiplies_bf16(flags: set[str], *, amd: bool) -> bool:
-    """Whether a CPU multiplies bf16 faster than fp32.
-
-    With AMX many times as fast; with AVX512-BF16 twice as fast on AMD's Zen 4, but at half of fp32's speed on an
-    Emerald Rapids whose AMX was hidden (docs/LOG.md).
-    """
-    return "amx_bf16" in flags or (amd and "avx512_bf16" in flags)
 
 
 def _keep_freed_memory() -> None:

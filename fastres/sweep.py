@@ -6,13 +6,13 @@ A sweep's folder holds a run folder for each seed and `sweep.json`, which says w
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from time import perf_counter
 from typing import Any, Literal
 
-from fastres import checkpoint
+from fastres import checkpoint, gpu
 from fastres.clock import Clocks
 from fastres.config import RunConfig
 from fastres.configtree import differences, is_int
@@ -22,8 +22,17 @@ from fastres.files import write_json
 from fastres.guards import AGAIN, Interrupt, stopped
 from fastres.loop import check_loader, check_same, train_together
 from fastres.result import RunResult, result_of
-from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, found_again, is_left_behind, new_folder, resume_with
-from fastres.runtime import prepare
+from fastres.rundir import (
+    CONFIG,
+    DIVERGED,
+    RESULT,
+    RunDir,
+    found_again,
+    is_left_behind,
+    new_folder,
+    remove_empty,
+    resume_with,
+)
 
 SWEEP = "sweep.json"
 SCHEMA = 1  # of sweep.json; a reader refuses what it does not know
@@ -74,11 +83,18 @@ def train_seeds(
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"seeds are {list(seeds)}; give each of them once, and at least one")
     folder = folder or (Path(config.output.out) if config.output.out else default_folder(config, seeds))
-    folders = seed_folders(folder, config, seeds)
+    folders, console = seed_folders(folder, config, seeds), console or Console(verbosity)
+    is_new = not is_sweep(folder)
     _write_sweep(folder, config, seeds)
-    console = console or Console(verbosity)
     how: dict[str, Any] = {"side_by_side": side_by_side, "deadline": deadline, "way_on": resume_with(folder)}
-    outcomes = train_all(folders, console=console, clocks=clocks, **how)
+    try:
+        outcomes = train_all(folders, console=console, clocks=clocks, **how)
+    except BaseException:
+        if is_new and not _begun(folders):  # nothing came of it: what it left would be in the way of the next
+            (folder / SWEEP).unlink(missing_ok=True)
+            if not config.output.out:
+                remove_empty(folder)
+        raise
     console.say(f"{spread(config.name, outcomes)}; {folder}")
     return outcomes
 
@@ -217,6 +233,8 @@ def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
     known: list[int] = []
     if is_sweep(folder):
         stored = read_sweep(folder)
+        if not _begun(folder / f"seed{seed}" for seed in stored["seeds"]):
+            stored |= {"config": own, "seeds": []}
         theirs, known = RunConfig.from_dict({**stored["config"], "seed": 0}), stored["seeds"]
         if changed := differences(theirs.experiment(), dataclasses.replace(config, seed=0).experiment()):
             raise InputError(f"{folder} is a sweep of another config ({'; '.join(changed)}); give another --out")
@@ -224,6 +242,11 @@ def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
         RunDir.check_free(folder, overwrite=False)
     del own["seed"]
     write_json(folder / SWEEP, {"schema": SCHEMA, "config": own, "seeds": list(dict.fromkeys([*known, *seeds]))})
+
+
+def _begun(paths: Iterable[Path]) -> bool:
+    """Whether there is anything of any of these runs."""
+    return any(status(path) != "missing" for path in paths)
 
 
 def _holds_only_seeds(folder: Path) -> bool:
@@ -239,7 +262,7 @@ def _groups(folders: Mapping[Path, RunConfig], side_by_side: int) -> list[dict[P
     for path, config in folders.items():
         if status(path) in ("finished", "diverged"):
             continue
-        most = side_by_side or (SIDE_BY_SIDE if prepare(config.execution).device.type == "cuda" else 1)
+        most = side_by_side or (SIDE_BY_SIDE if gpu.choose(config.execution.device)[0].type == "cuda" else 1)
         steps = checkpoint.steps(path) or {0}
         for k, group in enumerate(groups):
             other = next(iter(group.values()))

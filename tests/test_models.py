@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastres.errors import InputError
 from fastres.models.cifar import Block, CifarNet, init_he_, num_parameters, shortcut_of
 from fastres.models.depth import check_depth
+from fastres.models.imagenet import ImageNetNet
 from fastres.models.norm import BatchNorm
 
 # Design table: parameters, and the forward's multiply-adds of one image in millions
@@ -373,3 +374,28 @@ def test_other_depths_are_refused_with_the_nearest(depth: int, nearest: str) -> 
 def test_valid_depths_pass() -> None:
     for depth in (8, 20, 26, *COUNTS):
         check_depth(depth)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: CifarNet(20, shortcut="b"), "shortcut is 'b'; it must be one of A, B"),  # type: ignore[arg-type]
+        (lambda: CifarNet(20, pad="before"), "pad is 'before'; it must be one of both, after"),  # type: ignore[arg-type]
+        (lambda: CifarNet("20"), "depth is '20'; it must be an integer"),  # type: ignore[arg-type]
+        (lambda: CifarNet(18), "depth 18 is not 6n.2; nearest: 14 and 20; of the ImageNet networks: ImageNetResNet18"),
+        (lambda: ImageNetNet(18, stem="tiny"), "stem is 'tiny'; it must be one of small, large"),  # type: ignore[arg-type]
+        (lambda: ImageNetNet(18, shortcut="b"), "shortcut is 'b'"),  # type: ignore[arg-type]
+    ],
+)
+def test_options_that_there_are_not(make: Callable[[], nn.Module], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        make()
+
+
+@pytest.mark.parametrize("net", [CifarNet(8), ImageNetNet(18)], ids=["CifarNet", "ImageNetNet"])
+def test_a_network_may_be_bfloat16_itself(net: nn.Module) -> None:
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    exact = net.eval()(images)
+    found = net.bfloat16()(images.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).norm() < 0.05 * exact.norm()

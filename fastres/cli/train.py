@@ -200,7 +200,8 @@ def train(
         int | None, typer.Option(help="CPU threads; 0: one per core.", rich_help_panel=EXECUTION)
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A TOML file as --dry-run prints it; flags win over it.", rich_help_panel=OUTPUT)
+        list[Path] | None,
+        typer.Option(help="A TOML file as --dry-run prints it; flags win over it.", rich_help_panel=OUTPUT),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder (default: a new one in runs/).", rich_help_panel=OUTPUT)
@@ -247,7 +248,9 @@ def train(
     refuse_both("--resume", resume, "--out", out)
     refuse_both("--resume", resume, "--overwrite", overwrite or None)
     refuse_both("--resume", resume, "--preset", preset)
-    refuse_both("--resume", resume, "--config", config)
+    refuse_both("--resume", resume, "--config", config or None)
+    if config and len(config) > 1:
+        raise InputError(f"--config is given {len(config)} times; give one file")
     if warmup == "none":
         refuse_both("--warmup none", True, "--warmup-steps", warmup_steps)
         refuse_both("--warmup none", True, "--warmup-epochs", warmup_epochs)
@@ -296,7 +299,7 @@ def train(
             checkpoint_every=checkpoint_every,
         ),
     )
-    base = _resumed(resume) if resume is not None else based_on_preset(read_toml(config) if config else {}, preset)
+    base = _resumed(resume) if resume is not None else based_on_preset(read_toml(config[0]) if config else {}, preset)
     tree = merge(base, in_steps(flags, base, epochs, warmup_epochs))
     resolved = RunConfig.from_dict(tree if resume is not None else with_dependent_defaults(tree))
     if resolved.recipe.schedule == "linear" and milestones is not None:

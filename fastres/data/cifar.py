@@ -87,7 +87,7 @@ def load_cifar10(
     images = _decode(read, source, names)
     if not images.official:
         of = "its digest" if train else "the digest of its test images"
-        say(f"{source}: not the official CIFAR-10 ({of} is {images.digest}): used, and recorded with the results")
+        say(f"{source}: not the official CIFAR-10 ({of} is {images.digest}): used, and named in the results")
     return images
 
 

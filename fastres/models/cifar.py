@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastres.configtree import nearest
+from fastres.errors import InputError
 from fastres.models.depth import check_depth, num_blocks
 from fastres.models.layer import layer
 from fastres.models.norm import BatchNorm
@@ -76,11 +78,20 @@ def logits_of(maps: Tensor, fc: nn.Linear) -> Tensor:
     if maps.dtype not in (torch.bfloat16, torch.float16):
         return fc(maps.mean(dim=(2, 3)))  # type: ignore[no-any-return]
     with torch.autocast(maps.device.type, enabled=False):
-        return fc(maps.float().mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        # A network that is bfloat16 itself, not by autocast, has such a layer.
+        return fc(maps.float().mean(dim=(2, 3)).to(fc.weight.dtype))  # type: ignore[no-any-return]
+
+
+def check_option(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise InputError where an option of a network is none of those there are."""
+    if value not in known:
+        raise InputError(f"{name} is {value!r}; it must be one of {', '.join(known)}{nearest(str(value), known)}")
 
 
 class CifarNet(nn.Module):
     """ResNet or PlainNet for 32x32 images: 6n+2 layers, n blocks of two 3x3 layers at each of three map sizes.
+
+    Its weights are torch's initial ones until `init_he_` gives it the paper's, as training does.
 
     Args:
         depth: Layers with weights, 6n+2: 20, 32, 44, 56, 110, 1202, or any other.
@@ -96,7 +107,7 @@ class CifarNet(nn.Module):
             paper names neither, these are torch's.
 
     Raises:
-        InputError: The depth is not 6n+2.
+        InputError: The depth is not 6n+2, or there is no such option.
     """
 
     def __init__(
@@ -114,6 +125,8 @@ class CifarNet(nn.Module):
         super().__init__()
         self.depth, self.residual, self.shortcut = depth, residual, shortcut
         n = num_blocks(depth)
+        check_option("shortcut", shortcut, ("A", "B"))
+        check_option("pad", pad, ("both", "after"))
         norm = functools.partial(BatchNorm, eps=bn_eps, momentum=bn_momentum, group=norm_batch)
         kind = functools.partial(Block, residual=residual, shortcut=shortcut, pad=pad, norm=norm)
         self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)

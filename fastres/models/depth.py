@@ -1,5 +1,7 @@
 """Which depths exist. No torch here, so that `config.py` can ask."""
 
+import numbers
+
 from fastres.errors import InputError
 
 # Of the ImageNet networks: residual blocks at each of the four map sizes (He et al., CVPR 2016, Table 1)
@@ -24,8 +26,11 @@ def check_depth(depth: int, *, imagenet: bool = False) -> None:
             known = ", ".join(map(str, IMAGENET_BLOCKS))
             raise InputError(f"depth {depth} is none of the ImageNet networks'; they have {known} layers")
         return
+    if not isinstance(depth, numbers.Integral):
+        raise InputError(f"depth is {depth!r}; it must be an integer, 6n+2")
     if depth >= 8 and (depth - 2) % 6 == 0:
         return
     below = (depth - 2) // 6 * 6 + 2
     nearest = "nearest: 8" if depth < 8 else f"nearest: {below} and {below + 6}"
-    raise InputError(f"depth {depth} is not 6n+2; {nearest}")
+    other = f"; of the ImageNet networks: ImageNetResNet{depth}" if depth in IMAGENET_BLOCKS else ""
+    raise InputError(f"depth {depth} is not 6n+2; {nearest}{other}")

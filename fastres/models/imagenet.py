@@ -10,7 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.models.cifar import Block, CifarNet, logits_of, shortcut_of, zeros_of
+from fastres.models.cifar import Block, CifarNet, check_option, logits_of, shortcut_of, zeros_of
 from fastres.models.depth import IMAGENET_BLOCKS, check_depth
 from fastres.models.layer import layer
 from fastres.models.norm import BatchNorm
@@ -69,7 +69,7 @@ class ImageNetNet(nn.Module):
         pad, num_classes, norm_batch, bn_eps, bn_momentum: As of `CifarNet`.
 
     Raises:
-        InputError: There is no such depth.
+        InputError: There is no such depth or option.
     """
 
     residual = True
@@ -88,6 +88,9 @@ class ImageNetNet(nn.Module):
     ) -> None:
         super().__init__()
         check_depth(depth, imagenet=True)
+        check_option("stem", stem, ("small", "large"))
+        check_option("shortcut", shortcut, ("A", "B"))
+        check_option("pad", pad, ("both", "after"))
         self.depth, self.stem, self.shortcut = depth, stem, shortcut
         norm = functools.partial(BatchNorm, eps=bn_eps, momentum=bn_momentum, group=norm_batch)
         first = (7, 2, 3) if stem == "large" else (3, 1, 1)  # kernel, stride, padding

@@ -106,6 +106,12 @@ def train_missing(
     counts = [status(path) for path in folders]
     said = [f"{counts.count(kind)} {word}" for kind, word in _WORDS.items() if kind in counts]
     console.say(f"{_plural(len(folders), 'run')}: {', '.join(said)}")
+    for path in folders:
+        if status(path) == "finished":
+            try:
+                result_of(RunDir(path))
+            except InputError as error:
+                console.say(str(error))
     if "missing" in counts or "cut" in counts:
         _check_images(folders, console)
     whole = OverallProgress(folders)

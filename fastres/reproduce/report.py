@@ -61,7 +61,7 @@ def write_report(
     """
     if out is not None and out.suffix not in (".html", ".htm"):
         raise InputError(f"--out is {out}; give a name that ends in .html")
-    common, runs = read_runs(paths)
+    common, runs = read_runs(paths, say)
     subjects = []
     for count, run in enumerate(runs, 1):
         if evaluate:
