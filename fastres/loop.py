@@ -188,10 +188,8 @@ def _run(
         if first:
             console.say(f"resuming from step {first:,} of {', '.join(str(run.path) for run in runs)}")
         console.say(_introduction(config, members, images, runtime))
-        if config.model.arch != "imagenet" and config.model.depth in IMAGENET_BLOCKS:
-            console.say(
-                f"this is the CIFAR network of that depth; ImageNet's is --model ImageNetResNet{config.model.depth}"
-            )
+        if config.model.arch == "resnet" and config.model.depth in IMAGENET_BLOCKS:
+            console.say(f"this is a CIFAR network; ImageNet's of that depth is --model ImageNet{config.name}")
         if recipe.schedule == "step" and recipe.milestones and recipe.milestones[0] >= recipe.steps:
             console.say(
                 f"the learning rate never falls: the first of --milestones, {recipe.milestones[0]:,}, does not come "

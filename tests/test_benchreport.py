@@ -93,6 +93,17 @@ def test_tables_fit_a_terminal_and_show_the_numbers(report: Report) -> None:
     assert f"{first['over_floor']:.2f}" in row
 
 
+def test_the_footnote_has_the_conditions(report: Report) -> None:
+    assert "first steps; batch 8, fp32" in footnote(report)
+    other = json.loads(json.dumps(report))
+    for cell, precision, native in zip(other["cells"], ("bf16", "fp32"), (True, False), strict=False):
+        cell["resolved"] |= {"precision": precision, "native": native}
+    assert "; batch 8, bf16 or fp32, fastres' own kernels or torch's.\n" in footnote(other)
+    for cell in other["cells"]:
+        del cell["resolved"]
+    assert "first steps; batch 8.\n" in footnote(other)
+
+
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_the_chart(report: Report, tmp_path: Path, ending: str) -> None:
     draw(report, tmp_path / f"chart.{ending}")

@@ -229,7 +229,9 @@ def test_training_is_thin_test_bold_and_both_have_the_runs_colour() -> None:
     assert {line.get_color() for line in axes.lines} == set(COLORS[:2])
 
 
-@pytest.mark.parametrize("label", ["s", "ResNet110, lr 0.05, weight decay 0.0005, norm batch 64, seed"])
+@pytest.mark.parametrize(
+    "label", ["s", "ResNet110, lr 0.05, weight decay 0.0005, norm batch 64, seed", 9 * "momentum 0.85, " + "seed"]
+)
 @pytest.mark.parametrize("count", [1, 2, 9, 30])
 def test_the_legend_lies_outside_the_axes_and_inside_the_figure(count: int, label: str) -> None:
     records = [*falling(), {"kind": "warmup_end", "step": 40}]
@@ -245,7 +247,7 @@ def test_the_legend_lies_outside_the_axes_and_inside_the_figure(count: int, labe
         assert box.y0 >= 0
         assert box.x1 <= figure.bbox.x1
     assert axes.get_window_extent().height / figure.dpi == pytest.approx(3.7, abs=0.25)  # inches
-    texts = {text.get_text() for legend in legends for text in legend.get_texts()}
+    texts = {text.get_text().replace("\n", " ") for legend in legends for text in legend.get_texts()}
     assert texts >= {f"{label} 0", "test error", "as logged", "unfinished"}
     assert ("warm-up ends" in texts) == (count == 1)
 
@@ -359,6 +361,18 @@ def test_runs_that_got_nowhere(tmp_path: Path) -> None:
     assert said == [f"{empty} has logged no error yet: left out"]
     with pytest.raises(InputError, match="has logged no error yet"):
         plotted(tmp_path, empty)
+
+
+def test_a_run_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        made_run(tmp_path / "all" / name, seed=ord(name))
+    (tmp_path / "all" / "b" / "config.json").write_text("rubbish")
+    said: list[str] = []
+    _, runs = read_runs([tmp_path / "all"], said.append)
+    assert [run.label for run in runs] == ["seed 97", "seed 99"]
+    (line,) = said
+    assert "b/config.json cannot be read" in line
+    assert line.endswith("; left out")
 
 
 def test_standing_of_a_finished_run(tmp_path: Path) -> None:

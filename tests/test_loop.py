@@ -20,6 +20,7 @@ from fastres import build, checkpoint, loop, member, pace
 from fastres.clock import Clocks
 from fastres.data import synthetic
 from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfMemory
+from fastres.models.depth import IMAGENET_BLOCKS
 from fastres.rundir import RunDir
 from fastres.step import Replica, TrainStep
 from fastres.sweep import train_seeds
@@ -424,3 +425,13 @@ def test_the_training_error_is_over_an_epoch(monkeypatch: pytest.MonkeyPatch, wh
     train = [r for r in timeless_metrics(whole) if r["kind"] == "train"]  # windows of 5, 5, 5, 5 and 4 steps
     mean = sum(r["error"] * n for r, n in zip(train, (5, 5, 5, 5, 4), strict=True)) / 24
     assert json.loads((whole / "result.json").read_text())["train_error"] == pytest.approx(mean)
+
+
+def test_a_cifar_network_of_an_imagenet_networks_depth_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
+    monkeypatch.setitem(IMAGENET_BLOCKS, 8, (1, 1, 1, 1))
+    fastres.train(tiny(tmp_path / "run", recipe={"steps": 1}), verbosity="quiet")
+    told = "this is a CIFAR network; ImageNet's of that depth is --model ImageNetResNet8\n"
+    assert told in (tmp_path / "run" / "console.log").read_text()
+    assert told not in (whole / "console.log").read_text()

@@ -203,6 +203,19 @@ def test_a_gpu_too_old_for_triton_is_not_compiled_for(monkeypatch: pytest.Monkey
     assert any("without torch.compile, more slowly" in note for note in chosen.notes)
 
 
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (Execution(device="cpu", threads=1, compile_mode="max-autotune"), "nothing is compiled here"),
+        (Execution(device="cpu", threads=1, compile_scope="blocks"), "nothing is compiled here"),
+        (Execution(device="cpu", threads=1, graph_steps=8), "--graph-steps does nothing without a CUDA graph"),
+    ],
+)
+def test_what_does_nothing_is_told(how: Execution, says: str) -> None:
+    (note,) = prepare(how).notes
+    assert says in note
+
+
 def test_a_gpu_that_others_fill(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, (9, 0))
     for said, kind in (

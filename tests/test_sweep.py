@@ -19,7 +19,7 @@ from fastres import checkpoint, member, pace, sweep
 from fastres.cli.flags import parse_seeds
 from fastres.console import Console
 from fastres.data.dali import dali_available
-from fastres.errors import Diverged, InputError, Interrupted, OutOfTime
+from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfTime
 from fastres.member import Member
 from fastres.result import RunResult
 from fastres.rundir import RunDir, find_runs
@@ -207,6 +207,18 @@ def test_a_long_sweep_says_how_to_resume_all_of_it(tmp_path: Path, monkeypatch: 
     train_seeds(tiny(tmp_path / "sweep"), [0], verbosity="quiet")
     log = (tmp_path / "sweep" / "seed0" / "console.log").read_text()
     assert f"Ctrl-C saves; resume with: fastres train --resume {tmp_path / 'sweep'}\n" in log
+
+
+def test_a_sweep_that_cannot_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in (str(tmp_path / "sweep"), None):
+        with pytest.raises(MachineError):
+            train_seeds(tiny(Path("sweep"), execution={"device": "cuda:0"}, output={"out": out}), 2, verbosity="quiet")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert not (tmp_path / "runs").exists()
+    sweep._write_sweep(tmp_path / "old", tiny(tmp_path), [0, 1])  # as one is left that was killed at once
+    train_seeds(tiny(tmp_path / "old", recipe={"steps": 2, "lr": 0.2}), [5], verbosity="quiet")
+    assert json.loads((tmp_path / "old" / "sweep.json").read_text())["seeds"] == [5]
 
 
 def test_clean_training_error_is_recorded_and_changes_nothing(alone: Path, tmp_path: Path) -> None:
