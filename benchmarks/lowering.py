@@ -185,7 +185,8 @@ def _materialise(net: nn.Module, *, shadows: bool) -> None:
 
 def _fused(mode: Any, net: Any, images: Tensor, labels: Tensor, options: Any, *, layer_kernels: bool) -> dict[str, int]:
     """fastres' own kernels, and what is compiled behind them where that is not theirs too."""
-    from fastres import fusednet, layernet, step
+    from fastres import fusednet, layernet
+    from fastres.models.cifar import predict_maps
 
     count = [0]
 
@@ -197,17 +198,17 @@ def _fused(mode: Any, net: Any, images: Tensor, labels: Tensor, options: Any, *,
     weights = {name: parameter.detach() for name, parameter in net.named_parameters() if parameter.ndim == 4}
     if layer_kernels:
         layers = layernet.LayerNet(net, weights, len(images))
-        layers.forward(images, labels)
+        losses, _ = layers.forward(images, labels)
         forward, count[0] = count[0], 0
-        layers.backward()
+        layers.backward(losses)
         return {"forward": forward, "backward": count[0]}
     fused = fusednet.FusedNet(net, weights, len(images))
-    maps = fused.forward(images)
+    maps = fused.maps_of(images)
     forward, count[0] = count[0], 0
-    fused.backward(torch.zeros_like(maps))
+    fused.backward_from(torch.zeros_like(maps))
     head = lower(
         mode,
-        step._predict_maps,
+        predict_maps,
         maps.permute(0, 2, 3, 1).requires_grad_(),
         net.fc.weight,
         net.fc.bias,

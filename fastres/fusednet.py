@@ -6,15 +6,17 @@ backward, which carry along what neighbours need: the norm's sums, the shortcut 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastres.config import Model
-from fastres.models.cifar import WIDTHS, Block, CifarNet, logits_of
+from fastres.models.cifar import WIDTHS, Block, CifarNet, logits_of, predict_maps
 from fastres.models.norm import BatchNorm
+
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Launch(NamedTuple):
@@ -134,17 +136,19 @@ class FusedNet:
         net: On a GPU, and of a kind that `supports`; its running statistics move.
         weights: bfloat16, of the convolutions, by parameter name, channels last; read in each pass.
         batch_size: Images.
+        predict: `predict_maps`, or what a compiler makes of it.
 
     Attributes:
-        fc: The network's last layer, which is left to others.
         weight_grads: float32: of all convolutions, one after the other, as they lie in memory.
         norm_grads: float32: of scale and shift of all norms, one after the other.
     """
 
-    def __init__(self, net: nn.Module, weights: Mapping[str, Tensor], batch_size: int) -> None:
+    def __init__(
+        self, net: nn.Module, weights: Mapping[str, Tensor], batch_size: int, *, predict: Predict = predict_maps
+    ) -> None:
         assert isinstance(net, CifarNet)
-        self.batch_size = batch_size
-        self.fc, device = net.fc, net.fc.weight.device
+        self.batch_size, self._predict = batch_size, predict
+        self._fc, device = net.fc, net.fc.weight.device
         self.layers = layers_of(net, weights, batch_size)
         sizes = [layer.weight.numel() for layer in self.layers]
         self.weight_grads = torch.zeros(sum(sizes), device=device)
@@ -158,9 +162,36 @@ class FusedNet:
         self._table = torch.tensor(rows, dtype=torch.int32).to(device)
         self._images: Tensor | None = None
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of each layer: maps, result, statistics
+        self._maps: Tensor | None = None  # of the last forward, `(batch, h, w, channels)`
+
+    @property
+    def grads(self) -> tuple[Tensor, Tensor]:
+        """`weight_grads` and `norm_grads`; the last layer's are in its `.grad`."""
+        return self.weight_grads, self.norm_grads
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean cross-entropy, float32, and the number of wrong answers, int32: both `()`.
+
+        Args:
+            images: bfloat16 `(batch, 3, 32, 32)`, channels last.
+            labels: int64 `(batch,)`.
+
+        Raises:
+            ValueError: Images of another number, shape, dtype, layout or device.
+        """
+        self._maps = self.maps_of(images).permute(0, 2, 3, 1).requires_grad_()
+        return self._predict(self._maps, self._fc.weight, self._fc.bias, labels)
+
+    def backward(self, loss: Tensor) -> None:
+        """All gradients; `loss` is what `forward` gave, which must be the last call."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert self._maps is not None
+        assert self._maps.grad is not None
+        self.backward_from(self._maps.grad.permute(0, 3, 1, 2))
+        self._maps = None
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def maps_of(self, images: Tensor) -> Tensor:
         """Images `(batch, 3, 32, 32)` -> the last block's maps `(batch, 64, 8, 8)`, both bfloat16 and channels last."""
         check_images(images, self.layers[0].weight)
         if len(images) != self.batch_size:
@@ -190,11 +221,11 @@ class FusedNet:
         return source
 
     @torch.no_grad()
-    def backward(self, grad: Tensor) -> None:
+    def backward_from(self, grad: Tensor) -> None:
         """Fill `weight_grads` and `norm_grads`.
 
         Args:
-            grad: Of what `forward` gave, which must have been the last call.
+            grad: Of what `maps_of` gave, which must have been the last call.
         """
         conv, norms = _kernels()
         grads: list[Tensor | None] = [None] * len(self.layers)  # of each layer's result

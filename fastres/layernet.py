@@ -201,8 +201,13 @@ class LayerNet:
         self._ends = grad, shares
         return losses, wrong
 
+    @property
+    def grads(self) -> tuple[Tensor, Tensor]:
+        """`weight_grads` and `other_grads`."""
+        return self.weight_grads, self.other_grads
+
     @torch.no_grad()
-    def backward(self) -> None:
+    def backward(self, loss: Tensor) -> None:  # noqa: ARG002 (the kernels have its gradient)
         """Fill `weight_grads` and `other_grads`, by the mean of what `forward` gave, which must be the last call."""
         assert self._pass is not None
         assert self._ends is not None

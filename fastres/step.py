@@ -6,12 +6,11 @@ once as a CUDA graph and replayed.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -19,6 +18,7 @@ from fastres import optim
 from fastres.cudagraph import WARM_UP_CALLS, Capture, Replay
 from fastres.fusednet import FusedNet
 from fastres.layernet import LayerNet
+from fastres.models.cifar import loss_and_errors, predict_maps
 from fastres.runtime import Runtime, allow_recompilations, autocast
 from fastres.shadow import ShadowedSgd
 
@@ -62,6 +62,23 @@ class Window:
     errors: list[int]  # wrong answers in each step's batch
 
 
+class OwnPasses(Protocol):
+    """A network's training passes by kernels of fastres' own: `FusedNet` and `LayerNet`."""
+
+    @property
+    def grads(self) -> tuple[Tensor, Tensor]:
+        """Flat float32 gradients: of the convolutions' weights, and of the leading (or all) other parameters.
+
+        Those of the rest are in their `.grad`.
+        """
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Replica.forward`."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Fill `grads`; `loss` is what `forward` gave, which must be the last call."""
+
+
 class Replica:
     """One network in training: weights, optimizer, samples, counter and log, all its own.
 
@@ -100,21 +117,21 @@ class Replica:
         self._scaled: list[Tensor] = []  # velocities that have the learning rate inside
         if optimizer.param_groups[0]["lr_in_velocity"]:
             self._scaled = list(optim.momentum_buffers(net, optimizer).values())
-        self._fused: FusedNet | LayerNet | None = None  # made for the first batch
-        self._fuse = runtime.native and self.device.type == "cuda"
-        self._layer_kernels = runtime.layer_kernels
-        self._maps: Tensor | None = None  # of its last forward, `(batch, h, w, channels)`
-        self._predict, self._predict_maps, self._record = _predict, _predict_maps, _record
+        self._predict, self._record, head = _predict, _record, predict_maps
+        options = compile_options(self.device, runtime.compile_mode)
         if runtime.compile_scope != "none":
             allow_recompilations()
-        options = compile_options(self.device, runtime.compile_mode)
-        if runtime.compile_scope == "blocks" and not self._fuse:
+            if self.device.type == "cuda":  # a few launches instead of a dozen
+                self._record = torch.compile(_record, fullgraph=True, dynamic=False)
+                head = torch.compile(head, fullgraph=True, dynamic=False, options=options)
+        self._make_passes: Callable[[nn.Module, Mapping[str, Tensor], int], OwnPasses] | None = None
+        self._passes: OwnPasses | None = None  # made for the first batch, whose size they are for
+        if runtime.native and self.device.type == "cuda":
+            self._make_passes = LayerNet if runtime.layer_kernels else functools.partial(FusedNet, predict=head)
+        elif runtime.compile_scope == "blocks":
             compile_blocks(net, options)
         elif runtime.compile_scope == "whole":
             self._predict = torch.compile(_predict, fullgraph=True, dynamic=False, options=options)
-        if runtime.compile_scope != "none" and self.device.type == "cuda":  # a few launches instead of a dozen
-            self._record = torch.compile(_record, fullgraph=True, dynamic=False)
-            self._predict_maps = torch.compile(_predict_maps, fullgraph=True, dynamic=False, options=options)
 
     def set_lrs(self, lr_at: Callable[[int], float], start: int = 0) -> None:
         """Fill the tables of learning rates from 0-based step `start` on; takes part from the next step launched."""
@@ -135,40 +152,26 @@ class Replica:
 
         With the layer kernels both are per image, `(batch,)`.
         """
-        if self._fuse and not self._fused:
+        if self._make_passes and not self._passes:
             assert self._sgd
-            kind = LayerNet if self._layer_kernels else FusedNet
-            self._fused = kind(self.net, self._sgd.leaves, len(images))
-        if isinstance(self._fused, LayerNet):
-            return self._fused.forward(images, labels)
-        if self._fused:
-            self._maps = self._fused.forward(images).permute(0, 2, 3, 1).requires_grad_()
-            return self._predict_maps(self._maps, self._fused.fc.weight, self._fused.fc.bias, labels)
+            self._passes = self._make_passes(self.net, self._sgd.leaves, len(images))
+        if self._passes:
+            return self._passes.forward(images, labels)
         return self._predict(self.net, self._sgd.leaves if self._sgd else {}, images, labels, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients into `.grad`, which the last update left empty, or to where `update` finds them."""
-        if isinstance(self._fused, LayerNet):
-            self._fused.backward()
-            return
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        if self._fused:
-            assert self._maps is not None
-            assert self._maps.grad is not None
-            self._fused.backward(self._maps.grad.permute(0, 3, 1, 2))
-            self._maps = None
+        if self._passes:
+            self._passes.backward(loss)
+        else:
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
         """SGD on the fp32 weights, with the learning rate that stands at the counter."""
         if self._scaled:
             optim.scale_velocities(self._scaled, self.lr_ratios.index_select(0, self.counter))
         if self._sgd:
-            done = None
-            if isinstance(self._fused, LayerNet):
-                done = self._fused.weight_grads, self._fused.other_grads
-            elif self._fused:
-                done = self._fused.weight_grads, self._fused.norm_grads
-            self._sgd.step(self.lrs, self.counter, done)
+            self._sgd.step(self.lrs, self.counter, self._passes.grads if self._passes else None)
             return
         optim.set_lr(self.optimizer, self.lrs.index_select(0, self.counter))
         self.scaler.step(self.optimizer)
@@ -307,22 +310,7 @@ def _predict(
     """`weights` stand in for the network's own of the same names."""
     with autocast(images.device, dtype):
         logits = functional_call(net, weights, (images,)) if weights else net(images)
-    return _loss_and_errors(logits, labels)
-
-
-def _predict_maps(maps: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from the last block's maps `(batch, h, w, channels)` on, as `models.cifar.logits_of` does it.
-
-    Maps as they lie in memory, so that their gradient lies likewise and need not be copied. The last layer is written
-    out, so that the compiler makes it and its gradients part of other kernels: cuBLAS takes five, 19 us on an H200.
-    """
-    pooled = maps.float().mean(dim=(1, 2))
-    return _loss_and_errors((pooled[:, None] * weight).sum(dim=2) + bias, labels)
-
-
-def _loss_and_errors(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    wrong = logits.detach().argmax(dim=1) != labels  # in the forward, where it costs no kernel of its own
-    return F.cross_entropy(logits, labels), wrong.sum(dtype=torch.int32)
+    return loss_and_errors(logits, labels)
 
 
 def _record(counter: Tensor, loss: Tensor, wrong: Tensor, losses: Tensor, errors: Tensor) -> None:

@@ -40,7 +40,7 @@ def main() -> None:
         weights = {name: p.detach().bfloat16() for name, p in net.named_parameters() if p.ndim == 4}
         fused = fusednet.FusedNet(net, weights, batch_size)
         images = torch.zeros(batch_size, 3, 32, 32, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-        fused.backward(torch.zeros_like(fused.forward(images)))
+        fused.backward_from(torch.zeros_like(fused.maps_of(images)))
         fusednet.Inference(net)(images)
     print(json.dumps(launched))
 

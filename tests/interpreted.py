@@ -45,8 +45,8 @@ def compared(depth: int, how: dict[str, Any], images: Tensor, grad: Tensor) -> I
     maps.backward(grad.double())
     convs = {name: parameter for name, parameter in net.named_parameters() if parameter.ndim == 4}
     fused = FusedNet(net, {name: parameter.detach() for name, parameter in convs.items()}, len(images))
-    yield "maps", far(fused.forward(images), maps.detach())
-    fused.backward(grad)
+    yield "maps", far(fused.maps_of(images), maps.detach())
+    fused.backward_from(grad)
     exact_grads = {name: parameter.grad for name, parameter in exact.named_parameters() if parameter.grad is not None}
     sizes = [parameter.numel() for parameter in convs.values()]
     for name, found in zip(convs, fused.weight_grads.split(sizes), strict=True):
@@ -76,7 +76,7 @@ def lost() -> Iterator[str]:
             inference = Inference(net)
             inference._weights = {name: weight.float() for name, weight in inference._weights.items()}
             for what, result in (
-                ("training", FusedNet(net, weights, 1).forward(images)),
+                ("training", FusedNet(net, weights, 1).maps_of(images)),
                 ("logits", inference(images)),
             ):
                 if result.isfinite().all():

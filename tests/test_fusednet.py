@@ -22,7 +22,7 @@ from fastres import step
 from fastres.config import Execution, make_config
 from fastres.errors import InputError, MachineError
 from fastres.fusednet import FusedNet, Inference, Launch, split, supports
-from fastres.models.cifar import CifarNet, logits_of
+from fastres.models.cifar import CifarNet, logits_of, predict_maps
 from fastres.resolve import Verdict, runtime_of
 from fastres.runtime import Runtime, prepare
 from fastres.shadow import ShadowedSgd
@@ -75,31 +75,30 @@ def test_kernels_compile_for_an_h200(tmp_path: Path) -> None:
     assert max(launch["shared"] for launch in launched) <= 232_448  # bytes that a program can have there
 
 
-class Double:
+class Double(FusedNet):
     """A FusedNet that computes nothing by itself: torch does, by autocast."""
 
     def __init__(self, net: nn.Module, weights: Mapping[str, Tensor], batch_size: int) -> None:
-        self.net, self.weights, self.batch_size = net, weights, batch_size
-        assert isinstance(net.fc, nn.Linear)
-        self.fc = net.fc
+        super().__init__(net, weights, batch_size)
+        self.net, self.weights = net, weights
 
-    def forward(self, images: Tensor) -> Tensor:
+    def maps_of(self, images: Tensor) -> Tensor:
         assert len(images) == self.batch_size
         norms = {n: p for n, p in self.net.named_parameters() if p.ndim == 1 and not n.startswith("fc")}
         convs = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
         last = dict(self.net.named_modules())["layer3"]
         with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
-            hook = last.register_forward_hook(lambda _module, _inputs, maps: setattr(self, "maps", maps))
+            hook = last.register_forward_hook(lambda _module, _inputs, maps: setattr(self, "last", maps))
             functional_call(self.net, convs, (images,))
         hook.remove()
         self.leaves = [*convs.values(), *norms.values()], len(convs)
-        return self.maps.detach()
+        return self.last.detach()
 
-    maps: Tensor
+    last: Tensor
 
-    def backward(self, grad: Tensor) -> None:
+    def backward_from(self, grad: Tensor) -> None:
         leaves, num_convs = self.leaves
-        grads = torch.autograd.grad(self.maps, leaves, grad)
+        grads = torch.autograd.grad(self.last, leaves, grad)
         self.weight_grads = torch.cat([g.float().as_strided((g.numel(),), (1,)) for g in grads[:num_convs]])
         self.norm_grads = torch.cat(grads[num_convs:])
 
@@ -107,15 +106,14 @@ class Double:
 def test_the_step_around_it_is_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients in one piece, in the weights' own order, and the head's beside them."""
     plain, fused = make(shadows=True), make(shadows=True)
-    monkeypatch.setattr(step, "FusedNet", Double)
     # The last layer's sums in the order of the head's.
     monkeypatch.setattr(nn.Linear, "forward", lambda own, x: (x[:, None] * own.weight).sum(dim=2) + own.bias)
-    fused._fuse = True
+    fused._make_passes = Double
     for replica in (plain, fused):
         for _ in range(10):
             replica.step()
-    assert isinstance(fused._fused, Double)
-    assert plain._fused is None
+    assert isinstance(fused._passes, Double)
+    assert plain._passes is None
     for (name, ours), theirs in zip(everything(fused).items(), everything(plain).values(), strict=True):
         assert torch.equal(ours, theirs), name
 
@@ -125,7 +123,7 @@ def test_the_head_written_out_is_the_last_layer() -> None:
     maps = torch.randn(32, 8, 8, 64, generator=generator).bfloat16().requires_grad_()
     fc, labels = nn.Linear(64, 10), torch.randint(10, (32,), generator=generator)
     leaves = (maps, fc.weight, fc.bias)
-    loss, wrong = step._predict_maps(*leaves, labels)
+    loss, wrong = predict_maps(*leaves, labels)
     logits = logits_of(maps.permute(0, 3, 1, 2), fc)
     expected = functional.cross_entropy(logits, labels)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -173,7 +171,7 @@ def test_images_that_it_cannot_take_are_refused() -> None:
     weights = {name: p.detach().bfloat16() for name, p in net.named_parameters() if p.ndim == 4}
     images = torch.zeros(4, 3, 32, 32, dtype=torch.bfloat16)
     last = images.contiguous(memory_format=torch.channels_last)
-    for taker in (FusedNet(net, weights, 4).forward, Inference(net)):
+    for taker in (FusedNet(net, weights, 4).maps_of, Inference(net)):
         with pytest.raises(ValueError, match="channels last: False; wanted"):
             taker(images)
         with pytest.raises(ValueError, match=r"images \(3, 28, 28\)"):
@@ -181,7 +179,7 @@ def test_images_that_it_cannot_take_are_refused() -> None:
         with pytest.raises(ValueError, match=r"float32 on cpu, channels last: True; wanted .*bfloat16"):
             taker(last.float())
     with pytest.raises(ValueError, match="4 images; this is for batches of 8"):
-        FusedNet(net, weights, 8).forward(last)
+        FusedNet(net, weights, 8).maps_of(last)
 
 
 @pytest.mark.parametrize("pixels", [64, 192, 448, 3136, 8192, 131_072, 64 * 997])
@@ -237,7 +235,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_cpu_nothing_is_fused() -> None:
     replica = make(shadows=True)
     assert isinstance(replica._sgd, ShadowedSgd)
-    assert not replica._fuse
+    assert not replica._make_passes
     assert not step.Replica(
         replica.net, replica.optimizer, replica.loader, Runtime(torch.device("cpu"), "bf16", native=True), num_steps=5
-    )._fuse
+    )._make_passes

@@ -154,8 +154,8 @@ def test_fused_is_as_exact_as_autocast_and_the_same_each_time(residual: bool) ->
     images, grad = (torch.randn(shape, generator=chance) for shape in ((128, 3, 32, 32), (128, 64, 8, 8)))
     images, grad = (x.to(device, bf16, memory_format=torch.channels_last) for x in (images, grad))
     fused = FusedNet(net, {n: p.detach().to(bf16) for n, p in net.named_parameters() if p.ndim == 4}, 128)
-    fused_maps = fused.forward(images)
-    fused.backward(grad)
+    fused_maps = fused.maps_of(images)
+    fused.backward_from(grad)
 
     def step_of(net: CifarNet, images: Tensor) -> list[Tensor]:
         maps = net.layer3(net.layer2(net.layer1(torch.relu(net.bn1(net.conv1(images))))))
@@ -178,8 +178,8 @@ def test_fused_is_as_exact_as_autocast_and_the_same_each_time(residual: bool) ->
     for some in (slice(1), slice(1, 1 + len(convs)), slice(1 + len(convs), 1 + len(convs) + len(norms))):
         mine, its, best = (torch.cat([x.double().flatten() for x in each[some]]) for each in (ours, theirs, wanted))
         assert far(mine, best) < 1.2 * far(its, best)
-    assert torch.equal(fused.forward(images), fused_maps)
-    fused.backward(grad)
+    assert torch.equal(fused.maps_of(images), fused_maps)
+    fused.backward_from(grad)
     assert torch.equal(fused.weight_grads, torch.cat(ours[1 : 1 + len(convs)]))
     assert torch.equal(fused.norm_grads, torch.cat(ours[1 + len(convs) : 1 + len(convs) + len(norms)]))
 

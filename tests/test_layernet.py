@@ -239,7 +239,7 @@ def assert_as_exact_as_autocast(device: torch.device, depth: int, batch_size: in
         for buffer, was in zip(net.buffers(), before, strict=True):
             buffer.copy_(was)
         losses, wrong = fused.forward(images, labels)
-        fused.backward()
+        fused.backward(losses)
         results.append([losses, wrong, fused.weight_grads.clone(), fused.other_grads.clone()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -343,8 +343,8 @@ def test_a_network_with_more_layers_than_a_launch_takes(launched: list[str], mon
     for most in (gpu_layers.MAX_LAYERS, 2):
         monkeypatch.setattr(layernet, "MAX_LAYERS", most)
         fused = LayerNet(net, weights_of(net), 2)
-        fused.forward(images, labels)
-        fused.backward()
+        losses, _ = fused.forward(images, labels)
+        fused.backward(losses)
         grads.append(fused.weight_grads)
     assert launched.count("weight_grads") == 6 + 3 + 3 + 3 + 3  # of 6, 5 and 5 layers of a kind, and three kinds of one
     assert far(grads[1], grads[0].double()) < 1e-6
@@ -361,15 +361,15 @@ def test_what_it_cannot_take() -> None:
 @needs_compiler
 def test_the_step_around_it_trains_as_autocast_does(launched: list[str]) -> None:
     plain, fused = make(shadows=True), make(shadows=True)
-    fused._fuse = fused._layer_kernels = True
+    fused._make_passes = LayerNet
     before = {name: value.clone() for name, value in everything(plain).items()}
     for replica in (plain, fused):
         replica.step()
-    assert isinstance(fused._fused, LayerNet)
+    assert isinstance(fused._passes, LayerNet)
     after = everything(fused)  # of the first update the velocity is the gradient, with the decay of `make`
     convs = {name: p for name, p in fused.net.named_parameters() if p.ndim == 4}
     others = {name: p for name, p in fused.net.named_parameters() if p.ndim < 4}
-    for group, grads in ((convs, fused._fused.weight_grads), (others, fused._fused.other_grads)):
+    for group, grads in ((convs, fused._passes.weight_grads), (others, fused._passes.other_grads)):
         for (name, p), flat in zip(group.items(), torch.split(grads, [p.numel() for p in group.values()]), strict=True):
             grad = flat.as_strided(p.shape, p.stride())
             assert far(after[f"v/{name}"], (grad + 1e-2 * before[name]).double()) < 1e-6, name

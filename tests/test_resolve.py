@@ -12,7 +12,7 @@ from fastres import resolve, step
 from fastres.build import build_net
 from fastres.config import Model, make_config
 from fastres.errors import MachineError
-from fastres.layernet import LayerInference
+from fastres.layernet import LayerInference, LayerNet
 from fastres.resolve import Verdict, check_kernels, runtime_of
 from fastres.runtime import Runtime
 from tests.test_fusednet import Double
@@ -20,6 +20,7 @@ from tests.test_layernet import folder, launched, needs_compiler, roomy_gpu  # n
 
 RUNTIME = Runtime(torch.device("cpu"), "bf16", shadow_weights=True, native=True)
 SMALL = Model(depth=8)
+IN_TRITON: dict[int, Callable[..., Any]] = {}  # what stands for the kernels in Triton
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +30,13 @@ def checked_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     class OnCpu(step.Replica):
         def __init__(self, net: nn.Module, *args: Any, **kwargs: Any) -> None:
             super().__init__(net, *args, **kwargs)
-            self._fuse = args[2].native
+            if args[2].native:
+                self._make_passes = LayerNet if args[2].layer_kernels else IN_TRITON[0]
 
     monkeypatch.setattr(resolve, "Replica", OnCpu)
     monkeypatch.setattr(resolve, "build_net", lambda c, r, **how: build_net(c, replace(r, native=False), **how))
     monkeypatch.setattr(resolve, "EVALUATION_BATCH", 8)
-    monkeypatch.setattr(step, "FusedNet", Double)
+    monkeypatch.setitem(IN_TRITON, 0, Double)
     monkeypatch.setattr(resolve, "inference_of", lambda net, r: LayerInference(net) if r.layer_kernels else None)
     check_kernels.cache_clear()
     yield
@@ -45,11 +47,11 @@ def broken(**parts: Callable[[Tensor], Tensor]) -> type[Double]:
     """A double whose results are not what they were."""
 
     class Broken(Double):
-        def forward(self, images: Tensor) -> Tensor:
-            return parts.get("maps", Tensor.clone)(super().forward(images))
+        def maps_of(self, images: Tensor) -> Tensor:
+            return parts.get("maps", Tensor.clone)(super().maps_of(images))
 
-        def backward(self, grad: Tensor) -> None:
-            super().backward(grad)
+        def backward_from(self, grad: Tensor) -> None:
+            super().backward_from(grad)
             for name in {"weight_grads", "norm_grads"} & parts.keys():
                 setattr(self, name, parts[name](getattr(self, name)))
 
@@ -88,7 +90,7 @@ def without_a_tap(grads: Tensor) -> Tensor:
 def test_what_they_get_wrong_is_found(
     what: str, wrong: dict[str, Callable[[Tensor], Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "FusedNet", broken(**wrong))
+    monkeypatch.setitem(IN_TRITON, 0, broken(**wrong))
     fault = check_kernels(RUNTIME, SMALL, 16).fault
     assert fault
     assert f"are wrong on this GPU: gradient of {what}" in fault
@@ -112,18 +114,18 @@ def failing(error: Exception) -> Callable[..., Any]:
 
 
 def test_kernels_that_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "FusedNet", failing(ValueError("out of resource: shared memory\nRequired: 131072")))
+    monkeypatch.setitem(IN_TRITON, 0, failing(ValueError("out of resource: shared memory\nRequired: 131072")))
     assert (
         check_kernels(RUNTIME, SMALL, 8).fault == "do not run on this GPU (ValueError: out of resource: shared memory)"
     )
     check_kernels.cache_clear()
-    monkeypatch.setattr(step, "FusedNet", failing(RuntimeError("CUDA out of memory.")))
+    monkeypatch.setitem(IN_TRITON, 0, failing(RuntimeError("CUDA out of memory.")))
     assert check_kernels(RUNTIME, SMALL, 8) == Verdict()  # no fault of theirs; what does not fit is told later
 
 
 def test_a_gpu_that_is_lost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
-    monkeypatch.setattr(step, "FusedNet", failing(error))
+    monkeypatch.setitem(IN_TRITON, 0, failing(error))
     monkeypatch.setattr(torch, "zeros", failing(error))
     monkeypatch.setattr(resolve, "_results", lambda runtime, *_: failing(error)() if runtime.native else {})
     with pytest.raises(

@@ -82,6 +82,22 @@ def logits_of(maps: Tensor, fc: nn.Linear) -> Tensor:
         return fc(maps.float().mean(dim=(2, 3)).to(fc.weight.dtype))  # type: ignore[no-any-return]
 
 
+def loss_and_errors(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy, in the logits' type, and the number of wrong answers, int32: both `()`."""
+    wrong = logits.detach().argmax(dim=1) != labels  # in the forward, where it costs no kernel of its own
+    return F.cross_entropy(logits, labels), wrong.sum(dtype=torch.int32)
+
+
+def predict_maps(maps: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`loss_and_errors` from the last block's maps `(batch, h, w, channels)` on, of the same logits as `logits_of`.
+
+    Maps as they lie in memory, so that their gradient lies likewise and need not be copied. The last layer is written
+    out, so that the compiler makes it and its gradients part of other kernels: cuBLAS takes five, 19 us on an H200.
+    """
+    pooled = maps.float().mean(dim=(1, 2))
+    return loss_and_errors((pooled[:, None] * weight).sum(dim=2) + bias, labels)
+
+
 def check_option(name: str, value: object, known: tuple[str, ...]) -> None:
     """Raise InputError where an option of a network is none of those there are."""
     if value not in known:
