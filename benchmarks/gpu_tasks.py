@@ -79,7 +79,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 }
 SWITCHES_OF_A_GPU = ("layer-kernels", "precision")  # without a GPU not there, or a minute a step
 
-# What a first half hour on a GPU is for: whether the fast path is right, how fast it is, and what to mend.
+# What a first half hour on a GPU is for: whether the fast path is right, how fast it is, and what to fix.
 FIRST = (
     "ceilings/all",
     "parity/test_a_launch_a_layer_is_as_exact_as_autocast_and_the_same_each_time_1of4",

@@ -23,7 +23,7 @@ H200 = SimpleNamespace(
 )  # fmt: skip
 
 
-def believe_in_a_gpu() -> None:
+def fake_gpu() -> None:
     """Answer every question that torch, Inductor and Triton ask of a GPU as an H200 would."""
     cuda = torch.cuda
     cuda.is_available = cuda.is_initialized = lambda: True
@@ -100,7 +100,7 @@ def whole_step(
         native: fastres' own kernels, or cuDNN and Inductor.
         layer_kernels: Of those the ones with a launch a layer.
     """
-    believe_in_a_gpu()
+    fake_gpu()
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from fastres import shadow, step

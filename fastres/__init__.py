@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fastres.config import make_config as make_config
     from fastres.errors import FastresError as FastresError
     from fastres.loop import train as train
+    from fastres.predict import Predictor as Predictor
+    from fastres.predict import load as load
     from fastres.result import RunResult as RunResult
     from fastres.sweep import train_seeds as train_seeds
 
@@ -24,11 +26,23 @@ _HOME = {
     "RunConfig": "config",
     "make_config": "config",
     "FastresError": "errors",
+    "Predictor": "predict",
     "RunResult": "result",
+    "load": "predict",
     "train": "loop",
     "train_seeds": "sweep",
 }
-__all__ = ["FastresError", "RunConfig", "RunResult", "__version__", "make_config", "train", "train_seeds"]
+__all__ = [
+    "FastresError",
+    "Predictor",
+    "RunConfig",
+    "RunResult",
+    "__version__",
+    "load",
+    "make_config",
+    "train",
+    "train_seeds",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -187,7 +187,7 @@ class Bench:
                 self.step.seek(self.done)
             apart = device.type == "cuda"  # there reading the marks waits for the device
             self._advance(COLD_STEPS)  # a loader that the warm-up took to step 0 has come back
-            marks.seconds()  # of these steps: for nobody
+            marks.seconds()  # discard those of these steps
             series.mark("start")
             take(read=not apart)
             series.mark("stop")

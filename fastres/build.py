@@ -20,7 +20,7 @@ from fastres.layernet import LayerInference
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.models.imagenet import ImageNetNet, Network
 from fastres.models.norm import BatchNorm
-from fastres.optim import LrSchedule, make_sgd
+from fastres.optim import make_sgd
 from fastres.runtime import Runtime, seeded_generator
 from fastres.step import Loader
 
@@ -57,7 +57,7 @@ def load_images(
     folder = Path(execution.data_dir) if execution.data_dir else None
     train = train or data.val_split  # whose validation images are training images
     images = load_cifar10(folder, train=train, urls=execution.data_urls, progress=progress, say=say)
-    return images.validation_split() if data.val_split else images
+    return images.validation_split(cfg.NUM_VALIDATION) if data.val_split else images
 
 
 def build_net(config: RunConfig, runtime: Runtime, *, num_classes: int) -> Network:
@@ -101,20 +101,6 @@ def build_optimizer(net: Network, recipe: cfg.Recipe) -> torch.optim.SGD:
         weight_decay_on=recipe.weight_decay_on,
         lr_in_velocity=recipe.lr_in_velocity,
         fused=True,
-    )
-
-
-def lr_schedule(recipe: cfg.Recipe) -> LrSchedule:
-    """The learning rate as a function of the step."""
-    return LrSchedule(
-        schedule=recipe.schedule,
-        lr=recipe.lr,
-        milestones=recipe.milestones,
-        lr_decay=recipe.lr_decay,
-        num_steps=recipe.steps,
-        warmup=recipe.warmup,
-        warmup_steps=recipe.warmup_steps,
-        warmup_lr=recipe.warmup_lr,
     )
 
 

@@ -87,7 +87,7 @@ def figure_of(
     log_y: bool = False,
     ylim: tuple[float, float] | None = None,
 ) -> "Figure":
-    """The figure that `draw` writes: curves over one axis, the legend below it; above it what a reader must be told."""
+    """The figure that `draw` writes: curves over one axis, the legend below it; caveats above it."""
     from matplotlib.figure import Figure
 
     farthest = max((float(line.x[-1]) for curve in curves for line in curve.lines), default=0.0)

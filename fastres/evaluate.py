@@ -1,7 +1,7 @@
 """`fastres eval`: the test error of a run, of a checkpoint, or of a weights file that another project published."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +46,7 @@ class Trained:
     net: Network  # on its device
     images: ImageSet
     runtime: Runtime
-    caveats: tuple[str, ...]  # what a reader of a measurement on it must be told of the images it learned from and met
+    caveats: tuple[str, ...]  # on the images it learned from, and on these
     # Each call makes the batches anew: images (batch, 3, 32, 32) and labels int64 (batch,), on the device.
     batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
@@ -133,15 +133,13 @@ def load_trained(
     """
     if not target.exists():
         raise InputError(f"{target} does not exist; give a run folder or a weights file")
-    saved = _saved(target, say)
+    saved = read_checkpoint(target, say)
     foreign = None if saved else read_weights(target)  # before a download for nothing
     config = RunConfig.from_dict(saved.meta["config"]) if saved else None
-    tree = found_again((config or RunConfig()).to_dict())
-    if tree["execution"]["precision"] == "tf32" and not gpu.available():
-        tree["execution"]["precision"] = "fp32"
+    tree = here((config or RunConfig()).to_dict())
     chosen = RunConfig.from_dict(
         {
-            "execution": {**tree["execution"], **ONE_PASS, **execution},
+            "execution": {**tree["execution"], **execution},
             "data": {**tree["data"], **({"dataset": dataset} if dataset else {})},
         }
     )
@@ -196,7 +194,16 @@ def _assumed(target: Path, model: Model, *, guessed: bool, mean: Channels | None
     return f"{target}: taken for {kind}; {pixels}"
 
 
-def _saved(target: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+def here(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config, with what a single pass on this machine, which may be another one, can do without left out."""
+    tree = found_again(tree)
+    execution = {**tree["execution"], **ONE_PASS}
+    if execution["precision"] == "tf32" and not gpu.available():
+        execution["precision"] = "fp32"
+    return {**tree, "execution": execution}
+
+
+def read_checkpoint(target: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
     """The checkpoint that `target` holds or is; None for a foreign weights file."""
     if target.is_dir():
         saved, problems = checkpoint.load_newest(RunDir.open(target).path)

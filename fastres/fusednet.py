@@ -314,7 +314,7 @@ class Inference:
 
 
 def check_images(images: Tensor, weight: Tensor) -> None:
-    """Raise ValueError where images are not as the kernels, which ask nothing, take them."""
+    """Raise ValueError where images are not as the kernels, which validate nothing, take them."""
     kind, last = (images.device, images.dtype), images.is_contiguous(memory_format=torch.channels_last)
     if images.shape[1:] != (3, 32, 32) or kind != (weight.device, weight.dtype) or not last:
         raise ValueError(

@@ -8,7 +8,7 @@ from statistics import fmean
 from time import perf_counter
 
 from fastres import pace
-from fastres.build import load_images, lr_schedule
+from fastres.build import load_images
 from fastres.checkpoint import Checkpoint
 from fastres.clock import Clocks
 from fastres.config import RunConfig
@@ -21,6 +21,7 @@ from fastres.guards import Interrupt, check_memory, explained_memory_errors, int
 from fastres.member import Member, make_members
 from fastres.models.cifar import num_parameters
 from fastres.models.depth import IMAGENET_BLOCKS
+from fastres.optim import LrSchedule
 from fastres.resolve import runtime_of
 from fastres.result import RunResult, result_of, summary
 from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, default_path, found_again, remove_empty, resume_with
@@ -161,7 +162,7 @@ def _run(
     """Build, train, test, save. A step counts as done after its update; all records name the number of steps done."""
     config = configs[0]  # the others have another seed, and all else in common
     recipe, output = config.recipe, config.output
-    schedule = lr_schedule(recipe)
+    schedule = LrSchedule(recipe)
 
     with contextlib.ExitStack() as stack:
         # Build. Chance is a function of the seed: weights here, samples in the epoch plan.
@@ -236,7 +237,7 @@ def _run(
                     member.read(done, schedule, runtime.precision)  # host sync
                 seconds = clocks.read("train")  # after it: else it would be the seconds of launching
                 if saves:
-                    train_step.check()  # a graph that reads memory which was given back computes rubbish
+                    train_step.check()  # else a graph may read freed memory
                 since_log += timer.collect()
                 measured = {
                     "train": seconds,
@@ -313,8 +314,8 @@ def check_loader(config: RunConfig) -> None:
     """Raise InputError for a loader whose runs would not be those of the others."""
     if config.execution.loader == "torchvision":
         raise InputError(
-            "--loader torchvision draws crops and flips of its own, so its runs would be others than those of the same "
-            "config; it is there for `fastres bench`. Use --loader resident or dali"
+            "--loader torchvision uses its own random crops and flips, so the same config would give other results; it "
+            "is there for `fastres bench`. Use --loader resident or dali"
         )
 
 

@@ -7,34 +7,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastres.config import Recipe
+
 WARMUP_WINDOW = 391  # steps: about an epoch of 50,000 images in batches of 128
 WARMUP_LOOK_EVERY = 100  # steps between two looks at the training error
 WARMUP_ERROR = 0.8  # training error, a fraction, below which ResNet-110's warm-up ends (section 4.2)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LrSchedule:
-    """The learning rate of every step: a warm-up, then steps or a straight line. Field names as in `config.Recipe`.
+    """The learning rate of every step, as a recipe has it: a warm-up, then steps or a straight line."""
 
-    Attributes:
-        schedule: "step" multiplies by `lr_decay` at each milestone; "linear" falls to zero at `num_steps`.
-        lr: The base learning rate.
-        milestones: Steps, counted from the first of the run, warm-up included.
-        lr_decay: Factor at each milestone.
-        num_steps: Steps of the whole run.
-        warmup: "none"; "constant" and "error" take `warmup_lr` until the warm-up ends; "ramp" rises in a straight line.
-        warmup_steps: Length of "constant" and "ramp".
-        warmup_lr: Learning rate of "constant" and "error".
-    """
-
-    schedule: Literal["step", "linear"]
-    lr: float
-    milestones: Sequence[int]
-    lr_decay: float
-    num_steps: int
-    warmup: Literal["none", "constant", "error", "ramp"]
-    warmup_steps: int
-    warmup_lr: float
+    recipe: Recipe
 
     def at(self, step: int, warmup_end: int | None = None) -> float:
         """The learning rate of one update.
@@ -43,25 +27,26 @@ class LrSchedule:
             step: 0-based index of the update about to be made.
             warmup_end: "error" only: the step that was the first without warm-up, None while it goes on.
         """
+        recipe = self.recipe
         end = self.warmup_end(warmup_end)
         if end is None or step < end:
             # A ramp's first step is already above zero; the step after its last is the first at the full rate.
-            ramp = self.lr * (step + 1) / (self.warmup_steps + 1)
-            return ramp if self.warmup == "ramp" else self.warmup_lr
-        if self.schedule == "linear":
-            # Falls from `lr`, at the first step after the warm-up, to zero at `num_steps`, which is never taken.
-            return self.lr * (self.num_steps - step) / max(1, self.num_steps - end)
-        passed = sum(step >= milestone for milestone in self.milestones)
+            ramp = recipe.lr * (step + 1) / (recipe.warmup_steps + 1)
+            return ramp if recipe.warmup == "ramp" else recipe.warmup_lr
+        if recipe.schedule == "linear":
+            # Falls from `lr`, at the first step after the warm-up, to zero at `steps`, which is never taken.
+            return recipe.lr * (recipe.steps - step) / max(1, recipe.steps - end)
+        passed = sum(step >= milestone for milestone in recipe.milestones)
         # Dividing by a whole number where the decay is one over it: 0.1 -> 0.01 -> 0.001, each rounded once.
-        divisor = round(1 / self.lr_decay)
-        whole = divisor > 0 and 1 / divisor == self.lr_decay
-        return self.lr / divisor**passed if whole else self.lr * self.lr_decay**passed
+        divisor = round(1 / recipe.lr_decay)
+        whole = divisor > 0 and 1 / divisor == recipe.lr_decay
+        return recipe.lr / divisor**passed if whole else recipe.lr * recipe.lr_decay**passed
 
     def warmup_end(self, seen: int | None) -> int | None:
         """The first step without warm-up, or None while it goes on; `seen` is what "error" was told."""
-        if self.warmup == "none":
+        if self.recipe.warmup == "none":
             return 0
-        return seen if self.warmup == "error" else self.warmup_steps
+        return seen if self.recipe.warmup == "error" else self.recipe.warmup_steps
 
 
 def warmup_over(errors: Sequence[int], batch_size: int) -> bool:

@@ -49,7 +49,7 @@ class Run:
 
     @property
     def caveat(self) -> str:
-        """What a reader must be told of its images; "" for the official CIFAR-10 files."""
+        """Caveat on its images, for a reader; "" for the official CIFAR-10 files."""
         return caveat(self.config.data.dataset, self.folder.data().get("official"))
 
     @property
@@ -230,7 +230,7 @@ def remarks(named: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
 
 
 def caveats(runs: Iterable[Run]) -> str:
-    """What a reader must be told of the images behind runs; "" where all had the official CIFAR-10 files."""
+    """Caveats on the images behind runs, for a reader; "" where all had the official CIFAR-10 files."""
     return "; ".join(remarks((run.label, [run.caveat] if run.caveat else []) for run in runs))
 
 

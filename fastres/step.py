@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastres import optim
+from fastres.config import MAX_GRAPH_STEPS
 from fastres.cudagraph import WARM_UP_CALLS, Capture, Replay
 from fastres.fusednet import FusedNet
 from fastres.layernet import LayerNet
@@ -23,7 +24,6 @@ from fastres.runtime import Runtime, allow_recompilations, autocast
 from fastres.shadow import ShadowedSgd
 
 Options = dict[str, bool | str | int | Callable[..., object]]  # of torch.compile
-MAX_GRAPH_STEPS = 64
 SPARE = WARM_UP_CALLS * MAX_GRAPH_STEPS  # places behind the last step in tables and logs, for the steps of a warm-up
 
 
@@ -219,7 +219,7 @@ class TrainStep:
         """Launch 0-based step `step`, which the counters must stand at; nothing is waited for.
 
         Args:
-            step: As said.
+            step: The step to launch.
             stop: Several steps may be launched in one go, but none from here on; default: `step + 1`.
 
         Returns:

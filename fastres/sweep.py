@@ -228,7 +228,7 @@ def is_sweep(path: Path) -> bool:
 
 
 def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
-    """Found a sweep, or add seeds to one of the same config."""
+    """Create a sweep, or add seeds to one of the same config."""
     own = {**config.to_dict(), "seed": None}
     known: list[int] = []
     if is_sweep(folder):

@@ -36,7 +36,7 @@ LAYERS = (
     ("nvml", "parts", "doctor"),
     ("member", "pace", "cells"),
     ("loop", "bench", "evaluate"),
-    ("benchreport", "profiling", "responses"),
+    ("benchreport", "profiling", "responses", "predict"),
     ("scaling",),
     ("sweep",),
     ("reproduce",),

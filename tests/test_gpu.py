@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastres
 from benchmarks.gpu_timing import launch_seconds
-from fastres.build import build_evaluator, build_loaders, build_net, build_optimizer, lr_schedule
+from fastres.build import build_evaluator, build_loaders, build_net, build_optimizer
 from fastres.config import RunConfig, make_config
 from fastres.configtree import merge
 from fastres.cudagraph import CapturedGraph
@@ -29,6 +29,7 @@ from fastres.evaluator import Evaluator
 from fastres.fusednet import FusedNet, Inference
 from fastres.layernet import LayerInference
 from fastres.models.cifar import CifarNet
+from fastres.optim import LrSchedule
 from fastres.resolve import runtime_of
 from fastres.step import Replica, TrainStep
 from fastres.steptimer import StepTimer
@@ -77,7 +78,7 @@ def built(config: RunConfig, *, seeds: tuple[int, ...] = (0,)) -> tuple[TrainSte
     for one, loader in zip(configs, build_loaders(configs, images, mean, runtime), strict=True):
         net = build_net(one, runtime, num_classes=10)
         replica = Replica(net, build_optimizer(net, one.recipe), loader, runtime, num_steps=one.recipe.steps)
-        replica.set_lrs(lr_schedule(one.recipe).at)
+        replica.set_lrs(LrSchedule(one.recipe).at)
         replicas.append(replica)
     step = TrainStep(replicas)
     if runtime.compile_scope != "none" or runtime.cuda_graph:

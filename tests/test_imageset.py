@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastres import config
-from fastres.data import imageset
+from fastres.config import NUM_VALIDATION
 from fastres.data.imageset import ImageSet
 
 
@@ -18,10 +17,9 @@ def images() -> ImageSet:
     return ImageSet(pixels[:50], labels[:50], pixels[50:], labels[50:], ("a",), "random", "sha256:0", True, "here")
 
 
-def test_the_last_5000_training_images_are_held_out(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert imageset.NUM_VALIDATION == config.NUM_VALIDATION == 5_000
-    monkeypatch.setattr(imageset, "NUM_VALIDATION", 5)
-    split = images.validation_split()
+def test_the_last_training_images_are_held_out(images: ImageSet) -> None:
+    assert NUM_VALIDATION == 5_000  # section 4.2
+    split = images.validation_split(5)
     assert split.train_labels.tolist() == list(range(45))
     assert split.test_labels.tolist() == list(range(45, 50))
     assert np.array_equal(split.train_images, images.train_images[:45])

@@ -130,7 +130,7 @@ def test_the_result_does_not_depend_on_a_drawing(tmp_path: Path, monkeypatch: py
 def test_a_loader_with_dice_of_its_own_is_for_benchmarks(tmp_path: Path) -> None:
     config = tiny(tmp_path / "run", execution={"loader": "torchvision"})
     for train in (fastres.train, lambda config, **how: train_seeds(config, (0, 1), **how)):
-        with pytest.raises(InputError, match=r"torchvision draws crops and flips of its own.*resident or dali"):
+        with pytest.raises(InputError, match=r"torchvision uses its own random crops and flips.*resident or dali"):
             train(config, verbosity="quiet")
     assert not list(tmp_path.iterdir())
 

@@ -150,7 +150,7 @@ def _read_archive(path: Path, names: Sequence[str]) -> Read:
             stream.left = SLACK
             while stream.read(1 << 16):  # to the end, where gzip's checksum is
                 pass
-    # Whatever gzip, zlib and tarfile raise on rubbish; RecursionError: a chain of extended headers.
+    # Whatever gzip, zlib and tarfile raise on malformed input; RecursionError: a chain of extended headers.
     except (tarfile.TarError, EOFError, ValueError, OSError, zlib.error, struct.error, RecursionError) as error:
         if isinstance(error, OSError) and error.errno:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error

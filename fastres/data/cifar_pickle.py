@@ -1,6 +1,6 @@
 """One pickled CIFAR-10 batch (the python layout) as bytes in the binary layout, without running what it says.
 
-Three fences, one behind the other. Opcodes: only those that such a batch is written with, in about their number, so a
+Three checks, one behind the other. Opcodes: only those that such a batch is written with, in about their number, so a
 small file cannot make the unpickler ask for much memory or nest until the stack ends. Names: three, and each stands for
 a class of this file that calls nothing and allocates nothing; numpy is never reached. Result: shapes and types.
 

@@ -1,6 +1,6 @@
 """The same batches as resident.py's, by NVIDIA DALI. The only file that imports nvidia.dali.
 
-DALI does the pixel work, not the dice: the epoch plan says which image, crop and flip. A pipeline run costs tens of
+DALI does the pixel work and draws nothing: the epoch plan says which image, crop and flip. A pipeline run costs tens of
 microseconds and about one more for each sample, so many steps' batches are one run, and all of them one DALI sample: a
 sequence of frames, rearranged out of the data set (itself one sequence, handed over once without a copy) and then
 shifted and mirrored by an affine map a frame, zeros outside.
@@ -28,7 +28,9 @@ from fastres.data.resident import ONE_KERNEL
 from fastres.errors import MachineError, says_out_of_memory
 
 RUNS_AHEAD = 2  # runs that are asked for before the first of them is taken
-RING_RUNS = 4  # runs in the ring: in use, next, being copied, and the one before, which may not be launched to its end
+RING_RUNS = (
+    4  # runs in the ring: in use, next, being copied, and the one before, whose steps may not all be launched yet
+)
 FRAMES_PER_RUN = 4_096  # 50 MB in fp32; large enough that a run's fixed cost does not show
 
 
@@ -154,13 +156,13 @@ class DaliLoader:
         if self._side:
             self._side.synchronize()  # the last copies read DALI's buffers
         self._held.clear()
-        with contextlib.suppress(MachineError):  # what it was at is of no use any more
+        with contextlib.suppress(MachineError):  # discard what it was at
             self._drain()
         self._pipeline = None
 
     def _fill(self, run: int, used: torch.cuda.Event | None) -> None:
         """Copy a run into its place in the ring, cast to the training precision, behind `used`."""
-        if self._asked and self._asked[0] != run:  # a jump: what was asked for is of no use
+        if self._asked and self._asked[0] != run:  # a jump: discard what was asked for
             self._drain()
         if not self._asked:
             self._next_run = run

@@ -7,13 +7,12 @@ import numpy as np
 import numpy.typing as npt
 
 IMAGE_SIZE = 32  # pixels, height and width
-NUM_VALIDATION = 5_000  # the paper's 45k/5k split (section 4.2)
 
 Bytes = npt.NDArray[np.uint8]
 
 
 def caveat(dataset: str, official: object) -> str:
-    """What a reader of a result must be told of the images behind it.
+    """The caveat on a data set, printed beside every result on it.
 
     Args:
         dataset: "cifar10" or "synthetic".
@@ -48,7 +47,7 @@ class ImageSet:
 
     @property
     def caveat(self) -> str:
-        """What a reader of a result on these images must be told; "" for the official CIFAR-10 files."""
+        """The caveat printed beside results on these images; "" for the official CIFAR-10 files."""
         return caveat(self.name, self.official)
 
     def test_digest(self) -> str:
@@ -57,9 +56,9 @@ class ImageSet:
         digest.update(np.ascontiguousarray(self.test_images).data)
         return f"sha256:{digest.hexdigest()}"
 
-    def validation_split(self) -> "ImageSet":
-        """The paper's split: train on the first 45k training images, evaluate on the last 5k of them."""
-        cut = len(self.train_images) - NUM_VALIDATION
+    def validation_split(self, num: int) -> "ImageSet":
+        """Evaluate on the last `num` training images, train on those before."""
+        cut = len(self.train_images) - num
         return replace(
             self,
             train_images=self.train_images[:cut],

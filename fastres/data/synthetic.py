@@ -77,11 +77,11 @@ def _draw_images(seed: int, split: int, num: int) -> tuple[Bytes, Bytes]:
         noise = (
             raw[:, NUM_DRAWS // 2 :].copy().view(np.uint8).astype(np.int32).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3, 2)
         )
-        images[here] = _compose(_Dice(draws), labels[here], noise.sum(axis=-1, dtype=np.int32) - 255)
+        images[here] = _compose(_Draws(draws), labels[here], noise.sum(axis=-1, dtype=np.int32) - 255)
     return images, labels
 
 
-class _Dice:
+class _Draws:
     """Hands out the draws of a chunk of images, one after the other."""
 
     def __init__(self, draws: npt.NDArray[np.int64]) -> None:
@@ -98,35 +98,35 @@ class _Dice:
         return np.stack([self.between(low, high) for _ in range(3)], axis=-1)
 
 
-def _compose(dice: _Dice, labels: Bytes, noise: Ints) -> Bytes:
+def _compose(draws: _Draws, labels: Bytes, noise: Ints) -> Bytes:
     """Paint a chunk of images: shaded background, clutter, the pattern, clutter over it, noise. Values 0 to 255."""
     rows, columns = np.arange(IMAGE_SIZE, dtype=np.int32)[:, None], np.arange(IMAGE_SIZE, dtype=np.int32)[None, :]
-    slope = (columns - 16) * dice.between(-2, 2) + (rows - 16) * dice.between(-2, 2)
-    background = dice.colour(70, 186)
+    slope = (columns - 16) * draws.between(-2, 2) + (rows - 16) * draws.between(-2, 2)
+    background = draws.colour(70, 186)
     image = background + slope[..., None]
 
     def clutter(over: Ints) -> Ints:
-        left, top, width, height = (dice.between(*span) for span in ((0, 30), (0, 30), (2, 7), (2, 7)))
+        left, top, width, height = (draws.between(*span) for span in ((0, 30), (0, 30), (2, 7), (2, 7)))
         bar = (columns >= left) & (columns < left + width) & (rows >= top) & (rows < top + height)
-        return np.where(bar[..., None], dice.colour(20, 235), over)
+        return np.where(bar[..., None], draws.colour(20, 235), over)
 
     for _ in range(NUM_CLUTTER):
         image = clutter(image)
-    contrast = dice.colour(30, 90) * (2 * dice.between(0, 1) - 1)[..., None]
-    pattern = _patterns(dice, labels, rows, columns)
+    contrast = draws.colour(30, 90) * (2 * draws.between(0, 1) - 1)[..., None]
+    pattern = _patterns(draws, labels, rows, columns)
     image = np.where(pattern[..., None], background + contrast, image)
     for _ in range(2):
         image = clutter(image)
-    return np.clip(image + noise * dice.between(4, 10)[..., None] // 32, 0, 255).astype(np.uint8)
+    return np.clip(image + noise * draws.between(4, 10)[..., None] // 32, 0, 255).astype(np.uint8)
 
 
-def _patterns(dice: _Dice, labels: Bytes, rows: Ints, columns: Ints) -> Mask:
+def _patterns(draws: _Draws, labels: Bytes, rows: Ints, columns: Ints) -> Mask:
     """Where each image's pattern is, `(num, 32, 32)`; lengths are in half pixels."""
-    right = 2 * columns - dice.between(24, 38)  # from the pattern's centre
-    down = 2 * rows - dice.between(24, 38)
-    radius = dice.between(14, 22)
-    bar, phase, phase2 = dice.between(4, 7), dice.between(0, 13), dice.between(0, 13)
-    lean = 2 * dice.between(0, 1) - 1
+    right = 2 * columns - draws.between(24, 38)  # from the pattern's centre
+    down = 2 * rows - draws.between(24, 38)
+    radius = draws.between(14, 22)
+    bar, phase, phase2 = draws.between(4, 7), draws.between(0, 13), draws.between(0, 13)
+    lean = 2 * draws.between(0, 1) - 1
     far = np.maximum(abs(right), abs(down))  # distance to the centre in a square's sense
     squared = right**2 + down**2
     box, disc = far <= radius, squared <= radius**2

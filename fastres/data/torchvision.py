@@ -22,9 +22,9 @@ RING = 64  # as many steps as a captured graph may hold
 class TorchvisionLoader:
     """Training batches by `torch.utils.data.DataLoader` and torchvision's RandomCrop and RandomHorizontalFlip.
 
-    Images come in the plan's order; crops and flips are torchvision's own dice, seeded for each position of the stream,
-    so that a resumed run sees what the uninterrupted one saw. They are not the plan's: a run with this loader is as
-    good as one with the others, but not bit-equal to it.
+    Images come in the plan's order; crops and flips are torchvision's own random draws, seeded for each position of the
+    stream, so that a resumed run sees what the uninterrupted one saw. They are not the plan's: a run with this loader
+    is as good as one with the others, but not bit-equal to it.
 
     Args:
         images: Its training images are used.
@@ -122,9 +122,11 @@ class _Images(Dataset[tuple[Tensor, int]]):
         self.images, self.labels = images.train_images, images.train_labels.tolist()
         self.mean = torch.from_numpy(np.ascontiguousarray(mean.transpose(2, 0, 1)))
         self.seed = plan.seed
-        dice = [transforms.RandomCrop(IMAGE_SIZE, padding=PAD), transforms.RandomHorizontalFlip()]
+        augmentations = [transforms.RandomCrop(IMAGE_SIZE, padding=PAD), transforms.RandomHorizontalFlip()]
         # The mean goes first: what lies outside the image is then zero, as the paper has it, and not black.
-        self.transform = transforms.Compose([transforms.PILToTensor(), self._pixels, *(dice if plan.augment else [])])
+        self.transform = transforms.Compose(
+            [transforms.PILToTensor(), self._pixels, *(augmentations if plan.augment else [])]
+        )
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         position, index = key

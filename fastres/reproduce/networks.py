@@ -1,4 +1,4 @@
-"""Which runs are of one network, and what a reader must be told of the runs behind a table or figure."""
+"""Which runs are of one network, and the caveats that a table or figure of them prints."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Network:
     config: RunConfig  # of the first run
     runs: tuple[tuple[int, RunDir], ...]  # (seed, run), by seed
     digest: str | None  # of the images; None where no run recorded it
-    caveat: str  # what a reader must be told of the images; "" for the official CIFAR-10 files
+    caveat: str  # on the images; "" for the official CIFAR-10 files
 
     @property
     def images(self) -> str:
@@ -97,7 +97,7 @@ def _network(name: str, members: Sequence[tuple[RunConfig, RunDir]]) -> Network:
 
 
 def note_of(runs: Iterable[RunDir]) -> str:
-    """What a reader must be told of the runs behind a table or figure, on its face; "" where there is nothing.
+    """The caveats on runs, to be printed on the table or figure made of them; "" where there is nothing.
 
     Data that is not the official CIFAR-10 files, precisions where a network has several, every difference from the
     paper's recipe, and every choice that is not our default where the paper leaves it open. What is not so of all

@@ -182,7 +182,7 @@ def write(rows: Sequence[Row], folder: Path, *, note: str) -> list[Path]:
     Args:
         rows: From `rows_of`.
         folder: Where to.
-        note: What a reader must be told first (`networks.note_of`).
+        note: Caveats, printed first (`networks.note_of`).
 
     Raises:
         MachineError: The folder cannot be written.

@@ -1,0 +1,100 @@
+"""`fastres.load`: a trained network as a function of images, from a run's checkpoint alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastres.build import EVALUATION_BATCH, Mean, empty_net, place
+from fastres.config import RunConfig
+from fastres.data.imageset import IMAGE_SIZE
+from fastres.data.resident import evaluation_batches
+from fastres.errors import InputError
+from fastres.evaluate import here, read_checkpoint
+from fastres.models.imagenet import Network
+from fastres.runtime import Runtime, autocast, prepare
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained network; call it with images.
+
+    Attributes:
+        net: In evaluation mode, on its device. It takes float images `(batch, 3, 32, 32)`: (pixels - mean) / 64.
+        mean: float32 `(32, 32, 3)`, 0 to 255: the mean of the training images.
+        class_names: Of the logits.
+        config: The run's.
+        step: Of training.
+        runtime: Device and precision.
+    """
+
+    net: Network
+    mean: Mean
+    class_names: tuple[str, ...]
+    config: RunConfig
+    step: int
+    runtime: Runtime
+
+    @torch.no_grad()
+    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """The logits, float32 `(num, classes)`.
+
+        Args:
+            images: uint8 `(num, 32, 32, 3)`, RGB, as in `ImageSet`; or one, `(32, 32, 3)`.
+
+        Raises:
+            InputError: Images of another type or shape.
+        """
+        images = np.asarray(images)
+        images = images[None] if images.ndim == 3 else images
+        if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
+            raise InputError(
+                f"images are {images.dtype} {images.shape}; give uint8 (num, {IMAGE_SIZE}, {IMAGE_SIZE}, 3)"
+            )
+        device, dtype = self.runtime.device, self.runtime.dtype
+        batches = evaluation_batches(
+            images,
+            np.zeros(len(images), np.uint8),
+            self.mean,
+            batch_size=EVALUATION_BATCH,
+            device=device,
+            dtype=dtype,
+            channels_last=self.config.execution.channels_last,
+        )
+        with autocast(device, dtype):
+            logits = [self.net(batch).float().cpu().numpy() for batch, _ in batches]
+        return np.concatenate([*logits, np.zeros((0, len(self.class_names)), np.float32)])
+
+
+def load(
+    run: str | Path, *, device: str = "auto", precision: str | None = None, say: Callable[[str], None] = print
+) -> Predictor:
+    """The network that a run trained, as far as it got. No data set is needed.
+
+    Args:
+        run: A run folder, whose newest whole checkpoint is taken, or a checkpoint file.
+        device: "auto", "cpu", "cuda", "cuda:0".
+        precision: "auto", "fp32", "bf16", "fp16"; default: the run's.
+        say: Takes one-line notices: a damaged checkpoint was passed over.
+
+    Raises:
+        InputError: There is no such run, or it has no checkpoint yet.
+        MachineError: No such device.
+    """
+    path = Path(run)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a run folder")
+    saved = read_checkpoint(path, say)
+    if saved is None:
+        raise InputError(f"{path} is no checkpoint of fastres; `fastres eval` reads other projects' weights")
+    config = RunConfig.from_dict(saved.meta["config"])
+    asked = {"device": device} | ({"precision": precision} if precision else {})
+    execution = RunConfig.from_dict({"execution": {**here(config.to_dict())["execution"], **asked}}).execution
+    runtime, names = prepare(execution), tuple(saved.meta["data"]["class_names"])
+    net = empty_net(config.model, num_classes=len(names))
+    net.load_state_dict(saved.weights)
+    mean = saved.tensors["data/mean"].numpy()
+    return Predictor(place(net, execution, runtime).eval(), mean, names, config, saved.meta["step"], runtime)
