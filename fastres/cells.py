@@ -30,7 +30,7 @@ def matrix(base: RunConfig, switches: dict[str, Sequence[Any]]) -> Iterator[Cell
     Args:
         base: What all have in common.
         switches: Values by "depth", "batch_size", "loader" ("none": a frozen batch), "precision", "compile", "graph",
-            "deterministic". A switch with one value is left out of the labels, but for depth and loader.
+            "native", "deterministic". A switch with one value is left out of the labels, but for depth and loader.
     """
     places = {
         "depth": ("model", "depth"),
@@ -39,6 +39,7 @@ def matrix(base: RunConfig, switches: dict[str, Sequence[Any]]) -> Iterator[Cell
         "precision": ("execution", "precision"),
         "compile": ("execution", "compile"),
         "graph": ("execution", "cuda_graph"),
+        "native": ("execution", "native"),
         "deterministic": ("execution", "deterministic"),
     }
     combinations: list[dict[str, Any]] = [{}]

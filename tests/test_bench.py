@@ -259,6 +259,9 @@ def test_matrix_is_all_combinations(tmp_path: Path) -> None:
     assert all(c.config.execution.loader == "resident" for c in cells)
     both = matrix(tiny(tmp_path), {"compile": [True, False], "batch_size": [16, 32], "precision": ["fp32"]})
     assert [c.label for c in both][:2] == ["ResNet8 compile batch 16", "ResNet8 compile batch 32"]
+    own, torchs = matrix(tiny(tmp_path), {"native": [True, False]})
+    assert (own.label, torchs.label) == ("ResNet8 native", "ResNet8 no native")
+    assert (own.config.execution.native, torchs.config.execution.native) == (True, False)
 
 
 # --- comparison: 200 resamplings of recorded timings

@@ -58,7 +58,7 @@ def main() -> None:
     sys.exit(code)
 
 
-def _unwritten(code: int = 1) -> int:
+def _unwritten(code: int = 128 + 13) -> int:  # SIGPIPE's, which Python ignores
     """The exit code where stdout takes nothing more; Python would try to flush it once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code

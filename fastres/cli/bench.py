@@ -28,7 +28,7 @@ ROUNDS, COMPARED_ROUNDS = 10, 60
 WHAT, HOW, OTHERS = "What is timed", "How", "Instead of a table"
 
 # What has no effect beside another flag, and is refused there: a number that it did not change would mislead.
-CELLS = ("depth", "arch", "batch_size", "loader", "precision", "compile_", "graph", "deterministic")
+CELLS = ("depth", "arch", "batch_size", "loader", "precision", "compile_", "graph", "native", "deterministic")
 DATA_AND_MACHINE = ("dataset", "data_dir", "device", "threads")
 IDLE = {
     "compare": (*CELLS, *DATA_AND_MACHINE, "trace"),  # both sides say themselves what they are
@@ -54,6 +54,9 @@ def bench(
     ] = "auto",
     graph: Annotated[
         str, typer.Option(help="CUDA graph: auto (on a GPU), on, off or both.", rich_help_panel=WHAT)
+    ] = "auto",
+    native: Annotated[
+        str, typer.Option(help="fastres' own kernels: auto, on, off or both.", rich_help_panel=WHAT)
     ] = "auto",
     deterministic: Annotated[str, typer.Option(help="off, on, or both: what it costs.", rich_help_panel=WHAT)] = "off",
     dataset: Annotated[
@@ -128,6 +131,7 @@ def bench(
         "compile": _switch("--compile", compile_),
         "graph": _switch("--graph", graph),
         "loader": None if loader is None else parse_list("--loader", loader, str),
+        "native": _switch("--native", native),
         "deterministic": _switch("--deterministic", deterministic, ("off", "on", "both"))[::-1],  # off first
     }
     if unknown := [name for name in switches["loader"] or () if name not in LOADERS]:
@@ -179,15 +183,15 @@ def _one_cell(base: RunConfig, switches: dict[str, Any], mode: str) -> "Cell":
 
 def _cells(base: RunConfig, switches: dict[str, Any]) -> "list[Cell]":
     """The matrix, with what was left open filled in for this machine."""
+    from fastres import gpu
     from fastres.cells import matrix
     from fastres.data.dali import dali_available
-    from fastres.runtime import prepare
 
     if switches["loader"] is None:
         switches["loader"] = [*(["dali"] if dali_available() else []), "resident", "none"]
     if switches["depth"] is None:
-        gpu = prepare(base.execution).device.type == "cuda"
-        switches["depth"] = [20, 56, 110] if gpu and base.model.arch != "imagenet" else [base.model.depth]
+        on_gpu = gpu.choose(base.execution.device)[0].type == "cuda"
+        switches["depth"] = [20, 56, 110] if on_gpu and base.model.arch != "imagenet" else [base.model.depth]
     return list(matrix(base, switches))
 
 

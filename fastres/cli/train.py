@@ -256,6 +256,8 @@ def train(
         refuse_both("--warmup none", True, "--warmup-epochs", warmup_epochs)
     if model is not None:
         arch, depth = parse_model(model)
+    elif arch is not None and arch[-1:].isdigit():
+        raise InputError(f"--arch is {arch!r}; a network with its depth is a --model: ResNet20, ImageNetResNet50")
     flags = given(
         model=given(arch=arch, depth=depth, shortcut=shortcut, pad=pad, init=init, norm_batch=norm_batch),
         data=given(dataset=dataset, val_split=val_split, augment=augment),
