@@ -112,7 +112,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-@functools.cache
+@functools.cache  # once a process: a benchmark asks before each of its turns
 def check_kernels(runtime: Runtime, model: Model, batch_size: int) -> Verdict:
     """Compare a step and a test of a small network by a runtime's own kernels with torch's, in bf16 and in fp32.
 
@@ -124,6 +124,16 @@ def check_kernels(runtime: Runtime, model: Model, batch_size: int) -> Verdict:
     Raises:
         MachineError: The kernels have left the GPU in a state in which this process can use it no more.
     """
+    try:
+        return _compare(runtime, model, batch_size)
+    finally:
+        if runtime.device.type == "cuda":
+            torch.cuda.empty_cache()  # for DALI, which has memory of its own
+            torch.cuda.reset_peak_memory_stats(runtime.device)  # it is told of training
+
+
+def _compare(runtime: Runtime, model: Model, batch_size: int) -> Verdict:
+    """As `check_kernels`."""
     torchs = replace(runtime, native=False, layer_kernels=False)
     exact = replace(torchs, precision="fp32", shadow_weights=False)
     try:

@@ -38,6 +38,7 @@ app.command()(plot)
 app.command()(report)
 app.command()(reproduce)
 app.command()(doctor)
+CLOSED_PIPE = 128 + 13  # SIGPIPE's, which Python ignores
 COMMANDS = ("train", "eval", "bench", "responses", "reproduce", "plot", "report", "doctor")
 
 
@@ -49,7 +50,7 @@ def main() -> None:
         if sys.stdout is not None:  # as `>&-` leaves it
             sys.stdout.flush()
     except BrokenPipeError:  # as `fastres eval ... | head` ends
-        code = _unwritten()
+        code = _unwritten(CLOSED_PIPE)
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
@@ -58,7 +59,7 @@ def main() -> None:
     sys.exit(code)
 
 
-def _unwritten(code: int = 128 + 13) -> int:  # SIGPIPE's, which Python ignores
+def _unwritten(code: int) -> int:
     """The exit code where stdout takes nothing more; Python would try to flush it once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
@@ -86,6 +87,8 @@ def run(argv: list[str]) -> int:
             raise
         print(f"fastres: out of memory: {first_line(error)}; free some, or use another --device", file=sys.stderr)
         return OutOfMemory.exit_code
+    except SystemExit:  # typer's own end where nobody reads what a command prints
+        code = CLOSED_PIPE
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:  # so typer returns where Ctrl-C came before there was a state to save
