@@ -4,6 +4,7 @@ fastres' own GPU kernels were tested on few GPUs, drivers and compilers. So a ru
 network by them, which must be as exact as torch's own.
 """
 
+import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -128,8 +129,9 @@ def check_kernels(runtime: Runtime, model: Model, batch_size: int) -> Verdict:
         return _compare(runtime, model, batch_size)
     finally:
         if runtime.device.type == "cuda":
-            torch.cuda.empty_cache()  # for DALI, which has memory of its own
-            torch.cuda.reset_peak_memory_stats(runtime.device)  # it is told of training
+            with contextlib.suppress(RuntimeError):  # of a GPU that is lost, which is told by then
+                torch.cuda.empty_cache()  # for DALI, which has memory of its own
+                torch.cuda.reset_peak_memory_stats(runtime.device)  # what is reported is of training
 
 
 def _compare(runtime: Runtime, model: Model, batch_size: int) -> Verdict:
