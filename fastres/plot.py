@@ -73,7 +73,7 @@ class Run:
         )
 
 
-def read_runs(paths: Iterable[Path], say: Callable[[str], None]) -> tuple[str, list[Run]]:
+def read_runs(paths: Iterable[Path], say: Callable[[str], None] = print) -> tuple[str, list[Run]]:
     """The runs that paths name, and what they have in common: "ResNet20, cifar10, seed 0".
 
     `say` is told of each whose config cannot be read, and which is left out.

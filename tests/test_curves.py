@@ -276,7 +276,7 @@ def test_runs_of_a_sweep_and_its_bands(tmp_path: Path) -> None:
     for depth in (8, 14):
         for seed in range(2):
             made_run(tmp_path / "sweep" / f"{depth}-{seed}", model={"depth": depth}, seed=seed)
-    common, runs = read_runs([tmp_path / "sweep"], print)
+    common, runs = read_runs([tmp_path / "sweep"])
     assert common == "synthetic"
     assert [run.label for run in runs][:3] == ["ResNet14, seed 0", "ResNet14, seed 1", "ResNet8, seed 0"]
     plain = plotted(tmp_path, tmp_path / "sweep", out=tmp_path / "plain.svg")
@@ -354,7 +354,7 @@ def test_runs_that_got_nowhere(tmp_path: Path) -> None:
     empty = made_run(tmp_path / "empty", finished=False, records=[], seed=1)
     lost = made_run(tmp_path / "lost", finished=False, records=falling(upto=50), seed=2)
     (lost / DIVERGED).write_text(json.dumps({"step": 57, "why": "NaN"}))
-    _, runs = read_runs([cut, empty, lost], print)
+    _, runs = read_runs([cut, empty, lost])
     labels = [run.curve().label for run in runs]
     assert labels == ["seed 0 (step 200 of 400)", "seed 1 (step 0 of 400)", "seed 2 (diverged after step 50)"]
     plot_runs([cut, empty, lost], tmp_path / "x.png", say=said.append)
@@ -376,7 +376,7 @@ def test_a_run_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None
 
 
 def test_standing_of_a_finished_run(tmp_path: Path) -> None:
-    _, (run,) = read_runs([made_run(tmp_path / "run")], print)
+    _, (run,) = read_runs([made_run(tmp_path / "run")])
     assert isinstance(run, Run)
     assert (run.standing, run.curve().unfinished, run.curve().label) == ("", False, "ResNet20")
 

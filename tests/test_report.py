@@ -308,7 +308,7 @@ def test_several_runs_are_a_table_with_a_section_each(sweep: Path) -> None:
 
 
 def test_hundreds_of_runs_have_a_row_each_and_sections_as_far_as_they_fit(sweep: Path) -> None:
-    common, runs = read_runs([sweep / "seed0"], print)
+    common, runs = read_runs([sweep / "seed0"])
     result, environment = (json.loads((sweep / "seed0" / name).read_text()) for name in (RESULT, ENVIRONMENT))
     subjects = [Subject(runs[0], result, environment, "--no-eval was given.")] * 700
     document = check(Document(render(common, subjects)))
@@ -364,7 +364,7 @@ def test_many_runs_stay_below_a_megabyte(sweep: Path) -> None:
     records = [
         {"kind": kind, "step": step, "error": chance.random()} for kind, step in sorted(kinds, key=lambda k: k[1])
     ]
-    common, runs = read_runs([sweep / "seed0"], print)
+    common, runs = read_runs([sweep / "seed0"])
     result, environment = (json.loads((sweep / "seed0" / name).read_text()) for name in (RESULT, ENVIRONMENT))
     runs[0].records[:] = records
     subjects = [Subject(runs[0], result, environment, tested)] * 45
