@@ -43,6 +43,7 @@ class Trained:
     arch: str  # resnet, plain or imagenet
     config: RunConfig | None  # None for weights of another project
     step: int | None  # of training; None where the file does not say
+    held_out: str  # the images: "test" or "validation"
     net: Network  # on its device
     images: ImageSet
     runtime: Runtime
@@ -94,14 +95,15 @@ def evaluate_target(
     dataset: str | None = None,
     mean: Channels | None = None,
     std: Channels | None = None,
+    test_set: bool = False,
     say: Callable[[str], None],
 ) -> Outcome:
     """Test a run folder, a checkpoint file, or a foreign weights file. Arguments and errors as of `load_trained`."""
-    trained = load_trained(target, execution, arch=arch, dataset=dataset, mean=mean, std=std, say=say)
+    how: dict[str, Any] = {"arch": arch, "dataset": dataset, "mean": mean, "std": std, "test_set": test_set}
+    trained = load_trained(target, execution, **how, say=say)
     num_classes = len(trained.images.class_names)
     evaluator = Evaluator(trained.net, trained.batches(), num_classes=num_classes, dtype=trained.runtime.dtype)
-    held_out = trained.config.data.held_out if trained.config else "test"
-    return Outcome(str(target), trained.name, trained.step, held_out, trained.images, evaluator())
+    return Outcome(str(target), trained.name, trained.step, trained.held_out, trained.images, evaluator())
 
 
 def load_trained(
@@ -112,6 +114,7 @@ def load_trained(
     dataset: str | None = None,
     mean: Channels | None = None,
     std: Channels | None = None,
+    test_set: bool = False,
     say: Callable[[str], None],
 ) -> Trained:
     """The network of a run folder, a checkpoint file, or a foreign weights file.
@@ -125,6 +128,7 @@ def load_trained(
         arch: "resnet" or "plain", for weights that do not say (those of an ImageNet network do).
         dataset: "cifar10" or "synthetic"; default: what the run was trained on.
         mean, std: See above.
+        test_set: Of a run under `val_split`: the test images, which it never saw, not the validation images.
         say: Takes one-line notices.
 
     Raises:
@@ -137,12 +141,14 @@ def load_trained(
     foreign = None if saved else read_weights(target)  # before a download for nothing
     config = RunConfig.from_dict(saved.meta["config"]) if saved else None
     tree = here((config or RunConfig()).to_dict())
-    chosen = RunConfig.from_dict(
-        {
-            "execution": {**tree["execution"], **execution},
-            "data": {**tree["data"], **({"dataset": dataset} if dataset else {})},
-        }
-    )
+    data = {**tree["data"], **({"dataset": dataset} if dataset else {})}
+    if test_set:
+        if not data["val_split"]:
+            raise InputError(
+                f"{target} kept no images for validation: it is tested on the test set; leave out --test-set"
+            )
+        data["val_split"] = False
+    chosen = RunConfig.from_dict({"execution": {**tree["execution"], **execution}, "data": data})
     runtime = prepare(chosen.execution)
     images = load_images(chosen.data, chosen.execution, train=saved is None and mean is None, say=say)
     mean_image: Mean
@@ -174,6 +180,7 @@ def load_trained(
         arch=model.arch,
         config=config,
         step=step,
+        held_out=chosen.data.held_out,
         net=place(net, chosen.execution, runtime),
         images=images,
         runtime=runtime,

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import fastres
 from fastres import checkpoint
-from fastres.config import NUM_TRAIN, Execution
+from fastres.config import NUM_TRAIN, Data, Execution
 from fastres.data.cifar import BATCHES
 from fastres.data.imageset import ImageSet
 from fastres.data.synthetic import make_synthetic
@@ -204,6 +204,26 @@ def test_validation_images_are_called_that(run: Path) -> None:
     outcome = replace(outcome_of(run), held_out="validation")
     assert "at step 16: validation error " in report(outcome)
     assert outcome.to_dict()["held_out"] == "validation"
+
+
+def test_the_test_set_of_a_run_that_was_validated(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"kept no images for validation.*leave out --test-set"):
+        outcome_of(run, test_set=True)
+    saved = checkpoint.load(run / checkpoint.NEWEST)
+    config = saved.meta["config"]
+    config["data"] |= {"dataset": "cifar10", "val_split": True}
+    checkpoint.save(tmp_path, saved.tensors, {**saved.meta, "config": config})
+    asked: list[bool] = []
+
+    def images(data: Data, *_: object, **__: object) -> ImageSet:
+        asked.append(data.val_split)
+        return make_synthetic()
+
+    monkeypatch.setattr("fastres.evaluate.load_images", images)
+    for test_set, held_out in ((False, "validation"), (True, "test")):
+        outcome = evaluate_target(tmp_path / checkpoint.NEWEST, CPU, test_set=test_set, say=lambda _: None)
+        assert outcome.held_out == held_out
+    assert asked == [True, False]
 
 
 def test_what_is_assumed_of_foreign_weights_is_told(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ def evaluate(
         str | None, typer.Option(help="Per-channel mean 0-1 that other weights were trained with: 0.485,0.456,0.406.")
     ] = None,
     std: Annotated[str | None, typer.Option(help="Per-channel standard deviation, likewise.")] = None,
+    test_set: Annotated[
+        bool, typer.Option("--test-set", help="Of a run with --val-split: the test images, not the validation images.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16; default: the run's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")] = False,
@@ -44,6 +47,7 @@ def evaluate(
         dataset=dataset,
         mean=None if mean is None else parse_channels("--mean", mean),
         std=None if std is None else parse_channels("--std", std),
+        test_set=test_set,
         say=Console("lines", stderr=True).say,
     )
     print(json.dumps(outcome.to_dict()) if as_json else report(outcome))
