@@ -24,7 +24,7 @@ from fastres.data.frozen import FrozenLoader
 from fastres.data.imageset import ImageSet
 from fastres.guards import explained_memory_errors
 from fastres.parts import PARTS, Marks, marked
-from fastres.resolve import runtime_of
+from fastres.resolve import runtime_of, suiting
 from fastres.roofline import Ceilings, Work, measure_ceilings, work_of
 from fastres.runtime import DTYPES, environment, synchronize
 from fastres.step import Loader, Replica, TrainStep
@@ -282,7 +282,7 @@ def _alive(cells: Sequence[Cell], stack: contextlib.ExitStack, say: Callable[[st
     """Each cell, warmed up; closed with the stack. Equal data sets are loaded once."""
     images: dict[Any, ImageSet] = {}
     for cell in cells:
-        runtime_of(cell.config)  # what is not there is told before minutes are spent on the cells ahead
+        suiting(cell.config)  # what is not there is told before minutes are spent on the cells ahead
     for cell in cells:
         key = (cell.config.data, cell.config.execution.data_dir)
         if key not in images:

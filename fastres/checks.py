@@ -94,7 +94,7 @@ def gpus() -> Iterable[Finding]:
         value = f"{seen.name}, {_room(k)}, compute capability {seen.major}.{seen.minor}"
         if not gpu.has_kernels(capability):
             mark: Mark = "error" if k == 0 else "note"  # the one that --device auto takes
-            remedy = f"fastres train --device cpu, or {gpu.OLDER_TORCH}"
+            remedy = f"fastres train --device cpu, or {gpu.other_torch(capability)}"
             yield Finding(mark, what, f"{value}; this torch has no kernels for it", remedy)
         elif capability < gpu.COMPILED:
             yield Finding("note", what, f"{value}: too old for torch.compile, so training is slower")

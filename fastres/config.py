@@ -238,7 +238,17 @@ def make_config(preset: str = "paper", **changes: Any) -> RunConfig:
         if dataclasses.is_dataclass(value):
             raise InputError(f"{key} is {value}; give a dict of what differs from the preset, as model={{'depth': 56}}")
     tree = merge(preset_tree(preset), changes)
-    return RunConfig.from_dict(with_dependent_defaults(tree))
+    config = RunConfig.from_dict(with_dependent_defaults(tree))
+    check_sense(config)
+    return config
+
+
+def check_sense(config: RunConfig) -> None:
+    """Raise InputError where a new run would hardly be what was meant; stored ones are read as they are."""
+    recipe = config.recipe
+    if recipe.warmup in ("constant", "error") and recipe.warmup_lr > recipe.lr:
+        rule = f"a warm-up's must not be above lr, {recipe.lr}; --warmup none turns it off"
+        raise InputError(f"warmup_lr is {recipe.warmup_lr}; {rule}")
 
 
 def preset_tree(name: object) -> dict[str, Any]:
@@ -309,9 +319,6 @@ def _validate(config: RunConfig) -> None:
         holds = math.isfinite(value) and (value >= 0 if low_ok else value > 0)
         need(holds, key, value, f"it must be a finite number {'at least' if low_ok else 'above'} 0")
     need(1e-6 <= recipe.lr_decay <= 1, "lr_decay", recipe.lr_decay, "it must be 1e-6 to 1")
-    if recipe.warmup in ("constant", "error"):
-        rule = f"a warm-up's must not be above lr, {recipe.lr}; --warmup none turns it off"
-        need(recipe.warmup_lr <= recipe.lr, "warmup_lr", recipe.warmup_lr, rule)
     need(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "it must be at least 0 and below 1")
     in_order = all(a < b for a, b in zip(recipe.milestones, recipe.milestones[1:], strict=False))
     need(

@@ -16,12 +16,14 @@ def says_out_of_memory(error: BaseException) -> bool:
 
     A CUDA graph's capture that memory ends raises one more error, of streams that have not joined.
     """
-    while True:
-        if any(sign in str(error) for sign in OUT_OF_MEMORY):
+    seen = set[int]()
+    cause: BaseException | None = error
+    while cause and id(cause) not in seen:
+        if any(sign in str(cause) for sign in OUT_OF_MEMORY):
             return True
-        if not (before := error.__cause__ or error.__context__):
-            return False
-        error = before
+        seen.add(id(cause))
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return False
 
 
 def first_line(error: BaseException) -> str:
@@ -78,3 +80,11 @@ class Interrupted(FastresError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+class Stop(BaseException):
+    """Raised by a signal's handler. No Exception, so that nothing takes it for an error of the work it interrupts."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum

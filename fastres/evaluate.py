@@ -30,7 +30,7 @@ Channels = tuple[float, float, float]
 # What a single pass over the test images does not pay for, whatever the run was trained with and on.
 ONE_PASS: dict[str, Any] = {
     "device": "auto", "compile": False, "cuda_graph": False, "shadow_weights": False, "native": False,
-    "layer_kernels": False, "threads": 0,
+    "layer_kernels": False, "deterministic": False, "threads": 0,
 }  # fmt: skip
 OTHER_IMAGES = "measured on other images than those of the run"
 
@@ -140,7 +140,7 @@ def load_trained(
     saved = read_checkpoint(target, say)
     foreign = None if saved else read_weights(target)  # before a download for nothing
     config = RunConfig.from_dict(saved.meta["config"]) if saved else None
-    tree = here((config or RunConfig()).to_dict())
+    tree = here((config or RunConfig()).to_dict(), execution)
     data = {**tree["data"], **({"dataset": dataset} if dataset else {})}
     if test_set:
         if not data["val_split"]:
@@ -148,7 +148,7 @@ def load_trained(
                 f"{target} kept no images for validation: it is tested on the test set; leave out --test-set"
             )
         data["val_split"] = False
-    chosen = RunConfig.from_dict({"execution": {**tree["execution"], **execution}, "data": data})
+    chosen = RunConfig.from_dict({"execution": tree["execution"], "data": data})
     runtime = prepare(chosen.execution)
     images = load_images(chosen.data, chosen.execution, train=saved is None and mean is None, say=say)
     mean_image: Mean
@@ -201,12 +201,18 @@ def _assumed(target: Path, model: Model, *, guessed: bool, mean: Channels | None
     return f"{target}: taken for {kind}; {pixels}"
 
 
-def here(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored config, with what a single pass on this machine, which may be another one, can do without left out."""
+def here(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config for a single pass on this machine, which may be another one.
+
+    Args:
+        tree: The config; what such a pass can do without is left out.
+        changes: Laid over its `execution`.
+    """
     tree = found_again(tree)
-    execution = {**tree["execution"], **ONE_PASS}
-    if execution["precision"] == "tf32" and not gpu.available():
-        execution["precision"] = "fp32"
+    execution = {**tree["execution"], **ONE_PASS, **changes}
+    if execution["precision"] == "tf32" and "precision" not in changes:
+        on_gpu = gpu.choose(execution["device"])[0].type == "cuda"
+        execution["precision"] = "tf32" if on_gpu else "fp32"
     return {**tree, "execution": execution}
 
 

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -42,7 +43,7 @@ def choose(name: str) -> tuple[torch.device, str | None]:
         gpu = f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]})"
         if name == "auto":
             return torch.device("cpu"), f"this torch has no kernels for {gpu}: training on the CPU; see fastres doctor"
-        raise MachineError(f"this torch has no kernels for {gpu}; use --device cpu, or {OLDER_TORCH}")
+        raise MachineError(f"this torch has no kernels for {gpu}; use --device cpu, or {other_torch(capability)}")
     return device, None
 
 
@@ -75,13 +76,21 @@ def driver_too_old() -> bool:
 
 def has_kernels(capability: Capability) -> bool:
     """Whether torch was built for a GPU: its major version and no later minor, or PTX, which later GPUs take."""
-    known = False
+    built_for = list(_built_for())
+    return not built_for or any(
+        of <= capability if kind == "compute" else (of[0] == capability[0] and of[1] <= capability[1])
+        for kind, of in built_for
+    )
+
+
+def other_torch(capability: Capability) -> str:
+    """Which other torch may have kernels for a GPU."""
+    newest = max((of for _, of in _built_for()), default=capability)
+    return "install a newer torch" if capability > newest else OLDER_TORCH
+
+
+def _built_for() -> Iterator[tuple[str, Capability]]:
     for arch in torch.cuda.get_arch_list():  # sm_90a, compute_120; other makers' have other names
         kind, _, number = arch.partition("_")
-        if kind not in ("sm", "compute"):
-            continue
-        known = True
-        major, minor = built_for = divmod(int(number.rstrip("af")), 10)
-        if built_for <= capability if kind == "compute" else (major == capability[0] and minor <= capability[1]):
-            return True
-    return not known
+        if kind in ("sm", "compute"):
+            yield kind, divmod(int(number.rstrip("af")), 10)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastres.build import empty_net
 from fastres.config import RunConfig
 from fastres.data.imageset import IMAGE_SIZE
-from fastres.errors import Interrupted, OutOfMemory, OutOfTime, says_out_of_memory
+from fastres.errors import Interrupted, OutOfMemory, OutOfTime, Stop, says_out_of_memory
 from fastres.models.cifar import num_parameters
 from fastres.runtime import Runtime, usable_memory
 
@@ -56,7 +56,7 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
     def note(signum: int, _frame: FrameType | None) -> None:
         if interrupt.signum is not None:
             name = signal.Signals(signum).name
-            raise Interrupted(f"stopped by {name} at once, where the newest checkpoint is; {interrupt.way_on}", signum)
+            raise Stop(f"stopped by {name} at once, where the newest checkpoint is; {interrupt.way_on}", signum)
         interrupt.signum = signum
 
     signals = [signal.SIGINT, signal.SIGTERM]
@@ -65,6 +65,8 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
     before = {signum: signal.signal(signum, note) for signum in signals}
     try:
         yield
+    except Stop as stop:
+        raise Interrupted(str(stop), stop.signum) from None
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

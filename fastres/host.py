@@ -76,8 +76,10 @@ def c_compiler() -> str | None:
 
 
 def python_header() -> bool:
-    """Whether Python.h is there, which Debian and its like have in a package of its own."""
-    return (Path(sysconfig.get_path("include")) / "Python.h").exists()
+    """Whether Python.h is where Triton looks for it; Debian and its like have it in a package of its own."""
+    scheme = sysconfig.get_default_scheme()
+    folder = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
+    return (Path(folder) / "Python.h").exists()
 
 
 def default_cache_dir() -> Path:
@@ -97,7 +99,7 @@ def default_cache_dir() -> Path:
 
 def writable(folder: Path) -> bool:
     """Whether a folder that need not be there yet can be written."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110 (False where it may not look)
     return os.access(there, os.W_OK)
 
 

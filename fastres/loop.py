@@ -25,7 +25,7 @@ from fastres.optim import LrSchedule
 from fastres.resolve import runtime_of
 from fastres.result import RunResult, result_of, summary
 from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, default_path, found_again, remove_empty, resume_with
-from fastres.runstate import RunState, load_states, record_environment
+from fastres.runstate import RunState, load_states, record_environment, record_loader
 from fastres.runtime import Runtime, peak_memory, synchronize
 from fastres.step import TrainStep
 from fastres.steptimer import StepTimer, milliseconds
@@ -168,6 +168,7 @@ def _run(
         # Build. Chance is a function of the seed: weights here, samples in the epoch plan.
         mean = images.mean_image()
         members = make_members(configs, runs, images, mean, runtime, clocks, stack, console.say)
+        record_loader(runs, members[0].replica.loader.name)
         train_step = TrainStep([member.replica for member in members])
         if runtime.needs_warm_up:
             console.say("compiling (later runs of the same model find the result in the compiler's cache)")

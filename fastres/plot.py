@@ -81,22 +81,19 @@ def read_runs(paths: Iterable[Path], say: Callable[[str], None] = print) -> tupl
     Raises:
         InputError: A path is no run folder and holds none, or no config can be read.
     """
-    folders, configs = list[RunDir](), list[RunConfig]()
+    read = list[tuple[RunDir, RunConfig, list[dict[str, Any]]]]()
     problems = list[InputError]()
     for folder in find_runs(paths):
         try:
-            configs.append(folder.config())
-            folders.append(folder)
+            read.append((folder, folder.config(), folder.metrics()))
         except InputError as error:
             problems.append(error)
-    if not folders:
+    if not read:
         raise problems[0]
     for problem in problems:
         say(f"{problem}; left out")
-    common, labels = tell_apart(configs, [folder.path.resolve().name for folder in folders])
-    read = zip(folders, configs, labels, strict=True)
-    runs = [Run(folder, config, folder.metrics(), label) for folder, config, label in read]
-    return common, runs
+    common, labels = tell_apart([config for _, config, _ in read], [folder.path.resolve().name for folder, *_ in read])
+    return common, [Run(*parts, label) for parts, label in zip(read, labels, strict=True)]
 
 
 def tell_apart(configs: Sequence[RunConfig], names: Sequence[str]) -> tuple[str, list[str]]:

@@ -74,15 +74,17 @@ def load(
 ) -> Predictor:
     """The network that a run trained, as far as it got. No data set is needed.
 
+    Sets torch up for it, as training does: CPU threads, and on a GPU the current device, TF32 and cuDNN's search.
+
     Args:
         run: A run folder, whose newest whole checkpoint is taken, or a checkpoint file.
         device: "auto", "cpu", "cuda", "cuda:0".
-        precision: "auto", "fp32", "bf16", "fp16"; default: the run's.
+        precision: "auto", "fp32", "tf32", "bf16", "fp16"; default: the run's.
         say: Takes one-line notices: a damaged checkpoint was passed over.
 
     Raises:
-        InputError: There is no such run, or it has no checkpoint yet.
-        MachineError: No such device.
+        InputError: There is no such run, it has no checkpoint yet, or no such precision or GPU index.
+        MachineError: No GPU where one was asked for.
     """
     path = Path(run)
     if not path.exists():
@@ -92,7 +94,7 @@ def load(
         raise InputError(f"{path} is no checkpoint of fastres; `fastres eval` reads other projects' weights")
     config = RunConfig.from_dict(saved.meta["config"])
     asked = {"device": device} | ({"precision": precision} if precision else {})
-    execution = RunConfig.from_dict({"execution": {**here(config.to_dict())["execution"], **asked}}).execution
+    execution = RunConfig.from_dict({"execution": here(config.to_dict(), asked)["execution"]}).execution
     runtime, names = prepare(execution), tuple(saved.meta["data"]["class_names"])
     net = empty_net(config.model, num_classes=len(names))
     net.load_state_dict(saved.weights)

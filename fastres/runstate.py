@@ -196,3 +196,13 @@ def record_environment(
     first = run.read_json(ENVIRONMENT)
     resumed = [*first.get("resumed", []), {"step": saved.meta["step"], **now}]
     run.write_json(ENVIRONMENT, {**first, "resumed": resumed})
+
+
+def record_loader(runs: Sequence[RunDir], name: str) -> None:
+    """Correct the loader in environment.json, of the process that writes last, where another one took its place."""
+    for run in runs:
+        first = run.read_json(ENVIRONMENT)
+        latest = first["resumed"][-1] if first.get("resumed") else first
+        if latest.get("loader") != name:
+            latest["loader"] = name
+            run.write_json(ENVIRONMENT, first)

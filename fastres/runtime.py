@@ -282,7 +282,10 @@ def _native(execution: Execution, device: torch.device, precision: str) -> tuple
     if against := [flag for flag, given in others.items() if given]:
         if wanted:
             raise InputError(f"--native kernels do not go with {against[0]}; use --no-native, or leave that out")
-        note = f"training without fastres' own kernels, more slowly: they do not go with {against[0]}"
+        why = f"do not go with {against[0]}"
+        if execution.precision == "auto" and against[0].startswith("--precision"):
+            why = f"are for bf16, and this GPU has {precision} alone"
+        note = f"training without fastres' own kernels, more slowly: they {why}"
         return False, None if wanted is False else note
     if wanted is False:
         return False, None

@@ -82,8 +82,10 @@ def train_seeds(
     check_loader(config)
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"seeds are {list(seeds)}; give each of them once, and at least one")
+    console = console or Console(verbosity)
+    seed_folders(Path(), config, seeds)  # a seed that cannot be, before a folder is made
     folder = folder or (Path(config.output.out) if config.output.out else default_folder(config, seeds))
-    folders, console = seed_folders(folder, config, seeds), console or Console(verbosity)
+    folders = seed_folders(folder, config, seeds)
     is_new = not is_sweep(folder)
     _write_sweep(folder, config, seeds)
     how: dict[str, Any] = {"side_by_side": side_by_side, "deadline": deadline, "way_on": resume_with(folder)}

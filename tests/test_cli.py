@@ -251,7 +251,9 @@ def test_a_full_disk_under_stdout_loses_no_run(tmp_path: Path) -> None:
 def test_signals_save_and_exit(tmp_path: Path, signum: signal.Signals) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "fastres", "train", *TINY, "--steps", "100000", "--out", str(out)]
+    before = signal.signal(signum, signal.SIG_DFL)  # under nohup the child would ignore SIGHUP, as it should
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    signal.signal(signum, before)
     try:
         deadline = time.monotonic() + 120
         while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:

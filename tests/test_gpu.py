@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 import fastres
 from benchmarks.gpu_timing import launch_seconds
 from fastres.build import build_evaluator, build_loaders, build_net, build_optimizer
-from fastres.config import RunConfig, make_config
+from fastres.config import Model, RunConfig, make_config
 from fastres.configtree import merge
 from fastres.cudagraph import CapturedGraph
 from fastres.data.dali import dali_available
@@ -30,7 +31,7 @@ from fastres.fusednet import FusedNet, Inference
 from fastres.layernet import LayerInference
 from fastres.models.cifar import CifarNet
 from fastres.optim import LrSchedule
-from fastres.resolve import runtime_of
+from fastres.resolve import Verdict, check_kernels, runtime_of, suiting
 from fastres.step import Replica, TrainStep
 from fastres.steptimer import StepTimer
 from tests.interpreted import far, network
@@ -73,6 +74,7 @@ def built(config: RunConfig, *, seeds: tuple[int, ...] = (0,)) -> tuple[TrainSte
     """A TrainStep, warmed up and captured as `train` does, and its evaluator."""
     images = make_synthetic()
     runtime, mean = runtime_of(config), images.mean_image()
+    assert runtime.native == suiting(config).native  # else this would be a test of torch's kernels
     configs = [RunConfig.from_dict({**config.to_dict(), "seed": seed}) for seed in seeds]
     replicas = []
     for one, loader in zip(configs, build_loaders(configs, images, mean, runtime), strict=True):
@@ -183,6 +185,19 @@ def test_fused_is_as_exact_as_autocast_and_the_same_each_time(residual: bool) ->
     fused.backward_from(grad)
     assert torch.equal(fused.weight_grads, torch.cat(ours[1 : 1 + len(convs)]))
     assert torch.equal(fused.norm_grads, torch.cat(ours[1 + len(convs) : 1 + len(convs) + len(norms)]))
+
+
+@pytest.mark.parametrize("layer_kernels", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("arch", ["resnet", "plain"])
+@pytest.mark.parametrize("batch_size", [128, 100, 8])
+def test_a_run_finds_no_fault_with_them(
+    arch: Literal["resnet", "plain"], batch_size: int, deterministic: bool, layer_kernels: bool
+) -> None:
+    how = {"device": "cuda", "deterministic": deterministic, "layer_kernels": layer_kernels}
+    runtime = suiting(make_config(recipe={"batch_size": batch_size}, execution=how))
+    bare = replace(runtime, compile_scope="none", cuda_graph=False)
+    assert check_kernels(bare, Model(arch=arch, depth=14), batch_size) == Verdict()
 
 
 @pytest.mark.parametrize("kind", [Inference, LayerInference])

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import importlib.util
+import json
 import multiprocessing
 import pickle
 import time
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastres
 from fastres.build import build_loaders
 from fastres.config import make_config
 from fastres.data import dali, deviceplan, table, torchvision
@@ -30,6 +32,7 @@ from fastres.data.torchvision import TorchvisionLoader
 from fastres.errors import MachineError
 from fastres.runtime import Runtime
 from tests.fakecuda import FakeCuda, FakeStream, Recorded
+from tests.runs import tiny
 
 CPU, NUM, BATCH = torch.device("cpu"), 50, 16
 STEPS = 3 * NUM // BATCH + 2  # over three epochs; 16 does not divide 50, so batches straddle their edges
@@ -589,3 +592,31 @@ def test_a_pipeline_that_fails_is_an_error_and_no_hang(images: ImageSet, fails_a
     with pytest.raises(MachineError, match=r"DALI failed at its run \d: Critical error.*--loader resident"):
         all_steps()
     loader.close()
+
+
+@needs_dali
+def test_where_dali_does_not_start_the_resident_loader_takes_over(
+    images: ImageSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError(
+            "Error in GPU operator `nvidia.dali.fn.warp_affine`,\nwhich was used ...\n\nencountered:\n\nno kernel image"
+        )
+
+    monkeypatch.setattr("fastres.data.dali._pipeline", fails)
+    monkeypatch.setattr("fastres.build.loader_kind", lambda *_: "dali")
+    monkeypatch.setattr("fastres.runstate.loader_kind", lambda *_: "dali")
+    said: list[str] = []
+    config = make_config(execution={"device": "cpu", "threads": 1})
+    runtime = Runtime(CPU, "fp32", threads=1)
+    (built,) = build_loaders([config], images, images.mean_image(), runtime, said.append)
+    assert built.name == "resident"
+    (line,) = said
+    assert line.startswith("taking the resident loader: DALI does not start: no kernel image;")
+    with pytest.raises(MachineError, match="no kernel image"):
+        build_loaders([config], images, images.mean_image(), runtime)  # a benchmark would time something else
+    by_name = dataclasses.replace(config, execution=dataclasses.replace(config.execution, loader="dali"))
+    with pytest.raises(MachineError, match="no kernel image"):
+        build_loaders([by_name], images, images.mean_image(), runtime, said.append)
+    fastres.train(tiny(tmp_path / "run", recipe={"steps": 2}), verbosity="quiet")
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["loader"] == "resident"

@@ -8,18 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastres import resolve, step
+from fastres import fusednet, resolve, step
 from fastres.build import build_net
 from fastres.config import Model, make_config
-from fastres.errors import MachineError
-from fastres.layernet import LayerInference, LayerNet
+from fastres.errors import MachineError, Stop
+from fastres.fusednet import layers_of
+from fastres.layernet import LayerInference, LayerNet, kind_of
+from fastres.models.cifar import CifarNet
 from fastres.resolve import Verdict, check_kernels, runtime_of
 from fastres.runtime import Runtime
-from tests.test_fusednet import Double
-from tests.test_layernet import folder, launched, needs_compiler, roomy_gpu  # noqa: F401 (fixtures)
+from tests.test_fusednet import Double, needs_triton
+from tests.test_layernet import folder, launched, needs_compiler, roomy_gpu, weights_of  # noqa: F401 (fixtures)
 
 RUNTIME = Runtime(torch.device("cpu"), "bf16", shadow_weights=True, native=True)
-SMALL = Model(depth=8)
+SMALL = Model(depth=8)  # quicker than resolve's own
 IN_TRITON: dict[int, Callable[..., Any]] = {}  # what stands for the kernels in Triton
 
 
@@ -38,9 +40,9 @@ def checked_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(resolve, "EVALUATION_BATCH", 8)
     monkeypatch.setitem(IN_TRITON, 0, Double)
     monkeypatch.setattr(resolve, "inference_of", lambda net, r: LayerInference(net) if r.layer_kernels else None)
-    check_kernels.cache_clear()
+    resolve._VERDICTS.clear()
     yield
-    check_kernels.cache_clear()
+    resolve._VERDICTS.clear()
 
 
 def broken(**parts: Callable[[Tensor], Tensor]) -> type[Double]:
@@ -91,22 +93,22 @@ def test_what_they_get_wrong_is_found(
     what: str, wrong: dict[str, Callable[[Tensor], Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(IN_TRITON, 0, broken(**wrong))
-    fault = check_kernels(RUNTIME, SMALL, 16).fault
+    fault = check_kernels(RUNTIME, SMALL, 32).fault
     assert fault
     assert f"are wrong on this GPU: gradient of {what}" in fault
 
 
 def test_an_evaluation_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def other(net: nn.Module, runtime: Runtime) -> Callable[[Tensor], Tensor] | None:
-        return (lambda images: net(images) * 1.05) if runtime.native else None
+        return (lambda images: net(images) * 1.2) if runtime.native else None
 
     monkeypatch.setattr(resolve, "inference_of", other)
-    fault = check_kernels(RUNTIME, SMALL, 16).fault
+    fault = check_kernels(RUNTIME, SMALL, 32).fault
     assert fault
     assert "are wrong on this GPU: logits is" in fault
 
 
-def failing(error: Exception) -> Callable[..., Any]:
+def failing(error: BaseException) -> Callable[..., Any]:
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
@@ -118,9 +120,11 @@ def test_kernels_that_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         check_kernels(RUNTIME, SMALL, 8).fault == "do not run on this GPU (ValueError: out of resource: shared memory)"
     )
-    check_kernels.cache_clear()
+    resolve._VERDICTS.clear()
     monkeypatch.setitem(IN_TRITON, 0, failing(RuntimeError("CUDA out of memory.")))
-    assert check_kernels(RUNTIME, SMALL, 8) == Verdict()  # no fault of theirs; what does not fit is told later
+    verdict = check_kernels(RUNTIME, SMALL, 8)  # no fault of theirs; whether training fits is seen later
+    assert not verdict.fault
+    assert verdict.notes == ("fastres' own GPU kernels could not be checked: RuntimeError: CUDA out of memory.",)
 
 
 def test_a_gpu_that_is_lost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +133,7 @@ def test_a_gpu_that_is_lost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "zeros", failing(error))
     monkeypatch.setattr(resolve, "_results", lambda runtime, *_: failing(error)() if runtime.native else {})
     with pytest.raises(
-        MachineError, match=r"failed on this GPU \(RuntimeError: CUDA error: an illegal.*; use --no-native"
+        MachineError, match=r"failed while .* were checked \(RuntimeError: CUDA error: an illegal.*; try --no-native"
     ):
         check_kernels(RUNTIME, SMALL, 8)
 
@@ -146,11 +150,9 @@ def test_torchs_kernels_take_the_place_of_those_with_a_fault(layers: bool, monke
     roomy_gpu(monkeypatch)
     monkeypatch.setattr("fastres.layernet.BY_DEFAULT", layers)
     monkeypatch.setattr(resolve, "check_kernels", lambda runtime, *_: Verdict("are wrong" if runtime.native else None))
-    said: list[str] = []
-    runtime = runtime_of(make_config(execution={"threads": 1}), said.append)
+    runtime = runtime_of(make_config(execution={"threads": 1}))
     assert not runtime.native
     assert not runtime.layer_kernels
-    assert said == ["checking fastres' own kernels on this GPU"] * (1 + layers)
     assert "training without --native kernels, more slowly: they are wrong" in runtime.notes
     with pytest.raises(MachineError, match="--native kernels are wrong; use --no-native"):
         runtime_of(make_config(execution={"threads": 1, "native": True}))
@@ -166,3 +168,56 @@ def test_each_kind_of_kernels_is_checked_by_itself(monkeypatch: pytest.MonkeyPat
     runtime = runtime_of(make_config(execution={"threads": 1}))
     assert (runtime.native, runtime.layer_kernels) == (True, False)
     assert runtime.notes == ("training without --layer-kernels, more slowly: they are wrong", "a note")
+
+
+def test_it_is_done_once_a_process_and_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def compare(*_: Any) -> Verdict:
+        done.append("compared")
+        return Verdict()
+
+    monkeypatch.setattr(resolve, "_compare", compare)
+    for batch_size in (8, 8, 16, 8):
+        check_kernels(RUNTIME, SMALL, batch_size, done.append)
+    assert done == ["checking fastres' own kernels on this GPU", "compared"] * 2
+
+
+def test_a_signal_is_no_fault_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = failing(Stop("stopped by SIGTERM", 15))
+    for of_torch in (True, False):
+
+        def results(runtime: Runtime, *_: Any, of_torch: bool = of_torch) -> Any:
+            return stop() if runtime.native != of_torch else {}
+
+        monkeypatch.setattr(resolve, "_results", results)
+        with pytest.raises(Stop):
+            check_kernels(RUNTIME, SMALL, 8)
+
+
+@needs_triton
+def test_the_small_network_has_every_kernel_of_a_deep_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all that Triton compiles a kernel anew for: numbers, which tensors are the same, what is not there."""
+    seen: set[Any] = set()
+
+    def launch(kernel: Any, programs: int, how: Any, *args: Any) -> None:
+        tensors = {id(arg): k for k, arg in enumerate(args) if isinstance(arg, Tensor)}
+        seen.add((kernel.fn.__name__, programs, how, *(tensors.get(id(arg), arg) for arg in args)))
+
+    monkeypatch.setattr(fusednet, "_launch", launch)
+
+    def kernels_of(depth: int, arch: str) -> set[Any]:
+        seen.clear()
+        net = CifarNet(depth, residual=arch == "resnet").to(memory_format=torch.channels_last)
+        weights = {name: p.detach().bfloat16() for name, p in net.named_parameters() if p.ndim == 4}
+        fused = fusednet.FusedNet(net, weights, 16)
+        images = torch.zeros(16, 3, 32, 32, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        fused.backward_from(torch.zeros_like(fused.maps_of(images)))
+        fusednet.Inference(net)(images)
+        return {launch for launch in seen if launch[0] != "add_up"}  # as many programs as there are weights
+
+    for arch in ("resnet", "plain"):
+        assert kernels_of(resolve.SMALL, arch) == kernels_of(32, arch)
+    assert kernels_of(8, "resnet") < kernels_of(32, "resnet")
+    kinds = [{kind_of(layer) for layer in layers_of(CifarNet(d), weights_of(CifarNet(d)), 16)} for d in (8, 32)]
+    assert kinds[0] == kinds[1]  # of the layer kernels

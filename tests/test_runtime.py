@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,6 +197,24 @@ def test_which_gpus_torch_was_built_for(
     assert gpu.has_kernels(capability) == runs
 
 
+def test_which_other_torch_may_have_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
+    assert gpu.other_torch((11, 0)) == "install a newer torch"
+    assert gpu.other_torch((6, 1)) == gpu.OLDER_TORCH
+
+
+def test_a_home_that_may_not_be_looked_into(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As of a container's user whose HOME is root's; Path.exists raises there."""
+
+    def exists(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", exists)
+    assert host.writable(tmp_path / "a" / "b")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert not host.writable(tmp_path / "a" / "b")
+
+
 def test_a_gpu_too_old_for_triton_is_not_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, (6, 1))
     chosen = prepare(Execution(threads=1))
@@ -233,8 +252,9 @@ def test_a_gpu_that_others_fill(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kernels_that_do_not_go_with_a_precision_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, (7, 5))
-    said = "training without fastres' own kernels, more slowly: they do not go with --precision fp16"
-    assert prepare(Execution(threads=1)).notes == (said,)
+    slow = "training without fastres' own kernels, more slowly: they"
+    assert prepare(Execution(threads=1)).notes == (f"{slow} are for bf16, and this GPU has fp16 alone",)
+    assert prepare(Execution(threads=1, precision="fp32")).notes == (f"{slow} do not go with --precision fp32",)
     assert prepare(Execution(threads=1, native=False)).notes == ()
 
 
@@ -243,6 +263,10 @@ def test_an_error_that_follows_from_lack_of_memory_says_so() -> None:
     assert not says_out_of_memory(late)
     late.__context__ = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
     assert says_out_of_memory(late)
+    late.__suppress_context__ = True  # raised from None: it has nothing to do with it
+    assert not says_out_of_memory(late)
+    late.__cause__ = late
+    assert not says_out_of_memory(late)
     assert says_out_of_memory(RuntimeError("Can't allocate 4096 bytes on device 0."))  # DALI's words
 
 

@@ -19,7 +19,7 @@ from fastres.cli.report import report
 from fastres.cli.reproduce import reproduce
 from fastres.cli.responses import responses
 from fastres.cli.train import train
-from fastres.errors import FastresError, Interrupted, OutOfMemory, first_line, says_out_of_memory
+from fastres.errors import FastresError, OutOfMemory, Stop, first_line, says_out_of_memory
 
 app = typer.Typer(
     name="fastres",
@@ -66,7 +66,7 @@ def _unwritten(code: int) -> int:
 
 
 def _stop(signum: int, _frame: FrameType | None) -> NoReturn:
-    raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum)
+    raise Stop(f"stopped by {signal.Signals(signum).name}", signum)
 
 
 def run(argv: list[str]) -> int:
@@ -87,7 +87,12 @@ def run(argv: list[str]) -> int:
             raise
         print(f"fastres: out of memory: {first_line(error)}; free some, or use another --device", file=sys.stderr)
         return OutOfMemory.exit_code
-    except SystemExit:  # typer's own end where nobody reads what a command prints
+    except Stop as stop:
+        print(f"fastres: {stop}", file=sys.stderr)
+        return 128 + stop.signum
+    except SystemExit:  # typer's own end after EPIPE, for which it puts a wrapper around stdout
+        if type(sys.stdout).__name__ != "PacifyFlushWrapper":
+            raise
         code = CLOSED_PIPE
     except (KeyboardInterrupt, typer.Abort):
         code = 130

@@ -17,7 +17,7 @@ from fastres.cli.flags import (
     refuse_both,
 )
 from fastres.clock import Clocks
-from fastres.config import RunConfig, with_dependent_defaults
+from fastres.config import RunConfig, check_sense, with_dependent_defaults
 from fastres.configtree import merge
 from fastres.errors import InputError
 
@@ -304,6 +304,8 @@ def train(
     base = _resumed(resume) if resume is not None else based_on_preset(read_toml(config[0]) if config else {}, preset)
     tree = merge(base, in_steps(flags, base, epochs, warmup_epochs))
     resolved = RunConfig.from_dict(tree if resume is not None else with_dependent_defaults(tree))
+    if resume is None:
+        check_sense(resolved)
     if resolved.recipe.schedule == "linear" and milestones is not None:
         raise InputError("--milestones does nothing with a linear schedule; add --schedule step")
     if resolved.recipe.warmup == "error" and (warmup_steps or warmup_epochs) is not None:
