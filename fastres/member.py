@@ -22,7 +22,9 @@ from fastres.runstate import RunState, data_note, last_good
 from fastres.runtime import Runtime
 from fastres.step import Replica, Window
 
-LAST_STEPS = 391  # of a run's training error at its end: an epoch of 50,000 images in batches of 128
+# Steps that the training error at a run's end is over: an epoch of 50,000 images in batches of 128, but no more than a
+# tenth of the run.
+LAST_STEPS = 391
 
 
 class Member:
@@ -160,7 +162,7 @@ class Member:
             test_loss=self.tested.loss,
             best_test_error=state.best_error,
             best_step=state.best_step,
-            train_error=_last_train_error(records),
+            train_error=_last_train_error(records, min(LAST_STEPS, math.ceil(config.recipe.steps / 10))),
             class_errors=self.tested.class_errors,
             steps=config.recipe.steps,
             warmup_end=state.warmup_end,
@@ -184,14 +186,14 @@ class Member:
         return self.diverged
 
 
-def _last_train_error(records: Sequence[Mapping[str, Any]]) -> float:
-    """Over the last log windows that have `LAST_STEPS` steps together, or over all."""
+def _last_train_error(records: Sequence[Mapping[str, Any]], num_steps: int) -> float:
+    """Over the last log windows that have so many steps together, or over all."""
     train = [record for record in records if record["kind"] == "train"]
     wrong, steps, end = 0.0, 0, train[-1]["step"]
     for k in range(len(train) - 1, -1, -1):
         begin = train[k - 1]["step"] if k else 0
         wrong, steps = wrong + train[k]["error"] * (train[k]["step"] - begin), end - begin
-        if steps >= LAST_STEPS:
+        if steps >= num_steps:
             break
     return wrong / steps
 

@@ -22,7 +22,7 @@ class RunResult:
     test_loss: float  # mean cross-entropy, last step
     best_test_error: float  # over all evaluations; chosen on the test set, so never the result
     best_step: int
-    train_error: float  # running error over the last epoch of batches of 128 or a little more, augmented
+    train_error: float  # running error over the last epoch (at most a tenth of the run) or a little more
     class_errors: list[float | None]  # test error by class, last step
     steps: int
     warmup_end: int | None  # step at which warm-up ended; None without one
@@ -84,7 +84,7 @@ def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]
         + (f", one of {result.side_by_side} runs side by side" if result.side_by_side > 1 else ""),
         *([f"  a step            {_short(step['p50'])} ms, 99 % below {_short(step['p99'])} ms"] if step else []),
         f"  memory            {result.peak_memory / 1e9:.2f} GB at most",
-        *(f"  {name:<17} {duration(value)}" for name, value in seconds.items() if name != "train"),
+        *(f"  {name:<17} {duration(value)}" for name, value in seconds.items() if name != "train" and value >= 0.05),
         f"  run folder        {result.run}",
         f"  curves            {result.run / 'curves.png'}",
         f"  again             fastres eval {shlex.quote(str(result.run))}",
