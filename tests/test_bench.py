@@ -16,7 +16,7 @@ from fastres.bench import Bench, measure
 from fastres.benchreport import compare
 from fastres.cells import Cell, matrix
 from fastres.cli.bench import COMPARED_ROUNDS
-from fastres.data.dali import dali_available
+from fastres.data.dali import DaliLoader, dali_available
 from fastres.data.synthetic import make_synthetic
 from fastres.data.table import TableLoader
 from fastres.models.cifar import CifarNet
@@ -301,9 +301,16 @@ def test_a_comparison_says_how_sure_it_is() -> None:
 
 
 @pytest.mark.skipif(not dali_available(), reason="DALI is not installed")
-def test_replicas_on_frozen_batches_of_one_pipeline(tmp_path: Path) -> None:
+def test_replicas_on_frozen_batches_of_one_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[DaliLoader] = []
+
+    def close(loader: DaliLoader) -> None:
+        closed.append(loader)
+
+    monkeypatch.setattr(DaliLoader, "close", close)
     base = tiny(tmp_path, recipe={"steps": 24}, execution={"loader": "dali"})
     alive = Bench(Cell("two", base, frozen=True, num_replicas=2), make_synthetic(), num_steps=24)
     batches = [replica.loader.load(replica.counter)[0] for replica in alive.replicas]
     assert not torch.equal(*batches)
+    assert closed  # its threads would go on beside what is timed
     alive.close()
