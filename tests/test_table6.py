@@ -335,6 +335,9 @@ def test_a_folder_in_the_way_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "resnet20/seed0", make_config(seed=0, recipe={"lr": 0.2}), 0.09)
     with pytest.raises(InputError, match=r"run of another config \(recipe\.lr: 0\.2 -> 0\.1\)"):
         needs([("resnet", 20, 1)], tmp_path, "paper", {})
+    (tmp_path / "resnet20" / "seed0" / "config.json").write_text("rubbish")
+    with pytest.raises(InputError, match=r"config\.json cannot be read.*Move .*seed0 aside, and the same command"):
+        needs([("resnet", 20, 1)], tmp_path, "paper", {})
 
 
 def test_the_terminal_shows_it_in_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

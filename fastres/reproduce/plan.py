@@ -58,16 +58,22 @@ def needs(
             config = make_config(preset, **tree)
             place = root / variant / config.name.lower() / f"seed{seed}"
             path = known.get(config.digest, place)
-            if (
-                path == place
-                and (path / CONFIG).exists()
-                and (stored := RunDir.open(path).config()).digest != config.digest
-            ):
-                changed = "; ".join(differences(stored.experiment(), config.experiment()))
-                raise InputError(f"{path} is a run of another config ({changed}); give another --runs")
+            if path == place and (path / CONFIG).exists():
+                _check_same(path, config)
             folders[path] = dataclasses.replace(config, output=dataclasses.replace(config.output, out=str(path)))
         stages.append(Need(config.name, folders))
     return stages
+
+
+def _check_same(path: Path, config: RunConfig) -> None:
+    """Raise InputError where the run in a folder is another one than what is needed there, or cannot be read."""
+    try:
+        stored = RunDir.open(path).config()
+    except InputError as error:
+        raise InputError(f"{error}. Move {path} aside, and the same command trains that run again") from error
+    if stored.digest != config.digest:
+        changed = "; ".join(differences(stored.experiment(), config.experiment()))
+        raise InputError(f"{path} is a run of another config ({changed}); give another --runs")
 
 
 def _concerning(changes: dict[str, Any], arch: str, depth: int) -> dict[str, Any]:
