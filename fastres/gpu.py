@@ -12,7 +12,7 @@ from fastres.errors import InputError, MachineError
 Capability = tuple[int, int]  # CUDA's compute capability: (9, 0) of an H200
 BF16: Capability = (8, 0)  # Ampere and later
 COMPILED: Capability = (7, 0)  # Volta and later: what Triton makes kernels for, and so torch.compile
-OLDER_TORCH = "in an environment of your own: pip install torch --index-url https://download.pytorch.org/whl/cu126"
+OLDER_TORCH = "in an environment of your own take a torch for an older CUDA, as cu126 (pytorch.org, Get Started)"
 
 
 def choose(name: str) -> tuple[torch.device, str | None]:

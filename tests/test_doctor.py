@@ -234,7 +234,7 @@ def test_drivers(gpu: Any, monkeypatch: pytest.MonkeyPatch, driver_cuda: Any, to
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     found = one(checks.nvidia_driver())
     assert found.mark == mark
-    assert ("too old" in found.value) == ("pip install torch --index-url" in found.remedy) == (mark == "note")
+    assert ("too old" in found.value) == ("a torch for an older CUDA" in found.remedy) == (mark == "note")
     assert "580.65.06" in found.value
 
 
