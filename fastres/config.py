@@ -321,12 +321,8 @@ def _validate(config: RunConfig) -> None:
     need(1e-6 <= recipe.lr_decay <= 1, "lr_decay", recipe.lr_decay, "it must be 1e-6 to 1")
     need(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "it must be at least 0 and below 1")
     in_order = all(a < b for a, b in zip(recipe.milestones, recipe.milestones[1:], strict=False))
-    need(
-        in_order and all(m > 0 for m in recipe.milestones),
-        "milestones",
-        list(recipe.milestones),
-        "they must rise, from above 0",
-    )
+    rises = in_order and all(milestone > 0 for milestone in recipe.milestones)
+    need(rises, "milestones", list(recipe.milestones), "they must rise, from above 0")
     rule = "it must be at least 1; --warmup none turns it off"
     need(recipe.warmup_steps >= 1, "warmup_steps", recipe.warmup_steps, rule)
     if recipe.warmup in ("ramp", "constant"):

@@ -170,15 +170,7 @@ class FusedNet:
         return self.weight_grads, self.norm_grads
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean cross-entropy, float32, and the number of wrong answers, int32: both `()`.
-
-        Args:
-            images: bfloat16 `(batch, 3, 32, 32)`, channels last.
-            labels: int64 `(batch,)`.
-
-        Raises:
-            ValueError: Images of another number, shape, dtype, layout or device.
-        """
+        """The mean cross-entropy, float32, and the number of wrong answers, int32: both `()`; as `LayerNet.forward`."""
         self._maps = self.maps_of(images).permute(0, 2, 3, 1).requires_grad_()
         return self._predict(self._maps, self._fc.weight, self._fc.bias, labels)
 
@@ -193,9 +185,7 @@ class FusedNet:
     @torch.no_grad()
     def maps_of(self, images: Tensor) -> Tensor:
         """Images `(batch, 3, 32, 32)` -> the last block's maps `(batch, 64, 8, 8)`, both bfloat16 and channels last."""
-        check_images(images, self.layers[0].weight)
-        if len(images) != self.batch_size:
-            raise ValueError(f"{len(images)} images; this is for batches of {self.batch_size}")
+        check_images(images, self.layers[0].weight, self.batch_size)
         conv, norms = _kernels()
         self._kept, self._images, source = [], images, images
         for layer in self.layers:
@@ -313,14 +303,16 @@ class Inference:
         return logits_of(source, self.net.fc)
 
 
-def check_images(images: Tensor, weight: Tensor) -> None:
-    """Raise ValueError where images are not as the kernels, which validate nothing, take them."""
+def check_images(images: Tensor, weight: Tensor, batch_size: int | None = None) -> None:
+    """Raise ValueError where images are not as the kernels, which validate nothing, take them, or not so many."""
     kind, last = (images.device, images.dtype), images.is_contiguous(memory_format=torch.channels_last)
     if images.shape[1:] != (3, 32, 32) or kind != (weight.device, weight.dtype) or not last:
         raise ValueError(
             f"images {tuple(images.shape[1:])}, {images.dtype} on {images.device}, channels last: {last}; "
             f"wanted (3, 32, 32), {weight.dtype} on {weight.device}, channels last"
         )
+    if batch_size not in (None, len(images)):
+        raise ValueError(f"{len(images)} images; this is for batches of {batch_size}")
 
 
 def _launch(kernel: Any, programs: int, launch: Launch, *args: Any) -> None:

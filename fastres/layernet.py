@@ -193,9 +193,7 @@ class LayerNet:
         Raises:
             ValueError: Images of another number, shape, dtype, layout or device.
         """
-        check_images(images, self.layers[0].weight)
-        if len(images) != self.batch_size:
-            raise ValueError(f"{len(images)} images; this is for batches of {self.batch_size}")
+        check_images(images, self.layers[0].weight, self.batch_size)
         self._images, self._pass = images, _Pass(self.layers, images, self._programs, training=True)
         losses, wrong, grad, shares = self._pass.judge(self.fc, labels, self._pooled, self._grad_logits)
         self._ends = grad, shares

@@ -63,8 +63,7 @@ def train(
         Interrupted: SIGINT or SIGTERM (main thread only); the state was saved.
         OutOfTime: The deadline has come; the state was saved.
     """
-    if config is not None and not isinstance(config, RunConfig):
-        raise InputError(f"config is {config!r}; build one with fastres.make_config, as make_config('smoke')")
+    check_config(config)
     if resume is not None and overwrite:
         raise InputError(f"resume={str(resume)!r} goes on with that run, and overwrite moves it aside; leave one out")
     console = console or Console(verbosity)
@@ -309,6 +308,12 @@ def check_same(run: RunDir, config: RunConfig) -> None:
         raise InputError(
             f"{run.path} was started with another config ({'; '.join(changed)}); leave these out to resume it"
         )
+
+
+def check_config(config: object) -> None:
+    """Raise InputError for what a user might take for a config: a preset's name, a dict."""
+    if config is not None and not isinstance(config, RunConfig):
+        raise InputError(f"config is {config!r}; build one with fastres.make_config, as make_config('smoke')")
 
 
 def check_loader(config: RunConfig) -> None:

@@ -20,7 +20,7 @@ from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError
 from fastres.files import write_json
 from fastres.guards import AGAIN, Interrupt, stopped
-from fastres.loop import check_loader, check_same, train_together
+from fastres.loop import check_config, check_loader, check_same, train_together
 from fastres.result import RunResult, result_of
 from fastres.rundir import (
     CONFIG,
@@ -71,8 +71,7 @@ def train_seeds(
     Raises:
         As `fastres.train`, but for Diverged; InputError where the folder belongs to another sweep.
     """
-    if config is not None and not isinstance(config, RunConfig):
-        raise InputError(f"config is {config!r}; build one with fastres.make_config, as make_config('smoke')")
+    check_config(config)
     seeds = range(seeds) if isinstance(seeds, int) else [int(seed) for seed in seeds]  # also those of numpy
     folder = Path(resume) if resume is not None else None
     if folder is not None:

@@ -28,9 +28,7 @@ from fastres.data.resident import ONE_KERNEL
 from fastres.errors import MachineError, says_out_of_memory
 
 RUNS_AHEAD = 2  # runs that are asked for before the first of them is taken
-RING_RUNS = (
-    4  # runs in the ring: in use, next, being copied, and the one before, whose steps may not all be launched yet
-)
+RING_RUNS = 4  # in the ring: in use, next, being copied, and the one before, not all of whose steps may be launched
 FRAMES_PER_RUN = 4_096  # 50 MB in fp32; large enough that a run's fixed cost does not show
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
+from fastres.config import MAX_GRAPH_STEPS
 from fastres.data.imageset import IMAGE_SIZE, ImageSet
 from fastres.data.pixels import SCALE, Floats
 from fastres.data.plan import PAD, EpochPlan
 
 NUM_WORKERS = 2
 PREFETCH_FACTOR = 2  # batches a worker makes ahead; torch's default
-RING = 64  # as many steps as a captured graph may hold
 
 
 class TorchvisionLoader:
@@ -58,8 +58,8 @@ class TorchvisionLoader:
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
         self._next = -1  # the step that `_batches` gives next
         # Steps that are prepared before the first of them is launched find their batches here.
-        self._images = torch.zeros(RING, batch_size, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=dtype, device=device)
-        self._labels = torch.zeros(RING, batch_size, dtype=torch.int64, device=device)
+        self._images = torch.zeros(MAX_GRAPH_STEPS, batch_size, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=dtype, device=device)
+        self._labels = torch.zeros(MAX_GRAPH_STEPS, batch_size, dtype=torch.int64, device=device)
 
     def prepare(self, step: int) -> None:
         """Wait for the workers' batch and copy it to the device. Any step but the next starts new workers."""
@@ -70,12 +70,12 @@ class TorchvisionLoader:
             self._batches, self._next = self._start(step), step
         images, labels = next(self._batches)
         self._next += 1
-        self._images[step % RING].permute(0, 3, 1, 2).copy_(images, non_blocking=True)
-        self._labels[step % RING].copy_(labels, non_blocking=True)
+        self._images[step % MAX_GRAPH_STEPS].permute(0, 3, 1, 2).copy_(images, non_blocking=True)
+        self._labels[step % MAX_GRAPH_STEPS].copy_(labels, non_blocking=True)
 
     def load(self, counter: Tensor) -> tuple[Tensor, Tensor]:
         """The batch of the step that `counter` says: images `(batch, 3, 32, 32)`, labels int64 `(batch,)`."""
-        slot = counter % RING
+        slot = counter % MAX_GRAPH_STEPS
         batch = self._images.index_select(0, slot)[0].permute(0, 3, 1, 2)
         return (batch if self.channels_last else batch.contiguous()), self._labels.index_select(0, slot)[0]
 
