@@ -10,10 +10,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import median
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastres import nvml
@@ -63,10 +64,8 @@ class Timing:
 
     def spread(self) -> tuple[float, float]:
         """The 5th and 95th percentile of the chunks, in seconds a step."""
-        if len(self.seconds) < 2:
-            return self.seconds[0], self.seconds[0]
-        cuts = quantiles(self.seconds, n=20, method="inclusive")
-        return cuts[0], cuts[-1]
+        low, high = np.percentile(self.seconds, (5, 95)).tolist()
+        return low, high
 
 
 class Bench:

@@ -104,15 +104,6 @@ def build_optimizer(net: Network, recipe: cfg.Recipe) -> torch.optim.SGD:
     )
 
 
-def build_loader(config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime) -> Loader:
-    """The loader that a config names. "auto": DALI on a GPU where it is installed, else resident.
-
-    Raises:
-        MachineError: DALI was asked for by name and is not installed.
-    """
-    return build_loaders([config], images, mean, runtime)[0]
-
-
 def loader_kind(execution: cfg.Execution, runtime: Runtime) -> str:
     """Which loader it will be: what "auto" means here."""
     from fastres.data.dali import dali_available
@@ -138,7 +129,7 @@ def build_loaders(
             that is an error too.
 
     Raises:
-        MachineError: As `build_loader`; or DALI does not start.
+        MachineError: DALI was asked for by name and is not there or does not start.
     """
     from fastres.data.dali import DaliLoader
     from fastres.data.plan import EpochPlan

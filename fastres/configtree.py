@@ -24,16 +24,18 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> list[str]:
+def leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The values of a tree by their whole path: "recipe.lr"."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return found
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The keys in which two trees differ, as lines "recipe.lr: 0.1 -> 0.2"."""
-    lines = []
-    for key in sorted({*ours, *theirs}):
-        a, b, here = ours.get(key), theirs.get(key), f"{path}{key}"
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, f"{here}.")
-        elif a != b:
-            lines.append(f"{here}: {a} -> {b}")
-    return lines
+    a, b = leaves(ours), leaves(theirs)
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 
 
 def is_int(value: Any) -> bool:
@@ -100,7 +102,7 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         return float(value)
     if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
-    if kind is str and path.endswith("checkpoint_every") and is_int(value):
+    if kind is str and is_int(value):
         return str(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastres.config import RunConfig
+from fastres.configtree import leaves
 from fastres.curves import NUM_STYLES, draw
 from fastres.data.imageset import caveat
 from fastres.errors import InputError
@@ -121,10 +122,8 @@ def tell_apart(configs: Sequence[RunConfig], names: Sequence[str]) -> tuple[str,
 
 def _flat(tree: dict[str, Any], leave_out: Sequence[str] = ()) -> dict[str, Any]:
     """Leaves by their last key, which no two sections of the config share."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, leave_out) if isinstance(value, dict) else {} if key in leave_out else {key: value}
-    return flat
+    named = {path.rpartition(".")[2]: value for path, value in leaves(tree).items()}
+    return {key: value for key, value in named.items() if key not in leave_out}
 
 
 def _same(trees: Sequence[dict[str, Any]], key: str) -> bool:

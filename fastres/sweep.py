@@ -230,7 +230,7 @@ def is_sweep(path: Path) -> bool:
 
 def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
     """Create a sweep, or add seeds to one of the same config."""
-    own = {**config.to_dict(), "seed": None}
+    own = {key: value for key, value in config.to_dict().items() if key != "seed"}
     known: list[int] = []
     if is_sweep(folder):
         stored = read_sweep(folder)
@@ -241,7 +241,6 @@ def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
             raise InputError(f"{folder} is a sweep of another config ({'; '.join(changed)}); give another --out")
     elif not _holds_only_seeds(folder):
         RunDir.check_free(folder, overwrite=False)
-    del own["seed"]
     write_json(folder / SWEEP, {"schema": SCHEMA, "config": own, "seeds": list(dict.fromkeys([*known, *seeds]))})
 
 

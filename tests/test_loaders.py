@@ -448,7 +448,7 @@ def test_the_device_plan_moves_along(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = DevicePlan(plan, BATCH, CPU)
     for step in (*range(30), 7, 1000, 1001, 0):
         ours.prepare(step)
-        index, dy, dx, flip = deviceplan.decode(ours.load(torch.tensor([step])))
+        index, dy, dx, flip = deviceplan.decode(deviceplan.look_up(ours.codes, torch.tensor([step])))
         expected = plan.at(step * BATCH, BATCH)
         for got, wanted in ((index, expected.index), (dy, expected.dy), (dx, expected.dx), (flip, expected.flip)):
             assert got.tolist() == wanted.tolist()

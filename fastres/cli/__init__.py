@@ -39,7 +39,6 @@ app.command()(report)
 app.command()(reproduce)
 app.command()(doctor)
 CLOSED_PIPE = 128 + 13  # SIGPIPE's, which Python ignores
-COMMANDS = ("train", "eval", "bench", "responses", "reproduce", "plot", "report", "doctor")
 
 
 def main() -> None:
@@ -80,7 +79,7 @@ def run(argv: list[str]) -> int:
         print(f"fastres: {error}", file=sys.stderr)
         return error.exit_code
     except typer.TyperException as error:  # usage: an unknown flag, a value of the wrong type
-        print(f"fastres: {_usage(error, argv)}", file=sys.stderr)
+        print(f"fastres: {_usage(error)}", file=sys.stderr)
         return error.exit_code
     except (RuntimeError, MemoryError) as error:  # where no other batch size would help: a test, a benchmark's products
         if debug or not (isinstance(error, MemoryError) or says_out_of_memory(error)):
@@ -101,16 +100,15 @@ def run(argv: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _usage(error: typer.TyperException, argv: list[str]) -> str:
+def _usage(error: typer.TyperException) -> str:
     """A usage error in one line, with the nearest flag where one was misspelt."""
     message = error.format_message() or "no command given"  # whose help has just been printed
     possibilities = getattr(error, "possibilities", ())  # of an option that is none; other errors lack it
     if possibilities != () and (option := getattr(error, "option_name", None)):
         nearest = difflib.get_close_matches(option, possibilities or [], n=1, cutoff=0.7)
         message = f"no such option: {option}" + (f"; did you mean {nearest[0]}?" if nearest else "")
-    command = next((word for word in argv if word in COMMANDS), None)
-    helps = f"fastres {command} --help" if command else "fastres --help"
-    return f"{message.rstrip('.')} (see {helps})"
+    where = getattr(getattr(error, "ctx", None), "command_path", "fastres")
+    return f"{message.rstrip('.')} (see {where} --help)"
 
 
 def _print_version(wanted: bool) -> None:

@@ -50,10 +50,6 @@ class DevicePlan:
                 self.codes[place * CHUNK : (place + 1) * CHUNK].copy_(codes, non_blocking=True)
                 self._have[place] = wanted
 
-    def load(self, counter: Tensor) -> Tensor:
-        """The codes int32 `(batch,)` of the step that `counter`, int64 `(1,)`, says."""
-        return look_up(self.codes, counter)
-
     def _chunk(self, chunk: int) -> npt.NDArray[np.int32]:
         count = CHUNK * self.batch_size
         return encode(self.plan.at(chunk * count, count)).reshape(CHUNK, self.batch_size)

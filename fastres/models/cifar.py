@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from fastres.configtree import nearest
 from fastres.errors import InputError
-from fastres.models.depth import check_depth, num_blocks
+from fastres.models.depth import num_blocks
 from fastres.models.layer import layer
 from fastres.models.norm import BatchNorm
-
-__all__ = ["CifarNet", "check_depth", "init_he_", "num_parameters"]
 
 WIDTHS = (16, 32, 64)  # filters at 32x32, 16x16 and 8x8
 

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BatchNorm"]
-
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation without torch's counter of batches, over the whole batch or over groups of it.

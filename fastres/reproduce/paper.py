@@ -1,10 +1,10 @@
 """What the paper says of its CIFAR-10 networks, as far as it is compared with (He et al., CVPR 2016, section 4.2)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from fastres.config import RunConfig, make_config
+from fastres.configtree import leaves
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ def differences(config: RunConfig) -> list[Difference]:
         unused |= {"recipe.warmup_steps", "recipe.warmup_lr"}
     both_warm_up = {paper.recipe.warmup, recipe.warmup} <= set(WARM_UPS)
     found = []
-    for path, default, value in _pairs(paper.experiment(), config.experiment()):
-        if value != default and path not in unused:
+    defaults = leaves(paper.experiment())
+    for path, value in leaves(config.experiment()).items():
+        if value != (default := defaults[path]) and path not in unused:
             is_open = path in OPEN or (path == "recipe.warmup" and both_warm_up)
             found.append(Difference(path, default, value, is_open))
     return found
@@ -92,15 +93,6 @@ def differences(config: RunConfig) -> list[Difference]:
 def departures(config: RunConfig) -> list[Difference]:
     """In what a run is not the paper's experiment."""
     return [difference for difference in differences(config) if not difference.is_open]
-
-
-def _pairs(first: Any, second: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The leaves of two trees of the same keys: (path, value, value)."""
-    if not isinstance(first, dict):
-        yield path, first, second
-        return
-    for key in first:
-        yield from _pairs(first[key], second[key], f"{path}.{key}" if path else key)
 
 
 def _written(value: object) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastres.config import RunConfig
+from fastres.configtree import leaves
 from fastres.console import duration, percent
 from fastres.curves import time_unit
 from fastres.plot import Run, show_value
@@ -240,30 +241,24 @@ def configuration(subject: Subject) -> str:
     """What was computed, with the paper's value where it differs, and how it ran."""
     config = subject.run.config
     others = {difference.path: _remark(difference) for difference in differences(config)}
-    what = [(name, value, others.get(path, "")) for path, name, value in _leaves(config.experiment())]
     tree = config.to_dict()
-    how = [(name, value, "") for part in ("execution", "output") for _, name, value in _leaves(tree[part])]
+    what = [(_name(path), show_value(v), others.get(path, "")) for path, v in leaves(config.experiment()).items()]
+    how = [
+        (_name(path), show_value(v), "") for part in ("execution", "output") for path, v in leaves(tree[part]).items()
+    ]
     left = f"<div><h3>What is computed</h3>{keys([*what, ('digest', config.digest, 'of all this')])}</div>"
     return section(
         "Configuration", f'<div class="pair">{left}<div><h3>How it runs, what is kept</h3>{keys(how)}</div></div>'
     )
 
 
+def _name(path: str) -> str:
+    return path.rpartition(".")[2].replace("_", " ")
+
+
 def _remark(difference: Difference) -> str:
     default = show_value(difference.default)
     return f"our default: {default}; the paper is silent" if difference.is_open else f"the paper's recipe: {default}"
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str, str]]:
-    """(path, name, value as text) of each value of a tree."""
-    found = []
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            found += _leaves(value, f"{path}.")
-        else:
-            found.append((path, key.replace("_", " "), show_value(value)))
-    return found
 
 
 def environment(subject: Subject) -> str:
