@@ -179,7 +179,8 @@ def gpu_tests() -> dict[str, int]:
 def machine(setting: Setting) -> Result:
     """The machine that the default run would have. Raises MachineError where there is no GPU."""
     from fastres import nvml
-    from fastres.runtime import environment, prepare
+    from fastres.environment import environment
+    from fastres.runtime import prepare
 
     runtime = prepare(setting.config(20).execution)
     return environment(runtime) | nvml.clocks(runtime.device)

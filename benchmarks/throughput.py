@@ -243,8 +243,8 @@ def main() -> None:
 def _environment(flags: dict[str, Any], depth: int) -> dict[str, Any]:
     """Of fastres' side."""
     from fastres.config import make_config
+    from fastres.environment import environment
     from fastres.resolve import runtime_of
-    from fastres.runtime import environment
 
     return environment(runtime_of(make_config(model={"depth": depth}, execution=flags)))
 

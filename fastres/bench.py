@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -23,11 +23,12 @@ from fastres.cells import Cell
 from fastres.cudagraph import CapturedGraph
 from fastres.data.frozen import FrozenLoader
 from fastres.data.imageset import ImageSet
+from fastres.environment import environment
 from fastres.guards import explained_memory_errors
 from fastres.parts import PARTS, Marks, marked
 from fastres.resolve import runtime_of, suiting
 from fastres.roofline import Ceilings, Work, measure_ceilings, work_of
-from fastres.runtime import DTYPES, environment, synchronize
+from fastres.runtime import DTYPES, synchronize
 from fastres.step import Loader, Replica, TrainStep
 
 SCHEMA = 1  # of the JSON; a reader refuses what it does not know
@@ -122,10 +123,7 @@ class Bench:
         return CapturedGraph if self.runtime.cuda_graph else None
 
     def run(self, num_steps: int) -> float:
-        """Take steps, unmodified; the mean seconds of one.
-
-        Those of `warm` come before the clock.
-        """
+        """Take `num_steps` unmodified steps after those of `warm`; return the mean seconds of one."""
         self.warm(num_steps)
         return self.timed(num_steps)
 
@@ -142,7 +140,7 @@ class Bench:
         self._advance(ahead)
 
     def timed(self, num_steps: int) -> float:
-        """The same without a step before the clock. Nothing is waited for between the first and the last."""
+        """Take `num_steps` steps and return the mean seconds of one. Nothing is waited for in between."""
         device = self.runtime.device
         synchronize(device)
         clock = Marks(device)
@@ -230,44 +228,20 @@ def measure(
         for note in dict.fromkeys(note for bench in benches for note in bench.runtime.notes):  # each once
             say(note)
         first = [bench.run(FIRST_STEPS) for bench in benches]
-        chunks = [min(chunk_seconds / step, MAX_STEPS / 4) for step in first]
-        lengths = [bench.whole_periods(chunk) for bench, chunk in zip(benches, chunks, strict=True)]
+        wanted = [min(chunk_seconds / step, MAX_STEPS / 4) for step in first]
+        lengths = [bench.whole_periods(num_steps) for bench, num_steps in zip(benches, wanted, strict=True)]
         round_seconds = (1 + PROFILED) * sum(length * step for length, step in zip(lengths, first, strict=True))
         if rounds * round_seconds > max_seconds:
             rounds = min(rounds, max(LEAST_ROUNDS, int(max_seconds / round_seconds)))
-        seconds: list[list[float]] = [[] for _ in benches]
-        parts: list[list[dict[str, float]]] = [[] for _ in benches]
-        energy = [0.0 for _ in benches]
+        chunks = [_Chunks(bench, length) for bench, length in zip(benches, lengths, strict=True)]
         for turn in range(rounds):
             tick(turn, rounds)
-            order = range(len(benches))
-            for k in order if turn % 2 == 0 else reversed(order):
-                benches[k].warm(lengths[k])
-                before = nvml.joules(benches[k].runtime.device)
-                seconds[k].append(benches[k].timed(lengths[k]))
-                energy[k] += nvml.joules(benches[k].runtime.device) - before
-            for k in order:
-                parts[k].append(benches[k].parts(max(1, round(PROFILED * lengths[k]))))
-        ceilings, alike = dict[str, Ceilings](), len({bench.runtime.threads for bench in benches}) == 1
-        which = [b.runtime.precision + ("" if alike else f", threads {b.runtime.threads}") for b in benches]
-        for name, bench in zip(which, benches, strict=True):
-            if name not in ceilings:
-                bench.warm(0)  # threads, and whether a product of fp32 is one of TF32
-                ceilings[name] = measure_ceilings(bench.runtime.device, bench.runtime.dtype)
-        timings = [
-            Timing(
-                bench.cell.label,
-                seconds[k],
-                bench.images,
-                bench.compile_seconds,
-                bench.peak_memory,
-                ceilings[which[k]].floor(bench.work),
-                {part: median(turn[part] for turn in parts[k]) for part in (*PARTS, "gaps")},
-                median(sum(turn.values()) / step for turn, step in zip(parts[k], seconds[k], strict=True)),
-                energy[k] / (rounds * lengths[k] * bench.images) if energy[k] else None,
-            )
-            for k, bench in enumerate(benches)
-        ]
+            for each in chunks if turn % 2 == 0 else reversed(chunks):
+                each.take()
+            for each in chunks:
+                each.take_parts()
+        names, ceilings = _ceilings(benches)
+        timings = [each.timing(ceilings[name]) for each, name in zip(chunks, names, strict=True)]
         report = {
             "schema": SCHEMA,
             "environment": environment(benches[0].runtime) | nvml.clocks(benches[0].runtime.device),
@@ -275,6 +249,58 @@ def measure(
             "cells": [_as_json(timing, bench) for timing, bench in zip(timings, benches, strict=True)],
         }
     return timings, report
+
+
+@dataclass
+class _Chunks:
+    """What is measured of one cell."""
+
+    bench: Bench
+    length: int  # steps
+    seconds: list[float] = field(default_factory=list)  # a step, of each chunk
+    parts: list[dict[str, float]] = field(default_factory=list)
+    joules: float = 0.0
+
+    def take(self) -> None:
+        """Time a chunk."""
+        self.bench.warm(self.length)
+        before = nvml.joules(self.bench.runtime.device)
+        self.seconds.append(self.bench.timed(self.length))
+        self.joules += nvml.joules(self.bench.runtime.device) - before
+
+    def take_parts(self) -> None:
+        """Time the parts of a step, in a shorter chunk."""
+        self.parts.append(self.bench.parts(max(1, round(PROFILED * self.length))))
+
+    def timing(self, ceilings: Ceilings) -> Timing:
+        """The cell's, from all chunks."""
+        bench, num_images = self.bench, len(self.seconds) * self.length * self.bench.images
+        return Timing(
+            bench.cell.label,
+            self.seconds,
+            bench.images,
+            bench.compile_seconds,
+            bench.peak_memory,
+            ceilings.floor(bench.work),
+            {part: median(chunk[part] for chunk in self.parts) for part in (*PARTS, "gaps")},
+            median(sum(chunk.values()) / step for chunk, step in zip(self.parts, self.seconds, strict=True)),
+            self.joules / num_images if self.joules else None,
+        )
+
+
+def _ceilings(benches: Sequence[Bench]) -> tuple[list[str], dict[str, Ceilings]]:
+    """The machine's at each precision, and at each number of threads where the cells differ in it, by name.
+
+    Returns:
+        The name of each bench's, and the ceilings.
+    """
+    ceilings, alike = dict[str, Ceilings](), len({bench.runtime.threads for bench in benches}) == 1
+    names = [b.runtime.precision + ("" if alike else f", threads {b.runtime.threads}") for b in benches]
+    for name, bench in zip(names, benches, strict=True):
+        if name not in ceilings:
+            bench.warm(0)  # threads, and whether a product of fp32 is one of TF32
+            ceilings[name] = measure_ceilings(bench.runtime.device, bench.runtime.dtype)
+    return names, ceilings
 
 
 def _alive(cells: Sequence[Cell], stack: contextlib.ExitStack, say: Callable[[str], None]) -> Iterator[Bench]:
@@ -305,14 +331,7 @@ def _as_json(timing: Timing, bench: Bench) -> dict[str, Any]:
         "digest": cell.config.digest,
         "frozen": cell.frozen,
         "num_replicas": cell.num_replicas,
-        "resolved": {  # what "auto" came to
-            "device": str(runtime.device),
-            "precision": runtime.precision,
-            "compile": runtime.compile_scope,
-            "cuda_graph": runtime.cuda_graph,
-            "native": runtime.native,
-            "layer_kernels": runtime.layer_kernels,
-        },
+        "resolved": runtime.to_dict(),  # what "auto" came to
         "images_per_second": timing.images_per_second,
         "step_seconds": {"median": timing.step_seconds, "p5": low, "p95": high, "n": len(timing.seconds)},
         "chunks": timing.seconds,

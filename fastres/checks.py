@@ -218,17 +218,17 @@ def data(data_dir: Path | None) -> Iterable[Finding]:
     """CIFAR-10, wherever `fastres train` would find it without a network."""
     from fastres.data.cifar import REMOTE, load_cifar10
 
-    source = data_dir or (Path(os.environ["FASTRES_DATA"]) if os.environ.get("FASTRES_DATA") else None)
+    named = data_dir is not None or bool(os.environ.get("FASTRES_DATA"))
     cached = host.default_cache_dir() / REMOTE.name
-    if source is None and not cached.exists():
+    if not named and not cached.exists():
         value = f"not here; fastres train downloads it ({REMOTE.num_bytes / 1e6:.0f} MB) into {cached.parent}"
         yield Finding("note", "CIFAR-10", value, "without a network: fastres train --dataset synthetic")
         return
     try:
-        images = load_cifar10(source or cached, say=lambda _: None)
+        images = load_cifar10(data_dir if named else cached, say=lambda _: None)
     except FastresError as error:
-        remedy = f"rm {cached}" if source is None else "give its folder: fastres doctor --data-dir FOLDER"
-        yield Finding("error", "CIFAR-10", str(error), remedy, stops=source is not None)
+        remedy = "give its folder: fastres doctor --data-dir FOLDER" if named else f"rm {cached}"
+        yield Finding("error", "CIFAR-10", str(error), remedy, stops=named)
         return
     if images.official:
         yield Finding("ok", "CIFAR-10", f"{images.source}, the official files")

@@ -22,7 +22,7 @@ from fastres.evaluator import Evaluation, Evaluator
 from fastres.models.imagenet import Network
 from fastres.rundir import RunDir, found_again
 from fastres.runtime import Runtime, prepare
-from fastres.weights import read_weights
+from fastres.weights import ForeignWeights, read_weights
 
 Channels = tuple[float, float, float]
 
@@ -138,6 +138,10 @@ def load_trained(
     if not target.exists():
         raise InputError(f"{target} does not exist; give a run folder or a weights file")
     saved = read_checkpoint(target, say)
+    if saved and (mean or std):
+        raise InputError(f"{target} brings its own mean image; leave out --mean and --std")
+    if std and not mean:
+        raise InputError("--std goes with --mean, the other half of what the weights were trained with; add it")
     foreign = None if saved else read_weights(target)  # before a download for nothing
     config = RunConfig.from_dict(saved.meta["config"]) if saved else None
     tree = here((config or RunConfig()).to_dict(), execution)
@@ -151,24 +155,13 @@ def load_trained(
     chosen = RunConfig.from_dict({"execution": tree["execution"], "data": data})
     runtime = prepare(chosen.execution)
     images = load_images(chosen.data, chosen.execution, train=saved is None and mean is None, say=say)
-    mean_image: Mean
     if saved and config:
-        if mean is not None or std is not None:
-            raise InputError(f"{target} brings its own mean image; leave out --mean and --std")
         _check(saved, config, images, target, arch, say)
         model, weights, step = config.model, saved.weights, saved.meta["step"]
-        mean_image = saved.tensors["data/mean"].numpy()
+        mean_image: Mean = saved.tensors["data/mean"].numpy()
     else:
         assert foreign is not None
-        if foreign.arch not in (None, arch or foreign.arch) or (arch == "imagenet" and foreign.arch is None):
-            raise InputError(
-                f"--arch {arch}: the tensors of {target} are those of --arch {foreign.arch or 'resnet or plain'}"
-            )
-        own: Literal["resnet", "plain"] = "plain" if arch == "plain" else "resnet"
-        if std is not None and mean is None:
-            raise InputError("--std goes with --mean, the other half of what the weights were trained with; add it")
-        model = Model(arch=foreign.arch or own, depth=foreign.depth, shortcut=foreign.shortcut)
-        weights, step = foreign.state, None
+        model, weights, step = _model_of(foreign, target, arch), foreign.state, None
         say(_assumed(target, model, guessed=arch is None and foreign.arch is None, mean=mean, std=std))
         mean_image = images.mean_image() if mean is None else np.full((32, 32, 3), mean, np.float32) * 255
     if not checkpoint.all_finite(weights):
@@ -187,6 +180,16 @@ def load_trained(
         caveats=_caveats(saved, images),
         batches=functools.partial(_batches, images, mean_image, std, runtime, chosen.execution),
     )
+
+
+def _model_of(foreign: ForeignWeights, target: Path, arch: str | None) -> Model:
+    """The network that another project's weights are of: what their shapes say and, where they do not, `arch`."""
+    if foreign.arch not in (None, arch or foreign.arch) or (arch == "imagenet" and foreign.arch is None):
+        raise InputError(
+            f"--arch {arch}: the tensors of {target} are those of --arch {foreign.arch or 'resnet or plain'}"
+        )
+    own: Literal["resnet", "plain"] = "plain" if arch == "plain" else "resnet"
+    return Model(arch=foreign.arch or own, depth=foreign.depth, shortcut=foreign.shortcut)
 
 
 def _assumed(target: Path, model: Model, *, guessed: bool, mean: Channels | None, std: Channels | None) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -174,8 +174,8 @@ def _run(
             with clocks("compile"):
                 capture = CapturedGraph if runtime.cuda_graph else None
                 train_step.warm_up(capture, graph_steps=config.execution.graph_steps)
-                for test in filter(None, (test for member in members for test in (member.test, member.clean))):
-                    test.warm_up()
+                for member in members:
+                    member.warm_up_tests()
 
         # Resume, or begin.
         for member, checkpoint in zip(members, saved, strict=True):
@@ -186,16 +186,8 @@ def _run(
         for member in members:
             member.set_lrs(schedule)
         clocks.add(members[0].state.seconds)
-        if first:
-            console.say(f"resuming from step {first:,} of {', '.join(str(run.path) for run in runs)}")
-        console.say(_introduction(config, members, images, runtime))
-        if config.model.arch == "resnet" and config.model.depth in IMAGENET_BLOCKS:
-            console.say(f"this is a CIFAR network; ImageNet's of that depth is --model ImageNet{config.name}")
-        if recipe.schedule == "step" and recipe.milestones and recipe.milestones[0] >= recipe.steps:
-            console.say(
-                f"the learning rate never falls: the first of --milestones, {recipe.milestones[0]:,}, does not come "
-                f"within {recipe.steps:,} steps"
-            )
+        for line in _introduction(config, members, images, runtime):
+            console.say(line)
         progress = Progress(first, recipe.steps, first * recipe.batch_size / config.data.num_train, runs=len(runs))
         console.show(progress)
         logged, logged_at = done, clocks.read("train")  # or, at first, where this process began
@@ -317,7 +309,7 @@ def check_config(config: object) -> None:
 
 
 def check_loader(config: RunConfig) -> None:
-    """Raise InputError for a loader whose runs would not be those of the others."""
+    """Raise InputError for a loader that does not augment as the plan says."""
     if config.execution.loader == "torchvision":
         raise InputError(
             "--loader torchvision uses its own random crops and flips, so the same config would give other results; it "
@@ -325,14 +317,24 @@ def check_loader(config: RunConfig) -> None:
         )
 
 
-def _introduction(config: RunConfig, members: Sequence[Member], images: ImageSet, runtime: Runtime) -> str:
-    replica, where = members[0].replica, ", ".join(str(member.run.path) for member in members)
+def _introduction(config: RunConfig, members: Sequence[Member], images: ImageSet, runtime: Runtime) -> Iterator[str]:
+    """What is about to be trained, and what may not be meant so."""
+    recipe, replica, where = config.recipe, members[0].replica, ", ".join(str(member.run.path) for member in members)
+    if begun_at := members[0].state.step:
+        yield f"resuming from step {begun_at:,} of {where}"
     together = f"{len(members)} runs side by side; " if len(members) > 1 else ""
-    return (
+    yield (
         f"{config.name}, {num_parameters(replica.net):,} parameters; {images.name}, {replica.loader.name} loader; "
-        f"{runtime.device}, {runtime.precision}; {config.recipe.steps:,} steps of {config.recipe.batch_size} "
+        f"{runtime.device}, {runtime.precision}; {recipe.steps:,} steps of {recipe.batch_size} "
         f"({config.epochs:.1f} epochs); {together}{where}"
     )
+    if config.model.arch == "resnet" and config.model.depth in IMAGENET_BLOCKS:
+        yield f"this is a CIFAR network; ImageNet's of that depth is --model ImageNet{config.name}"
+    if recipe.schedule == "step" and recipe.milestones and recipe.milestones[0] >= recipe.steps:
+        yield (
+            f"the learning rate never falls: the first of --milestones, {recipe.milestones[0]:,}, does not come "
+            f"within {recipe.steps:,} steps"
+        )
 
 
 def _update(progress: Progress, members: Sequence[Member], config: RunConfig, done: int) -> None:

@@ -61,6 +61,12 @@ class Member:
         """The learning rates of 0-based step `start` and all after it."""
         self.replica.set_lrs(functools.partial(schedule.at, warmup_end=self.state.warmup_end), start)
 
+    def warm_up_tests(self) -> None:
+        """Compile and capture what tests the network."""
+        self.test.warm_up()
+        if self.clean:
+            self.clean.warm_up()
+
     def end_warm_up_if_due(self, schedule: LrSchedule, done: int) -> bool:
         """Whether the warm-up ends with `done` steps done; then the rates after it are set, and it is noted."""
         recipe, state = self.config.recipe, self.state

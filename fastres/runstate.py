@@ -14,11 +14,12 @@ from fastres.config import RunConfig
 from fastres.configtree import differences
 from fastres.data.imageset import ImageSet
 from fastres.data.pixels import SCALE
+from fastres.environment import environment
 from fastres.errors import Diverged, InputError
 from fastres.evaluator import Evaluation
 from fastres.optim import WARMUP_WINDOW, momentum_buffers
 from fastres.rundir import CONFIG, ENVIRONMENT, RunDir
-from fastres.runtime import Runtime, environment
+from fastres.runtime import Runtime
 from fastres.step import Replica
 
 

@@ -1,4 +1,4 @@
-"""The machine: device, precision, threads, global torch settings, and a description of it all.
+"""The machine: device, precision, threads, global torch settings.
 
 The only module that sets anything global.
 """
@@ -7,7 +7,6 @@ import ctypes
 import importlib.util
 import os
 import platform
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastres import driver, gpu, host
+from fastres import gpu, host
 from fastres.config import Execution
 from fastres.errors import InputError, MachineError, OutOfMemory, first_line, says_out_of_memory
 from fastres.native.kernels import kernels
@@ -45,6 +44,18 @@ class Runtime:
     layer_kernels: bool = False
     threads: int = 1  # CPU threads
     notes: tuple[str, ...] = ()  # lines the user should see: a fall-back that was taken
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, for records."""
+        return {
+            "device": str(self.device),
+            "precision": self.precision,
+            "compile": self.compile_scope,
+            "cuda_graph": self.cuda_graph,
+            "deterministic": self.deterministic,
+            "native": self.native,
+            "layer_kernels": self.layer_kernels,
+        }
 
     @property
     def needs_warm_up(self) -> bool:
@@ -75,16 +86,8 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
     if threads > MAX_THREADS * cores:
         raise InputError(f"--threads is {threads:,}, and this machine has {cores:,} cores; 0 means one per core")
     torch.set_num_threads(threads)
-    compiled = execution.compile
-    if compiled is None:
-        compiled = device.type == "cuda"
-        if compiled and torch.cuda.get_device_capability(device) < gpu.COMPILED:
-            compiled = False
-            notes.append("training without torch.compile, more slowly: Triton has nothing for a GPU so old")
-    if compiled and device.type == "cpu" and not host.cpp_compiler():
-        raise MachineError("--compile on a CPU needs a C++ compiler; install g++, or use --no-compile")
-    if execution.deterministic and execution.compile_mode == "max-autotune":
-        raise InputError("--compile-mode max-autotune chooses kernels by timing, which --deterministic rules out")
+    scope, note = _compile_scope(execution, device, depth)
+    notes += [note] if note else []
     if execution.cuda_graph and device.type != "cuda":
         raise MachineError("--cuda-graph needs a GPU; leave it out to train on the CPU")
     precision = _precision(execution.precision, device)
@@ -93,7 +96,7 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
         raise InputError(f"--shadow-weights are bf16, and the precision here is {precision}; use --precision bf16")
     native, why_not = _native(execution, device, precision)
     notes += [why_not] if why_not else []
-    if device.type == "cuda" and (compiled or native):
+    if device.type == "cuda" and (scope != "none" or native):
         _check_launchers()
     if device.type == "cpu":
         _keep_freed_memory()
@@ -101,17 +104,12 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
     if device.type == "cuda":
         _set_up_cuda(device, precision, deterministic=execution.deterministic)
     graph = device.type == "cuda" and execution.cuda_graph is not False
-    if not compiled and (execution.compile_mode, execution.compile_scope) != ("default", "auto"):
-        notes.append("nothing is compiled here, so how to compile it makes no difference; --compile does")
     if not graph and execution.graph_steps > 1:
         notes.append("--graph-steps does nothing without a CUDA graph")
-    scope = execution.compile_scope
-    if scope == "auto":
-        scope = "blocks" if device.type == "cuda" and depth >= DEEP else "whole"
     return Runtime(
         device=device,
         precision=precision,
-        compile_scope=scope if compiled else "none",
+        compile_scope=scope,
         compile_mode=execution.compile_mode,
         cuda_graph=graph,
         deterministic=execution.deterministic,
@@ -217,35 +215,6 @@ def usable_memory(device: torch.device) -> int | None:
     return min([*sizes, 1024 * int(available.split()[1]) + held])
 
 
-def environment(runtime: Runtime) -> dict[str, Any]:
-    """Machine, versions and commit, as JSON values, for `environment.json` and benchmark results."""
-    cuda = runtime.device.type == "cuda"
-    return {
-        "fastres": host.version_of("fastres"),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if cuda else None,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,  # type: ignore[no-untyped-call]
-        "numpy": host.version_of("numpy"),
-        "dali": host.version_of("nvidia-dali-cuda120") or host.version_of("nvidia-dali-cuda130"),
-        "gpu": torch.cuda.get_device_name(runtime.device) if cuda else None,
-        "driver": driver.version() if cuda else None,
-        "cpu": host.cpu_name(),
-        "cpu_id": host.cpu_id(),
-        "cores": host.num_cores(),
-        "threads": runtime.threads,
-        "device": str(runtime.device),
-        "precision": runtime.precision,
-        "compile": runtime.compile_scope,
-        "cuda_graph": runtime.cuda_graph,
-        "deterministic": runtime.deterministic,
-        "native": runtime.native,
-        "layer_kernels": runtime.layer_kernels,
-        "platform": platform.platform(),
-    }
-
-
 def _check_launchers() -> None:
     """Raise MachineError where Triton could not build what launches its kernels, which it does in C."""
     without = "or use --no-compile --no-native"
@@ -254,6 +223,28 @@ def _check_launchers() -> None:
     if not host.python_header():
         package = f"python3.{sys.version_info.minor}-dev"
         raise MachineError(f"kernels for a GPU need Python.h to launch them: install {package}, {without}")
+
+
+def _compile_scope(
+    execution: Execution, device: torch.device, depth: int
+) -> tuple[Literal["none", "blocks", "whole"], str | None]:
+    """What torch.compile is given to compile, and what to tell the user where that is not what was asked for."""
+    if execution.deterministic and execution.compile_mode == "max-autotune":
+        raise InputError("--compile-mode max-autotune chooses kernels by timing, which --deterministic rules out")
+    on_gpu = device.type == "cuda"
+    too_old = on_gpu and torch.cuda.get_device_capability(device) < gpu.COMPILED
+    compiled = execution.compile if execution.compile is not None else on_gpu and not too_old
+    if not compiled:
+        if execution.compile is None and too_old:
+            return "none", "training without torch.compile, more slowly: Triton has nothing for a GPU so old"
+        if (execution.compile_mode, execution.compile_scope) != ("default", "auto"):
+            return "none", "nothing is compiled here, so how to compile it makes no difference; --compile does"
+        return "none", None
+    if not on_gpu and not host.cpp_compiler():
+        raise MachineError("--compile on a CPU needs a C++ compiler; install g++, or use --no-compile")
+    if execution.compile_scope != "auto":
+        return execution.compile_scope, None
+    return "blocks" if on_gpu and depth >= DEEP else "whole", None
 
 
 def _precision(name: str, device: torch.device) -> str:
@@ -301,7 +292,7 @@ def _native(execution: Execution, device: torch.device, precision: str) -> tuple
 
 
 def _triton(wanted: bool | None) -> tuple[bool, str | None]:
-    """The same on a GPU; Triton comes with torch where it exists."""
+    """`_native` on a GPU, whose kernels need Triton; it comes with torch where it exists."""
     if importlib.util.find_spec("triton") is None:
         if wanted:
             raise MachineError("--native kernels need Triton, which this torch came without; use --no-native")
@@ -321,25 +312,3 @@ def _keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(m_mmap_threshold, 1 << 30)
     libc.mallopt(m_trim_threshold, most)
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that runs, with "+" where files differ from it; None where nothing says.
-
-    A copy without its .git may be told by FASTRES_COMMIT.
-    """
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return os.environ.get("FASTRES_COMMIT")
-    commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
-    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
-    return commit and commit + ("" if changed == "" else "+")  # None: git did not say, so they may
-
-
-def _output(command: list[str]) -> str | None:
-    """The first line that a command prints; None where it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().split("\n")[0]

@@ -23,7 +23,7 @@ LAYERS = (
     ("configtree", "native", "gpu"),
     ("config",),
     ("runtime", "optim", "shadow", "models", "data"),
-    ("checkpoint", "cudagraph", "fusednet"),
+    ("checkpoint", "cudagraph", "environment", "fusednet"),
     ("layernet",),
     ("evaluator",),
     ("rundir",),

@@ -16,8 +16,9 @@ import torch
 from fastres import driver, gpu, host, runtime
 from fastres.cli.flags import parse_channels
 from fastres.config import Execution
+from fastres.environment import environment
 from fastres.errors import InputError, MachineError, OutOfMemory, says_out_of_memory
-from fastres.runtime import environment, prepare
+from fastres.runtime import prepare
 
 
 @pytest.fixture(autouse=True)

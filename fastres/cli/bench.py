@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastres.cli.flags import given, parse_list, parse_percent, read_config, refuse_both
+from fastres.cli.flags import given, one_of, parse_list, parse_percent, read_config, refuse_both
 from fastres.config import RunConfig, make_config
 from fastres.errors import InputError, OutsideTolerance
 from fastres.files import check_figure
@@ -121,7 +121,7 @@ def bench(
         execution=given(
             device=device,
             threads=threads,
-            data_dir=None if data_dir is None else str(data_dir.absolute()),
+            data_dir=data_dir and data_dir.absolute(),
         ),
     )
     switches: dict[str, Any] = {
@@ -134,8 +134,8 @@ def bench(
         "native": _switch("--native", native),
         "deterministic": _switch("--deterministic", deterministic, ("off", "on", "both"))[::-1],  # off first
     }
-    if unknown := [name for name in switches["loader"] or () if name not in LOADERS]:
-        raise InputError(f"--loader is {unknown[0]!r}; it must be one of {', '.join(LOADERS)}")
+    for name in switches["loader"] or ():
+        one_of("--loader", name, LOADERS)
     for path in (json_, plot):
         if path is not None and path != "-":
             from fastres.benchreport import check_place
@@ -320,6 +320,4 @@ def _write(report: "Report", json_: str | None) -> None:
 
 
 def _switch(flag: str, text: str, choices: Sequence[str] = tuple(SWITCH)) -> list[bool | None]:
-    if text not in choices:
-        raise InputError(f"{flag} is {text!r}; it must be one of {', '.join(choices)}")
-    return SWITCH[text]
+    return SWITCH[one_of(flag, text, choices)]

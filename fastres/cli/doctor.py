@@ -2,10 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from fastres.cli.flags import DataDir
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -17,7 +18,7 @@ COLOURS = {"ok": "green", "note": "yellow", "error": "bold red"}
 
 
 def doctor(
-    data_dir: Annotated[Path | None, typer.Option(help="Where CIFAR-10 is (or in FASTRES_DATA).")] = None,
+    data_dir: DataDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> int:
     """What works here: GPU, driver, torch, compiler, DALI, data, disk; and what to do about the rest."""

@@ -1,10 +1,12 @@
-"""What the command line's words mean: parsing, contradictions, epochs as steps. No torch."""
+"""Options that several commands share, and what their values mean: parsing, contradictions, epochs. No torch."""
 
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+import typer
 
 from fastres.config import RunConfig, preset_tree, with_dependent_defaults
 from fastres.configtree import merge
@@ -12,6 +14,22 @@ from fastres.errors import InputError
 
 T = TypeVar("T")
 MAX_SEEDS = 1_000  # more is a slip of the hand
+
+DataDir = Annotated[Path | None, typer.Option(help="Where CIFAR-10 is (or in FASTRES_DATA).")]
+DataUrls = Annotated[list[str] | None, typer.Option(help="A mirror of cifar-10-binary.tar.gz; repeatable.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")]
+
+# Of the commands that take a trained network.
+Target = Annotated[Path, typer.Argument(metavar="RUN|FILE", help="A run folder, or a weights file.")]
+Arch = Annotated[
+    str | None, typer.Option(help="resnet or plain, for a weights file that does not say (they look alike).")
+]
+Dataset = Annotated[str | None, typer.Option(help="cifar10 or synthetic; default: what the run was trained on.")]
+ChannelMean = Annotated[
+    str | None, typer.Option(help="Per-channel mean 0-1 that other weights were trained with: 0.485,0.456,0.406.")
+]
+ChannelStd = Annotated[str | None, typer.Option(help="Per-channel standard deviation, likewise.")]
 
 
 def parse_model(text: str) -> tuple[str, int]:
@@ -74,8 +92,10 @@ def parse_percent(flag: str, text: str) -> float:
     return value
 
 
-def parse_channels(flag: str, text: str) -> tuple[float, float, float]:
-    """Three numbers of 0 to 1, comma-separated; a standard deviation is not 0. Raises InputError."""
+def parse_channels(flag: str, text: str | None) -> tuple[float, float, float] | None:
+    """Three numbers of 0 to 1, comma-separated; a standard deviation is not 0. None stays None. Raises InputError."""
+    if text is None:
+        return None
     try:
         red, green, blue = (float(part) for part in text.split(","))
     except ValueError:
@@ -87,8 +107,16 @@ def parse_channels(flag: str, text: str) -> tuple[float, float, float]:
 
 
 def given(**values: Any) -> dict[str, Any]:
-    """Only what was given: neither None nor an empty table."""
-    return {key: value for key, value in values.items() if value is not None and value != {}}
+    """Only what was given, neither None nor an empty table; paths as text, as a config has them."""
+    kept = {key: value for key, value in values.items() if value is not None and value != {}}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in kept.items()}
+
+
+def one_of(flag: str, value: str, allowed: Sequence[str]) -> str:
+    """The value of a flag. Raises InputError where it is none of those allowed."""
+    if value not in allowed:
+        raise InputError(f"{flag} is {value!r}; it must be one of {', '.join(allowed)}")
+    return value
 
 
 def refuse_both(one: str, first: object, other: str, second: object) -> None:

@@ -1,12 +1,12 @@
 """`fastres plot`: curves of runs."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fastres.cli.flags import one_of
 from fastres.errors import InputError
 
 X_AXES = ("step", "epoch", "time")
@@ -42,12 +42,6 @@ def plot(
 
     chosen: dict[str, Any] = {"what": what, "x": x, "smooth": smooth, "log_y": log_y, "ylim": limits, "band": band}
     print(plot_runs(runs, out, **chosen, say=Console("lines", stderr=True).say))
-
-
-def one_of(flag: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise InputError where a flag has another value."""
-    if value not in allowed:
-        raise InputError(f"{flag} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
 def parse_limits(text: str, *, log_y: bool) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastres.cli.flags import given
+from fastres.cli.flags import DataDir, given
 
 
 def report(
@@ -16,7 +16,7 @@ def report(
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Do not test the networks again: no classes, mistakes, responses.")
     ] = False,
-    data_dir: Annotated[Path | None, typer.Option(help="Where CIFAR-10 is (or in FASTRES_DATA).")] = None,
+    data_dir: DataDir = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0; to test the networks again.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads, likewise.")] = None,
 ) -> None:
@@ -24,5 +24,5 @@ def report(
     from fastres.console import Console
     from fastres.reproduce.report import write_report
 
-    execution = given(device=device, data_dir=None if data_dir is None else str(data_dir), threads=threads)
+    execution = given(device=device, data_dir=data_dir, threads=threads)
     print(write_report(runs, out, evaluate=not no_eval, execution=execution, say=Console("lines", stderr=True).say))

@@ -290,11 +290,11 @@ def train(
             layer_kernels=layer_kernels,
             channels_last=channels_last,
             threads=threads,
-            data_dir=None if data_dir is None else str(data_dir.absolute()),
+            data_dir=data_dir and data_dir.absolute(),
             data_urls=data_url,
         ),
         output=given(
-            out=None if out is None else str(out),
+            out=out,
             log_every=log_every,
             eval_every=eval_every,
             clean_train_error=clean_train_error,

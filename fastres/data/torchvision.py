@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
+from fastres import host
 from fastres.config import MAX_GRAPH_STEPS
 from fastres.data.imageset import IMAGE_SIZE, ImageSet
 from fastres.data.pixels import SCALE, Floats
@@ -34,6 +35,7 @@ class TorchvisionLoader:
         device, dtype: Of the batches.
         channels_last: Memory format of the batches.
         num_workers: Processes, at least 1: each seeds its global generator, which in this process is the user's.
+            Default: `NUM_WORKERS`, but no more than there are cores, which torch would warn of.
     """
 
     name, period = "torchvision", 1
@@ -48,8 +50,10 @@ class TorchvisionLoader:
         device: torch.device,
         dtype: torch.dtype,
         channels_last: bool = True,
-        num_workers: int = NUM_WORKERS,
+        num_workers: int | None = None,
     ) -> None:
+        if num_workers is None:
+            num_workers = min(NUM_WORKERS, host.num_cores())
         if num_workers < 1:
             raise ValueError(f"num_workers is {num_workers}; it must be at least 1")
         self.plan, self.batch_size, self.device, self.channels_last = plan, batch_size, device, channels_last
