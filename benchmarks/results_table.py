@@ -1,7 +1,7 @@
-"""The README's tables of measured numbers, drawn from the files in `results/`.
+"""Tables of measured numbers, drawn from the files in `results/`: a GPU's in README.md, a CPU's in CPU.md beside them.
 
-scripts/results-table           # write them into the README
-scripts/results-table --check   # say whether they are there as the files have it; exit code 6 if not
+scripts/results-table           # write them
+scripts/results-table --check   # say whether they are as the files have it; exit code 6 if not
 """
 
 import argparse
@@ -14,36 +14,34 @@ from typing import Any
 from fastres.benchreport import short
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = {ROOT / "README.md": "gpu", ROOT / "benchmarks" / "CPU.md": "cpu"}
 BLOCK = re.compile(r"(?<=<!-- results: drawn by scripts/results-table -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
 
 Result = dict[str, Any]
 
 
-def render(paths: Iterable[Path]) -> str:
-    """Every result as Markdown, newest first: Table 6, throughput reports, and races against other scripts.
-
-    What a CPU gave comes after what a GPU gave, folded.
+def render(paths: Iterable[Path], kind: str, page: Path) -> str:
+    """Results as Markdown, newest first: Table 6, throughput reports, and races against other scripts.
 
     Args:
         paths: Reports and races, and folders with a `table6.md` and the runs behind it.
+        kind: "gpu" or "cpu": whose results.
+        page: The file that they are for, which links to them.
 
     Raises:
         SystemExit: One is neither.
     """
-    gpu: list[str] = []
-    cpu: list[str] = []
+    parts = []
     for path in sorted(paths, reverse=True):
-        link = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+        link = path.relative_to(page.parent).as_posix()
         try:
             env, drawn = _table6(path) if path.is_dir() else _file(path)
-            part = f"{path.name[:10]}, {_machine(env)} ([{path.name}]({link}))\n\n{drawn}"
-            (gpu if env["gpu"] else cpu).append(part)
+            if ("gpu" if env["gpu"] else "cpu") == kind:
+                parts.append(f"{path.name[:10]}, {_machine(env)} ([{path.name}]({link}))\n\n{drawn}")
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise SystemExit(f"results-table: {link} is no result that can be drawn: {error!r}") from error
-    if cpu:
-        cpu = ["<details>\n<summary>On CPUs, file by file</summary>\n", *cpu, "</details>\n"]
-    return "\n" + "\n".join(gpu + cpu) + "\n" if gpu or cpu else "\nNothing is measured yet.\n\n"
+    return "\n" + "\n".join(parts) + "\n" if parts else "\nNothing is measured yet.\n\n"
 
 
 def results() -> list[Path]:
@@ -86,7 +84,7 @@ def _report(report: Result) -> str:
         )
         for cell in report["cells"]
     ]
-    return _markdown(("cell", "img/s", "ms a step", "p5 to p95", "over the machine's floor"), rows)
+    return _markdown(("cell", "img/s", "ms a step", "p5 to p95", "times the machine's floor"), rows)
 
 
 def _race(race: Result) -> str:
@@ -106,20 +104,21 @@ def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main() -> None:
-    """Write the README's tables, or check them."""
-    parser = argparse.ArgumentParser(description="Draw the README's tables from benchmarks/results")
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description="Draw the tables of README.md and benchmarks/CPU.md")
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 6 where they differ")
     check = parser.parse_args().check
-    before = README.read_text(encoding="utf-8")
-    if not BLOCK.search(before):
-        raise SystemExit("results-table: README.md has no place for the results")
-    drawn = render(results())
-    after = BLOCK.sub(lambda _: drawn, before)
-    if check and after != before:
-        print("README.md does not show what is in benchmarks/results; type: scripts/results-table")
-        raise SystemExit(6)
-    if not check:
-        README.write_text(after, encoding="utf-8")
+    for page, kind in PAGES.items():
+        before = page.read_text(encoding="utf-8")
+        if not BLOCK.search(before):
+            raise SystemExit(f"results-table: {page.name} has no place for the results")
+        drawn = render(results(), kind, page)
+        after = BLOCK.sub(lambda _, drawn=drawn: drawn, before)  # type: ignore[misc]
+        if check and after != before:
+            print(f"{page.name} does not show what is in benchmarks/results; type: scripts/results-table")
+            raise SystemExit(6)
+        if not check:
+            page.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

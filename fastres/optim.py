@@ -88,8 +88,8 @@ def make_sgd(
         net: On its device.
         lr: Of the first step.
         momentum, weight_decay: As in the formula.
-        weight_decay_on: "all" parameters, as Caffe and the paper's words have it, or "weights" of convolutions and
-            linear layers only, without batch norm's and biases.
+        weight_decay_on: "all" parameters, as most reproductions do (the paper does not say), or "weights" of
+            convolutions and linear layers only, without batch norm's and biases.
         lr_in_velocity: Only noted here, under this name in the parameter groups, for whoever calls `step`.
         fused: One kernel for many parameters. The others are for comparison.
     """

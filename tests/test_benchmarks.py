@@ -194,10 +194,12 @@ def test_an_unknown_commit_is_said() -> None:
 # --- results
 
 
-def test_the_readme_shows_the_results() -> None:
-    drawn = results_table.BLOCK.search((ROOT / "README.md").read_text())
+@pytest.mark.parametrize("page", results_table.PAGES, ids=lambda page: page.name)
+def test_the_pages_show_the_results(page: Path) -> None:
+    drawn = results_table.BLOCK.search(page.read_text())
     assert drawn is not None
-    assert drawn[0] == results_table.render(results_table.results())
+    assert drawn[0] == results_table.render(results_table.results(), results_table.PAGES[page], page)
+    assert drawn[0].count("\n| ") > 5
 
 
 def test_results_are_whole_and_of_a_commit() -> None:
@@ -222,14 +224,15 @@ def test_tables_follow_the_files(tmp_path: Path) -> None:
     (tmp_path / "2026-01-03_y_bench.json").write_text(json.dumps({"environment": env, "cells": [cell, other]}))
     deeper = race | {"depth": 56}
     (tmp_path / "2026-01-04_x_race.json").write_text(json.dumps(deeper))
-    text = results_table.render(tmp_path.glob("*.json"))
+    gpus, text = (results_table.render(tmp_path.glob("*.json"), kind, tmp_path / "page.md") for kind in ("gpu", "cpu"))
     heads = [text.index(f"| training loop, ResNet-{depth}, batch 128 |") for depth in (56, 20)]
     assert heads == sorted(heads)  # files from before there was a choice are of 20
     assert "| plain | 400 | 2.50x (2.40 to 2.75) |\n| fastres | 1,000 |  |" in text
-    assert "| ResNet20 dali | 1,234 | 100 | 90 to 120 | 1.50 |" in text
-    assert text.index("NVIDIA H200, driver 570") < text.index("<details>") < text.index("2026-01-04, Some CPU, 2 cores")
-    assert text.index("2026-01-04, Some CPU") < text.index("2026-01-01, Some CPU") < text.index("</details>")
-    assert "2026-01-02, NVIDIA H200, driver 570, torch 2, fp32, commit" in text
+    assert "| ResNet20 dali | 1,234 | 100 | 90 to 120 | 1.50 |" in gpus
+    assert text.index("2026-01-04, Some CPU") < text.index("2026-01-01, Some CPU")
+    assert "2026-01-02, NVIDIA H200, driver 570, torch 2, fp32, commit" in gpus
+    assert "Some CPU" not in gpus
+    assert "H200" not in text
     assert "2026-01-03, Some CPU, 2 cores, torch 2, auto and bf16, commit" in text
 
 
@@ -240,9 +243,9 @@ def test_a_table_6_is_drawn_with_its_machine(tmp_path: Path, official: bool) -> 
     env = {"gpu": "NVIDIA H200", "torch": "2", "precision": "bf16", "commit": None, "data": {"official": official}}
     (run / "environment.json").write_text(json.dumps(env))
     with pytest.raises(SystemExit, match="2026-01-01_x_table6 is no result"):
-        results_table.render([run.parent.parent])
+        results_table.render([run.parent.parent], "gpu", tmp_path / "page.md")
     (run.parent.parent / "table6.md").write_text("**A note.**\n\n| network | n |\n| --- | ---: |\n| A | 3 |\n\nMore.\n")
-    text = results_table.render([run.parent.parent])
+    text = results_table.render([run.parent.parent], "gpu", tmp_path / "page.md")
     assert "2026-01-01, NVIDIA H200, torch 2, bf16 ([2026-01-01_x_table6](2026-01-01_x_table6))\n" in text
     assert "\n\n| network | n |\n| --- | ---: |\n| A | 3 |\n\n" in text
     assert ("not the official" in text) is not official
@@ -252,7 +255,7 @@ def test_a_table_6_is_drawn_with_its_machine(tmp_path: Path, official: bool) -> 
 def test_a_file_that_is_no_result_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "2026-01-01_x_bench.json").write_text(content)
     with pytest.raises(SystemExit, match=r"results-table: 2026-01-01_x_bench\.json is no result"):
-        results_table.render(tmp_path.glob("*.json"))
+        results_table.render(tmp_path.glob("*.json"), "cpu", tmp_path / "page.md")
 
 
 # --- peers

@@ -174,7 +174,8 @@ def init_he_(net: nn.Module, *, mode: Literal["fan_in", "fan_out"], generator: t
 
     Args:
         net: A network of convolutions, batch norms and linear layers.
-        mode: Which fan: "fan_in" keeps the scale of activations, "fan_out" that of gradients. The paper cites both.
+        mode: Which fan: "fan_in" keeps the scale of activations, "fan_out" that of gradients. The paper cites
+            He et al. 2015, which derives both.
         generator: On the CPU; advanced by the weights drawn.
     """
     for module in net.modules():
