@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Literal, get_args
 
 from rich.console import Console as RichConsole
@@ -29,7 +30,7 @@ class Progress:
 
     step: int
     steps: int
-    epochs: float  # passes over the training images so far
+    steps_per_epoch: float  # training images over batch size
     loss: float | None = None
     train_error: float | None = None
     test_error: float | None = None
@@ -38,13 +39,19 @@ class Progress:
     elapsed: float = 0.0  # seconds
     remaining: float | None = None  # seconds
     runs: int = 1  # side by side; loss and errors are means over them, images a second their sum
+    held_out: str = "test"  # what the network is tested on: "test" or "validation" images
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training images so far."""
+        return self.step / self.steps_per_epoch
 
     def fields(self) -> list[str]:
         """What is known, as short texts in a fixed order."""
         known: list[tuple[str, float | None, Callable[[float], str]]] = [
             ("loss", self.loss, lambda v: f"{v:.4f}"),
             ("train err", self.train_error, percent),
-            ("test err", self.test_error, percent),
+            (f"{self.held_out} err", self.test_error, percent),
             ("lr", self.lr, lambda v: f"{v:.4g}"),
             ("img/s", self.images_per_second, lambda v: f"{v:,.0f}"),
         ]
@@ -53,7 +60,7 @@ class Progress:
 
     def line(self) -> str:
         """All of it in one line."""
-        left = f", {duration(self.remaining)} left" if self.remaining is not None else ""
+        left = f", {duration(self.remaining)} left" if self.remaining else ""
         head = f"epoch {self.epochs:6.2f}  step {self.step:{len(str(self.steps))}d}/{self.steps}"
         return "  ".join([head, *self.fields(), f"{duration(self.elapsed)}{left}"])
 
@@ -96,6 +103,7 @@ class Console:
         self._once: set[str] = set()
         self._live: Live | None = None
         self._progress: Progress | None = None
+        self._shown_at = 0.0  # on the clock of perf_counter
         self._download: tuple[int, int] | None = None  # bytes done, bytes in all
         self._counted: tuple[int, int] | None = None
         self.overall: Callable[[int], str] | None = None  # of several runs: where all stands at a step of this one
@@ -140,7 +148,7 @@ class Console:
 
     def show(self, progress: Progress, *, line: bool = False) -> None:
         """Where the run stands now. With `line` (an epoch ended) it is logged, and printed unless live."""
-        self._progress = progress
+        self._progress, self._shown_at = progress, perf_counter()
         if line:
             self._log(progress.line())
         if self.verbosity == "live":
@@ -194,9 +202,9 @@ class Console:
             return _bar(*self._counted, f"round {self._counted[0] + 1} of {self._counted[1]}")
         if not self._progress:
             return Text("")
-        p = self._progress
-        left = "" if p.remaining is None else f"  {duration(p.remaining)} left"
-        head = f"step {p.step}/{p.steps}  epoch {p.epochs:.2f}  {duration(p.elapsed)}{left}"
+        p, since = self._progress, perf_counter() - self._shown_at
+        left = "" if p.remaining is None else f"  {duration(max(p.remaining - since, 0.0))} left"
+        head = f"step {p.step}/{p.steps}  epoch {p.epochs:.2f}  {duration(p.elapsed + since)}{left}"
         fields = Text("  ".join(p.fields()), style="cyan", overflow="fold")
         return Group(_bar(p.step, p.steps, head), fields, *map(Text, self._overall(p.step)))
 

@@ -188,7 +188,8 @@ def _run(
         clocks.add(members[0].state.seconds)
         for line in _introduction(config, members, images, runtime):
             console.say(line)
-        progress = Progress(first, recipe.steps, first * recipe.batch_size / config.data.num_train, runs=len(runs))
+        progress = Progress(first, recipe.steps, config.data.num_train / recipe.batch_size, runs=len(runs))
+        progress.elapsed, progress.held_out = clocks.total(), config.data.held_out
         console.show(progress)
         logged, logged_at = done, clocks.read("train")  # or, at first, where this process began
         epoch_shown = int(progress.epochs)
@@ -257,7 +258,7 @@ def _run(
                 if saves:
                     saved_at = perf_counter()
                 if logs or tests_now:
-                    _update(progress, alive, config, done)
+                    _update(progress, alive, done)
                     progress.elapsed = clocks.total()
                     progress.remaining = (perf_counter() - began) / (done - first) * (recipe.steps - done)
                     console.show(progress, line=last or tests_now or int(progress.epochs) > epoch_shown)
@@ -337,10 +338,9 @@ def _introduction(config: RunConfig, members: Sequence[Member], images: ImageSet
         )
 
 
-def _update(progress: Progress, members: Sequence[Member], config: RunConfig, done: int) -> None:
+def _update(progress: Progress, members: Sequence[Member], done: int) -> None:
     """What a person is shown: of several runs the mean."""
-    progress.step, progress.epochs = done, done * config.recipe.batch_size / config.data.num_train
-    progress.lr = members[0].lr
+    progress.step, progress.lr = done, members[0].lr
     if all(member.train for member in members):
         progress.loss = fmean(member.train["loss"] for member in members)
         progress.train_error = fmean(member.train["error"] for member in members)

@@ -12,6 +12,12 @@ from fastres.errors import InputError
 from fastres.rundir import RESULT, RunDir
 from fastres.series import is_number
 
+# How a person is told of the clocks besides training's.
+PHASES = {
+    "import": "importing", "data": "loading data", "compile": "compiling", "evaluate": "testing",
+    "checkpoint": "checkpoints", "other": "setup",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -76,18 +82,27 @@ def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]
     held_out = config.data.held_out
     seconds, step = result.seconds, result.step_milliseconds
     labelled = "" if images.official else f"  (data set not the official one: {images.digest[:23]}...)"
-    return [
+    together = f", one of {result.side_by_side} runs side by side" if result.side_by_side > 1 else ""
+    best = f"{percent(result.best_test_error)} at step {result.best_step:,}"
+    lines = [
         f"{config.name} after {result.steps:,} steps: {held_out} error {percent(result.test_error)}{labelled}",
-        f"  best over steps   {percent(result.best_test_error)} at step {result.best_step:,} (chosen on that set)",
+        f"  best over steps   {best} (chosen on the {held_out} images; not the result)",
         f"  training error    {percent(result.train_error)} (running, augmented)",
-        f"  training clock    {duration(seconds.get('train', 0.0))}, {result.images_per_second:,.0f} img/s"
-        + (f", one of {result.side_by_side} runs side by side" if result.side_by_side > 1 else ""),
-        *([f"  a step            {_short(step['p50'])} ms, 99 % below {_short(step['p99'])} ms"] if step else []),
-        f"  memory            {result.peak_memory / 1e9:.2f} GB at most",
-        *(f"  {name:<17} {duration(value)}" for name, value in seconds.items() if name != "train" and value >= 0.05),
+        f"  training clock    {duration(seconds.get('train', 0.0))}, {result.images_per_second:,.0f} img/s{together}",
+    ]
+    if step:
+        lines.append(
+            f"  step time         {_short(step['p50'])} ms (median), {_short(step['p99'])} ms (99th percentile)"
+        )
+    lines.append(f"  peak memory       {result.peak_memory / 1e9:.2f} GB")
+    for name, value in seconds.items():
+        if name != "train" and value >= 0.05:
+            lines.append(f"  {PHASES.get(name, name):<17} {duration(value)}")
+    return [
+        *lines,
         f"  run folder        {result.run}",
         f"  curves            {result.run / 'curves.png'}",
-        f"  again             fastres eval {shlex.quote(str(result.run))}",
+        f"  evaluate          fastres eval {shlex.quote(str(result.run))}",
         f"  more plots        fastres plot {shlex.quote(str(result.run))}",
     ]
 

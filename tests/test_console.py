@@ -21,7 +21,7 @@ from fastres.curves import draw_curves
 from fastres.errors import MachineError
 from fastres.rundir import RunDir
 
-HALF_WAY = Progress(1_000, 2_000, 2.56, 0.98765, 0.3141, 0.4, 0.1, 801.4, 160.0, 163.7)
+HALF_WAY = Progress(1_000, 2_000, 390.625, 0.98765, 0.3141, 0.4, 0.1, 801.4, 160.0, 163.7)
 
 
 def on(verbosity: Verbosity, *, terminal: bool = False, width: int = 100) -> tuple[Console, io.StringIO]:
@@ -48,7 +48,13 @@ def test_a_line_holds_all_that_is_known() -> None:
     for part in ("2.56", "1000/2000", "loss 0.9877", "train err 31.41 %", "test err 40.00 %", "lr 0.1", "img/s 801"):
         assert part in line
     assert line.endswith("2:40, 2:44 left")
-    assert "None" not in Progress(0, 10, 0.0).line()
+    assert "None" not in Progress(0, 10, 1.0).line()
+
+
+def test_a_line_names_what_was_tested_and_says_nothing_of_no_time_left() -> None:
+    line = Progress(10, 10, 5.0, test_error=0.25, elapsed=3.0, remaining=0.0, held_out="validation").line()
+    assert "validation err 25.00 %" in line
+    assert line.endswith("3.0 s")
 
 
 def test_lines_mode_prints_only_lines_that_end_an_epoch(tmp_path: Path) -> None:
@@ -93,14 +99,15 @@ for number in range(50):
     assert len((tmp_path / "run" / "console.log").read_text().splitlines()) == 50
 
 
-def test_live_display_shows_the_step_and_goes_away() -> None:
+def test_live_display_shows_the_step_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     console, stream = on("live", terminal=True)
     console.show(Progress(*vars(HALF_WAY).values()))
     assert console._live is not None
     console.tick(1_234)
+    monkeypatch.setattr(module, "perf_counter", lambda: console._shown_at + 40)  # its time goes on between two records
     console._live.refresh()
     shown = stream.getvalue()
-    for part in ("1234/2000", "epoch 2.56", "2:44 left", "loss 0.9877", "801"):
+    for part in ("1234/2000", "epoch 3.16", "3:20  2:04 left", "loss 0.9877", "801"):
         assert part in shown
     console.say("a notice stays")
     console.close()
@@ -126,7 +133,7 @@ def test_live_display_refreshes_at_most_ten_times_a_second(monkeypatch: pytest.M
     while time.monotonic() - start < 1.2:
         step += 1
         console.tick(step)
-        console.show(Progress(step, 10**9, 0.0))
+        console.show(Progress(step, 10**9, 1.0))
     taken = time.monotonic() - start
     console.close()
     assert step > 1_000
