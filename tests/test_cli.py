@@ -259,6 +259,13 @@ def test_no_command_and_half_an_option(capsys: pytest.CaptureFixture[str]) -> No
     assert "'--compare' requires 2 arguments" in capsys.readouterr().err
 
 
+def test_an_unreadable_side_of_a_comparison_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[recipe")
+    for file, why in (("none.toml", "cannot be read"), ("bad.toml", "is not TOML")):
+        assert run(["bench", "--compare", str(tmp_path / file), "b.toml"]) == 2
+        assert capsys.readouterr().err.startswith(f"fastres: --compare {tmp_path / file} {why}: ")
+
+
 def test_ctrl_c_before_there_is_a_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """During a download, say."""
 

@@ -252,7 +252,7 @@ def _compare(
         if limit is not None and any(note.startswith("only in") for note in notes):
             raise InputError("--fail-if-slower needs the same cells in both reports; measure both with equal flags")
     elif {a.suffix, b.suffix} == {".toml"}:
-        configs = [read_config(path) for path in paths]
+        configs = [read_config(path, "--compare") for path in paths]
         from fastres.cells import Cell
 
         names = [path.stem if a.stem != b.stem else str(path) for path in paths]

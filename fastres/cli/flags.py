@@ -141,19 +141,19 @@ def refuse_both(one: str, first: object, other: str, second: object) -> None:
         raise InputError(f"{one} and {other} contradict each other; give one of them")
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """A `--config` file. Raises InputError where it cannot be read or is not TOML."""
+def read_toml(path: Path, flag: str = "--config") -> dict[str, Any]:
+    """The config file that a flag names. Raises InputError where it cannot be read or is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"--config {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"{flag} {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(f"--config {path} is not TOML: {error}") from error
+        raise InputError(f"{flag} {path} is not TOML: {error}") from error
 
 
-def read_config(path: Path) -> RunConfig:
-    """The run that a `--config` file alone describes. Raises InputError."""
-    return RunConfig.from_dict(with_dependent_defaults(based_on_preset(read_toml(path))))
+def read_config(path: Path, flag: str) -> RunConfig:
+    """The run that the file which a flag names describes alone. Raises InputError."""
+    return RunConfig.from_dict(with_dependent_defaults(based_on_preset(read_toml(path, flag))))
 
 
 def based_on_preset(tree: dict[str, Any], preset: str | None = None) -> dict[str, Any]:
