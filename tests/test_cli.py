@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import pydoc
 import re
 import resource
 import shlex
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import typer.main
 
+import fastres
 from fastres.cli import app, run
 from fastres.cli.flags import parse_model
 from fastres.config import RunConfig, make_config
@@ -264,6 +266,14 @@ def test_an_unreadable_side_of_a_comparison_is_named(capsys: pytest.CaptureFixtu
     for file, why in (("none.toml", "cannot be read"), ("bad.toml", "is not TOML")):
         assert run(["bench", "--compare", str(tmp_path / file), "b.toml"]) == 2
         assert capsys.readouterr().err.startswith(f"fastres: --compare {tmp_path / file} {why}: ")
+
+
+def test_completion_and_help_find_what_the_package_offers() -> None:
+    assert dir(fastres) == sorted(fastres.__all__)
+    text = pydoc.plain(pydoc.render_doc(fastres))
+    for name in {*fastres.__all__} - {"__version__"}:
+        assert name in text
+    assert "A trained network" in text
 
 
 def test_ctrl_c_before_there_is_a_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
