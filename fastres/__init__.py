@@ -4,6 +4,7 @@
 
     result = fastres.train(fastres.make_config("smoke"))
     print(result.test_error)
+    predictor = fastres.load(result.run)  # a trained network as a function of images
 
 Names are imported on first use, so that `import fastres` and the command line stay quick.
 """
@@ -43,6 +44,11 @@ __all__ = [
     "train",
     "train_seeds",
 ]
+
+
+def __dir__() -> list[str]:
+    """What tab completion and `help(fastres)` find."""
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

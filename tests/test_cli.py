@@ -1,7 +1,10 @@
 """cli: flags become the config they say, errors become exit codes and one line."""
 
+import contextlib
+import io
 import json
 import os
+import pydoc
 import re
 import resource
 import shlex
@@ -15,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
-from fastres.cli import run
+import fastres
+from fastres.cli import app, run
 from fastres.cli.flags import parse_model
 from fastres.config import RunConfig, make_config
 from fastres.errors import InputError
+from fastres.reproduce.paper import FIGURE_7, STAGES
 
 TINY = shlex.split(
     "--dataset synthetic --depth 8 --batch-size 16 --device cpu --precision fp32 --threads 1 --log-every 5"
@@ -36,17 +42,131 @@ def test_no_option_is_the_papers_resnet20(capsys: pytest.CaptureFixture[str]) ->
     assert resolved(capsys) == RunConfig()
 
 
-def test_the_help_has_the_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    assert run(["train", "--help"]) == 0
-    help_ = capsys.readouterr().out
-    assert "FASTRES_DATA" in help_  # brackets would be taken for markup
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def help_of(*words: str, columns: int) -> str:
+    """What `fastres ... --help` prints, to a pipe and under COLUMNS."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stdout:
+        patch.setenv("COLUMNS", str(columns))
+        assert run([*words, "--help"]) == 0
+    return stdout.getvalue()
+
+
+def entries(help_: str) -> dict[str, str]:
+    """Help texts by option, each as one line."""
+    found = re.findall(r"^  (?:-\w, )?(--\S+)(.*(?:\n {8,}.*)*)", help_, re.MULTILINE)
+    return {flag.replace("[no-]", ""): re.sub(r"\s+", " ", text) for flag, text in found}
+
+
+@pytest.mark.parametrize("columns", [30, 59, 80, 100, 120, 200])
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_shows_every_flag_whole(name: str, columns: int) -> None:
+    help_ = help_of(*filter(None, [name]), columns=columns)
+    assert "..." not in help_.partition("\n\n")[2]  # but in the usage
+    assert "\N{HORIZONTAL ELLIPSIS}" not in help_
+    assert "  -h, --help" in help_
+    for param in COMMANDS[name].params if name else ():
+        for flag in param.opts if param.param_type_name == "option" else ():
+            no = f"--no-{flag.removeprefix('--')}" in param.secondary_opts
+            assert re.search(
+                rf"(^  |, ){re.escape(flag.replace('--', '--[no-]') if no else flag)}\b", help_, re.MULTILINE
+            )
+    options = help_.partition("\nExamples:")[0]
+    assert not re.search(
+        r"[\w]-$", options.partition("\n\n")[2].replace("CIFAR-", ""), re.MULTILINE
+    )  # torn at a hyphen
+    if columns > 30:  # where a line of one word may be longer
+        assert max(map(len, help_.splitlines())) <= min(columns, 120)
+    if name:
+        headings = re.findall(r"^(\S.*):$", help_, re.MULTILINE)
+        panels = [getattr(param, "rich_help_panel", None) for param in COMMANDS[name].params]
+        assert set(filter(None, panels)) <= set(headings)
+        assert len(headings) == len(set(headings))
+
+
+@pytest.mark.parametrize("name", ["train", "reproduce", "bench", ""])
+def test_examples_of_the_help_are_right(name: str) -> None:
+    examples = help_of(*filter(None, [name]), columns=120).partition("\nExamples:\n")[2]
+    lines = re.findall(r"^  fastres (\w+)(.*?)  ", examples, re.MULTILINE)
+    assert len(lines) == 4
+    for command, rest in lines:
+        COMMANDS[command].make_context(command, shlex.split(rest))  # refuses an unknown flag
+        assert name in ("", command)
+
+
+def test_commands_stand_in_the_order_of_use() -> None:
+    assert [*COMMANDS] == ["train", "reproduce", "eval", "plot", "report", "bench", "doctor", "responses"]
+
+
+# Defaults that a config leaves open, as None, and what they come to.
+OPEN = {"compile": "on a GPU", "cuda_graph": "on a GPU", "shadow_weights": "in bf16 on a GPU",
+        "native": "in bf16 on a GPU",
+        "layer_kernels": "off", "out": "a new one in runs/", "data_dir": "FASTRES_DATA"}  # fmt: skip
+
+
+def said(value: object) -> str:
+    """A default as the help writes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else "1e-4" if value == 1e-4 else str(value)
+
+
+def test_help_of_train_has_the_defaults() -> None:
+    texts, keys = entries(help_of("train", columns=80)), set[str]()
     tree = RunConfig().to_dict()
-    values = {"seed": tree["seed"], **tree["model"], **tree["recipe"], **tree["execution"], **tree["output"]}
-    said = re.findall(r"--([a-z-]+) .*?(?:(\d+) \(default\)|[Dd]efault ([\d.e,-]+\d|\d)|\(([\d,]+)\)\.)", help_)
-    assert len(said) == 11
-    for flag, *texts in said:
-        assert float("".join(texts).replace(",", "")) == values[flag.replace("-", "_")], flag
+    values = {"seed": tree["seed"], "preset": "paper", "side_by_side": 0}
+    for section in ("model", "data", "recipe", "execution", "output"):
+        values |= tree[section]
+    for flag, text in texts.items():
+        if (key := flag.removeprefix("--").replace("-", "_")) in values:
+            default = OPEN[key] if values[key] is None else said(values[key])
+            assert re.search(rf"\[(default|paper|paper, fast): {re.escape(default)}[];,]", text + "]"), (flag, text)
+            keys.add(key)
+    assert values.keys() - keys == {"bn_eps", "bn_momentum", "lr_decay", "warmup_lr", "data_urls"}  # which have no flag
+    for preset in ("paper", "fast", "smoke"):
+        config = make_config(preset)
+        for key in ("steps", "schedule", "dataset", "log_every", "eval_every", "warmup"):
+            value = next(
+                said(part[key]) for part in config.to_dict().values() if isinstance(part, dict) and key in part
+            )
+            text = texts[f"--{key.replace('_', '-')}"].rpartition("[")[2]
+            assert re.search(rf"\b{preset}(, \w+)*: {re.escape(value)}[];,]", text), (preset, text)
+    assert "none, constant for ResNets of 110 layers and deeper" in texts["--warmup"]
+    assert make_config(model={"depth": 110}).recipe.warmup == "constant"
+    assert "400; ramp: a tenth of all steps" in texts["--warmup-steps"]
+
+
+NO_DEFAULT = {  # options without one, or whose default is to do nothing
+    "reproduce": {"--nets", "--epochs", "--data-url"},
+    "eval": {"--data-url", "--std"},
+    "responses": {"--data-url", "--std", "--out"},
+    "plot": {"--ylim"},
+    "bench": {"--data-dir", "--compare", "--fail-if-slower", "--json", "--plot"},
+    "train": {"--config", "--seeds", "--resume", "--model", "--epochs", "--warmup-epochs", "--data-url"},
+}
+
+
+@pytest.mark.parametrize("name", [*COMMANDS])
+def test_help_says_every_default(name: str) -> None:
+    texts = entries(help_of(name, columns=80))
+    switches = {
+        param.opts[0]
+        for param in COMMANDS[name].params
+        if getattr(param, "is_flag", False) and not param.secondary_opts
+    }
+    silent = {flag for flag, text in texts.items() if not re.search(r"\[(default|paper)", text)}
+    assert silent - switches - {"--help"} == NO_DEFAULT.get(name, set())
+
+
+def test_help_of_reproduce_names_the_depths_that_it_trains() -> None:
+    text = entries(help_of("reproduce", columns=80))["--depths"]
+    depths = {arch: sorted({depth for a, depth, _ in STAGES if a == arch}) for arch in ("resnet", "plain")}
+    assert f"[default: {said(depths['resnet'])};" in text
+    assert f"plain nets beside them up to {max(depths['plain'])}; 1202 only if named" in text
+    assert f"fig7: {said([depth for arch, depth in FIGURE_7 if arch == 'resnet'])}]" in text
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -134,9 +254,26 @@ def test_bad_usage_exits_2_with_the_way_out(capsys: pytest.CaptureFixture[str], 
 
 def test_no_command_and_half_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 2
-    assert capsys.readouterr().err == "fastres: no command given (see fastres --help)\n"
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Usage: fastres [OPTIONS] COMMAND")
+    assert captured.err == "fastres: no command given (see fastres --help)\n"
     assert run(["bench", "--compare", "a.toml"]) == 2
     assert "'--compare' requires 2 arguments" in capsys.readouterr().err
+
+
+def test_an_unreadable_side_of_a_comparison_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[recipe")
+    for file, why in (("none.toml", "cannot be read"), ("bad.toml", "is not TOML")):
+        assert run(["bench", "--compare", str(tmp_path / file), "b.toml"]) == 2
+        assert capsys.readouterr().err.startswith(f"fastres: --compare {tmp_path / file} {why}: ")
+
+
+def test_completion_and_help_find_what_the_package_offers() -> None:
+    assert dir(fastres) == sorted(fastres.__all__)
+    text = pydoc.plain(pydoc.render_doc(fastres))
+    for name in {*fastres.__all__} - {"__version__"}:
+        assert name in text
+    assert "A trained network" in text
 
 
 def test_ctrl_c_before_there_is_a_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

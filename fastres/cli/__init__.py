@@ -14,30 +14,25 @@ from fastres import __version__
 from fastres.cli.bench import bench
 from fastres.cli.doctor import doctor
 from fastres.cli.evaluate import evaluate
+from fastres.cli.help import Command, Group, width
 from fastres.cli.plot import plot
 from fastres.cli.report import report
 from fastres.cli.reproduce import reproduce
 from fastres.cli.responses import responses
 from fastres.cli.train import train
-from fastres.errors import FastresError, OutOfMemory, Stop, first_line, says_out_of_memory
+from fastres.errors import FastresError, InputError, OutOfMemory, Stop, first_line, says_out_of_memory
 
 app = typer.Typer(
     name="fastres",
+    cls=Group,
     help="Train the CIFAR-10 ResNets and PlainNets of He et al. (CVPR 2016), fast and faithfully.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut flags at 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-app.command()(train)
-app.command("eval")(evaluate)
-app.command()(bench)
-app.command()(responses)
-app.command()(plot)
-app.command()(report)
-app.command()(reproduce)
-app.command()(doctor)
+for command in (train, reproduce, evaluate, plot, report, bench, doctor, responses):
+    app.command("eval" if command is evaluate else None, cls=Command)(command)
 CLOSED_PIPE = 128 + 13  # SIGPIPE's, which Python ignores
 
 
@@ -72,7 +67,10 @@ def run(argv: list[str]) -> int:
     """Run one command and return its exit code. A bug's traceback is left to propagate."""
     debug = "--debug" in argv
     try:
-        code = app(args=[arg for arg in argv if arg != "--debug"], prog_name="fastres", standalone_mode=False)
+        rest = [arg for arg in argv if arg != "--debug"]
+        code = app(args=rest or ["--help"], prog_name="fastres", standalone_mode=False, terminal_width=width())
+        if not rest:
+            raise InputError("no command given (see fastres --help)")
     except FastresError as error:
         if debug:
             raise
@@ -102,7 +100,7 @@ def run(argv: list[str]) -> int:
 
 def _usage(error: typer.TyperException) -> str:
     """A usage error in one line, with the nearest flag where one was misspelt."""
-    message = error.format_message() or "no command given"  # whose help has just been printed
+    message = error.format_message()
     possibilities = getattr(error, "possibilities", ())  # of an option that is none; other errors lack it
     if possibilities != () and (option := getattr(error, "option_name", None)):
         nearest = difflib.get_close_matches(option, possibilities or [], n=1, cutoff=0.7)
@@ -123,7 +121,7 @@ def root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+        bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere on the line.")
     ] = False,
 ) -> None:
     """Options of every command. `--debug` is taken off the line by `run`; it stands here to be listed."""

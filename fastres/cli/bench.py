@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
+from fastres.cli import flags
 from fastres.cli.flags import given, one_of, parse_list, parse_percent, read_config, refuse_both
+from fastres.cli.help import panel
 from fastres.config import RunConfig, make_config
 from fastres.errors import InputError, OutsideTolerance
 from fastres.files import check_figure
@@ -25,7 +28,7 @@ SECONDS = 60.0  # of measuring, by default
 # what tests/test_bench.py shows of its verdicts holds for so many.
 ROUNDS, COMPARED_ROUNDS = 10, 60
 
-WHAT, HOW, OTHERS = "What is timed", "How", "Instead of a table"
+What, Others = panel("What is timed"), panel("Instead of a table")
 
 # What has no effect beside another flag, and is refused there: a number that it did not change would mislead.
 CELLS = ("depth", "arch", "batch_size", "loader", "precision", "compile_", "graph", "native", "deterministic")
@@ -41,63 +44,58 @@ IDLE = {
 
 def bench(
     ctx: typer.Context,
-    depth: Annotated[str | None, typer.Option(help="Depths: 20,56,110.", rich_help_panel=WHAT)] = None,
-    arch: Annotated[str, typer.Option(help="resnet, plain or imagenet.", rich_help_panel=WHAT)] = "resnet",
-    batch_size: Annotated[str, typer.Option(help="Batch sizes: 128,512.", rich_help_panel=WHAT)] = "128",
+    depth: Annotated[
+        str | None,
+        What(help="Depths, as 20,56,110. [default: 20,56,110 on a GPU, 20 on a CPU; imagenet: 18]"),
+    ] = None,
+    arch: Annotated[str, What(help="resnet, plain or imagenet.")] = "resnet",
+    batch_size: Annotated[str, What(help="Batch sizes, as 128,512.")] = "128",
     loader: Annotated[
         str | None,
-        typer.Option(help="dali, resident, torchvision, none (the same batch each time).", rich_help_panel=WHAT),
-    ] = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16, fp16.", rich_help_panel=WHAT)] = "auto",
-    compile_: Annotated[
-        str, typer.Option("--compile", help="auto (on a GPU), on, off or both.", rich_help_panel=WHAT)
-    ] = "auto",
-    graph: Annotated[
-        str, typer.Option(help="CUDA graph: auto (on a GPU), on, off or both.", rich_help_panel=WHAT)
-    ] = "auto",
-    native: Annotated[
-        str, typer.Option(help="fastres' own kernels: auto, on, off or both.", rich_help_panel=WHAT)
-    ] = "auto",
-    deterministic: Annotated[str, typer.Option(help="off, on, or both: what it costs.", rich_help_panel=WHAT)] = "off",
-    dataset: Annotated[
-        str, typer.Option(help="synthetic (speed does not depend on it) or cifar10.", rich_help_panel=WHAT)
-    ] = "synthetic",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where CIFAR-10 is; means --dataset cifar10.", rich_help_panel=WHAT)
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0.", rich_help_panel=HOW)] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: one per core.", rich_help_panel=HOW)] = 0,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Chunks of each cell, interleaved; default {ROUNDS}, with --compare {COMPARED_ROUNDS}.",
-            rich_help_panel=HOW,
+        What(
+            help="Loaders: dali, resident, torchvision, none (the same batch every time). "
+            "[default: dali where it is installed, resident, none]"
         ),
     ] = None,
-    seconds: Annotated[
-        float, typer.Option(help="About how long to measure, all cells; compilation comes on top.", rich_help_panel=HOW)
-    ] = SECONDS,
-    json_: Annotated[
-        str | None, typer.Option("--json", help="Write the report; - for the last line of stdout.", rich_help_panel=HOW)
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="A chart, .png or .svg.", rich_help_panel=HOW)] = None,
+    precision: Annotated[str, What(help="Precisions: fp32, tf32, bf16, fp16, or auto, as train takes it.")] = "auto",
+    compile_: Annotated[str, What("--compile", help="torch.compile: on, off, both, or auto: on a GPU.")] = "auto",
+    graph: Annotated[str, What(help="CUDA graph: on, off, both, or auto: on a GPU.")] = "auto",
+    native: Annotated[str, What(help="fastres' own kernels: on, off, both, or auto: where train uses them.")] = "auto",
+    deterministic: Annotated[
+        str, What(help="The same bits each time: off, on, or both, which says what it costs.")
+    ] = "off",
+    dataset: Annotated[str, What(help="synthetic (speed does not depend on it) or cifar10.")] = "synthetic",
+    data_dir: Annotated[Path | None, What(help="Folder or archive of CIFAR-10; implies --dataset cifar10.")] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Two --config files, timed in turns; or two reports.", rich_help_panel=OTHERS),
+        Others(metavar="A B", help="Compare two configs (.toml), timed in turns, or two reports (.json)."),
     ] = None,
     fail_if_slower: Annotated[
         str | None,
-        typer.Option(help="With --compare: exit 6 where B is slower than A by more (5%).", rich_help_panel=OTHERS),
+        Others(
+            metavar="PERCENT",
+            help="With --compare, exit with code 6 where B is slower than A by more than this, as 5%.",
+        ),
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="The kernels that cost most, and a Chrome trace.", rich_help_panel=OTHERS)
+        bool, Others("--profile", help="List the kernels that cost most, and write a Chrome trace.")
     ] = False,
-    trace: Annotated[Path, typer.Option(help="Where --profile writes it.", rich_help_panel=OTHERS)] = Path(
-        "fastres-trace.json"
-    ),
-    scaling: Annotated[
-        bool, typer.Option("--scaling", help="Batch sizes 32 to 8192, depths 8 to 110.", rich_help_panel=OTHERS)
-    ] = False,
+    trace: Annotated[Path, Others(help="File for the trace of --profile.")] = Path("fastres-trace.json"),
+    scaling: Annotated[bool, Others("--scaling", help="Time batch sizes 32 to 8192 and depths 8 to 110.")] = False,
+    device: flags.Device = "auto",
+    threads: Annotated[int, Option(help=flags.THREADS)] = 0,
+    rounds: Annotated[
+        int | None,
+        Option(
+            help="Chunks that the measurement of a cell is cut into, in turns with the other cells. "
+            f"[default: {ROUNDS}, with --compare {COMPARED_ROUNDS}]"
+        ),
+    ] = None,
+    seconds: Annotated[float, Option(help="About how long to measure in all, compilation not counted.")] = SECONDS,
+    json_: Annotated[
+        str | None, Option("--json", metavar="FILE", help="Write the report as JSON; -: as stdout's last line.")
+    ] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="Draw a chart, .png or .svg.")] = None,
 ) -> None:
     """Time the step and the loaders that `train` uses. Without options: a useful table in under three minutes."""
     rounds = (COMPARED_ROUNDS if compare else ROUNDS) if rounds is None else rounds
@@ -164,8 +162,8 @@ def _given(ctx: typer.Context, name: str) -> bool:
 
 def _refuse_idle(ctx: typer.Context, mode: str) -> None:
     """Raise InputError on a flag that would do nothing."""
-    flags = {param.name: param.opts[0] for param in ctx.command.params}
-    if idle := [flags[name] for name in IDLE[mode] if _given(ctx, name)]:
+    names = {param.name: param.opts[0] for param in ctx.command.params}
+    if idle := [names[name] for name in IDLE[mode] if _given(ctx, name)]:
         instead = {"compare": "the two configs say what is timed", "": "--profile writes a trace"}
         beside = "two reports" if mode == "reports" else f"--{mode}" if mode else "a table"
         raise InputError(f"{idle[0]} does nothing beside {beside}; {instead.get(mode, 'leave it out')}")
@@ -254,7 +252,7 @@ def _compare(
         if limit is not None and any(note.startswith("only in") for note in notes):
             raise InputError("--fail-if-slower needs the same cells in both reports; measure both with equal flags")
     elif {a.suffix, b.suffix} == {".toml"}:
-        configs = [read_config(path) for path in paths]
+        configs = [read_config(path, "--compare") for path in paths]
         from fastres.cells import Cell
 
         names = [path.stem if a.stem != b.stem else str(path) for path in paths]

@@ -19,9 +19,12 @@ COLOURS = {"ok": "green", "note": "yellow", "error": "bold red"}
 
 def doctor(
     data_dir: DataDir = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> int:
-    """What works here: GPU, driver, torch, compiler, DALI, data, disk; and what to do about the rest."""
+    """Check what works on this machine.
+
+    GPU, driver, torch, compiler, DALI, data and disk; with what to do about what does not work.
+    """
     from rich.console import Console
 
     from fastres.doctor import examine

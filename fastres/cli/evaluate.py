@@ -18,13 +18,16 @@ def evaluate(
     mean: flags.ChannelMean = None,
     std: flags.ChannelStd = None,
     test_set: Annotated[
-        bool, typer.Option("--test-set", help="Of a run with --val-split: the test images, not the validation images.")
+        bool,
+        typer.Option(
+            "--test-set", help="Test a run with --val-split on the test images, not on its validation images."
+        ),
     ] = False,
     device: flags.Device = "auto",
-    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16; default: the run's.")] = None,
+    precision: Annotated[str | None, typer.Option(help=f"{flags.PRECISIONS} [default: as in training]")] = None,
     as_json: flags.Json = False,
 ) -> None:
-    """Test error and loss, in all and by class."""
+    """Test error and loss, overall and per class."""
     from fastres.console import Console
     from fastres.evaluate import evaluate_target, report
 

@@ -15,21 +15,37 @@ from fastres.errors import InputError
 T = TypeVar("T")
 MAX_SEEDS = 1_000  # more is a slip of the hand
 
-DataDir = Annotated[Path | None, typer.Option(help="Where CIFAR-10 is (or in FASTRES_DATA).")]
-DataUrls = Annotated[list[str] | None, typer.Option(help="A mirror of cifar-10-binary.tar.gz; repeatable.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, the rest on stderr.")]
+# Help texts.
+DATA_DIR = "Folder or archive of CIFAR-10. [default: FASTRES_DATA, else the cache, else a download]"
+MIRROR = "Mirror of cifar-10-binary.tar.gz, tried before the official address; repeatable."
+DEVICES = "cpu, cuda, cuda:0, or auto: a GPU if there is one."
+PRECISIONS = "fp32, tf32, bf16, fp16, or auto: bf16; fp16 on a GPU older than Ampere; fp32 on a CPU without bf16."
+THREADS = "CPU threads; 0: one per core."
+
+DataDir = Annotated[Path | None, typer.Option(help=DATA_DIR)]
+DataUrls = Annotated[list[str] | None, typer.Option(metavar="URL", help=MIRROR)]
+Device = Annotated[str, typer.Option(help=DEVICES)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 
 # Of the commands that take a trained network.
-Target = Annotated[Path, typer.Argument(metavar="RUN|FILE", help="A run folder, or a weights file.")]
+Target = Annotated[Path, typer.Argument(metavar="RUN|FILE", help="Run folder, checkpoint or weights file.")]
 Arch = Annotated[
-    str | None, typer.Option(help="resnet or plain, for a weights file that does not say (they look alike).")
+    str | None,
+    typer.Option(help="resnet or plain, for a weights file that does not tell. [default: resnet]"),
 ]
-Dataset = Annotated[str | None, typer.Option(help="cifar10 or synthetic; default: what the run was trained on.")]
+Dataset = Annotated[
+    str | None, typer.Option(help="cifar10 or synthetic. [default: as in training; of a weights file cifar10]")
+]
 ChannelMean = Annotated[
-    str | None, typer.Option(help="Per-channel mean 0-1 that other weights were trained with: 0.485,0.456,0.406.")
+    str | None,
+    typer.Option(
+        help="Mean of each colour, 0 to 1, that a weights file was trained with: 0.485,0.456,0.406. "
+        "[default: the training images' mean image]"
+    ),
 ]
-ChannelStd = Annotated[str | None, typer.Option(help="Per-channel standard deviation, likewise.")]
+ChannelStd = Annotated[
+    str | None, typer.Option(help="Standard deviation of each colour that goes with --mean: 0.229,0.224,0.225.")
+]
 
 
 def parse_model(text: str) -> tuple[str, int]:
@@ -125,19 +141,19 @@ def refuse_both(one: str, first: object, other: str, second: object) -> None:
         raise InputError(f"{one} and {other} contradict each other; give one of them")
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """A `--config` file. Raises InputError where it cannot be read or is not TOML."""
+def read_toml(path: Path, flag: str = "--config") -> dict[str, Any]:
+    """The config file that a flag names. Raises InputError where it cannot be read or is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"--config {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"{flag} {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(f"--config {path} is not TOML: {error}") from error
+        raise InputError(f"{flag} {path} is not TOML: {error}") from error
 
 
-def read_config(path: Path) -> RunConfig:
-    """The run that a `--config` file alone describes. Raises InputError."""
-    return RunConfig.from_dict(with_dependent_defaults(based_on_preset(read_toml(path))))
+def read_config(path: Path, flag: str) -> RunConfig:
+    """The run that the file which a flag names describes alone. Raises InputError."""
+    return RunConfig.from_dict(with_dependent_defaults(based_on_preset(read_toml(path, flag))))
 
 
 def based_on_preset(tree: dict[str, Any], preset: str | None = None) -> dict[str, Any]:

@@ -14,24 +14,26 @@ QUANTITIES = ("error", "loss", "lr")
 
 
 def plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of them.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, or folders of run folders.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="A name that ends in .png or .svg; default: curves.png, in the folder given, if it is one."),
+        typer.Option(help="File, .png or .svg. [default: curves.png, in the folder given, or here where several are]"),
     ] = None,
-    what: Annotated[str, typer.Option(help="error, loss or lr.")] = "error",
-    x: Annotated[str, typer.Option(help="step, epoch, or time (of the training clock).")] = "step",
+    what: Annotated[str, typer.Option(help="What to draw: error, loss or lr.")] = "error",
+    x: Annotated[str, typer.Option(help="x axis: step, epoch, or time (spent on training).")] = "step",
     smooth: Annotated[
         int | None,
-        typer.Option(help="Logged points to average; 1: none; default: a fortieth of the run. As logged stays, pale."),
+        typer.Option(
+            help="Logged points to average; 1: none. What was logged stays, pale. [default: a fortieth of the run]"
+        ),
     ] = None,
-    log_y: Annotated[bool, typer.Option("--log-y", help="Logarithmic y axis.")] = False,
+    log_y: Annotated[bool, typer.Option("--log-y", help="Make the y axis logarithmic.")] = False,
     ylim: Annotated[str | None, typer.Option(help="Ends of the y axis: 0,20 as in the paper's Figure 6.")] = None,
     band: Annotated[
-        bool, typer.Option("--band", help="Runs that differ in nothing but the seed as mean and standard deviation.")
+        bool, typer.Option("--band", help="Draw runs that differ only in the seed as mean and standard deviation.")
     ] = False,
 ) -> None:
-    """Draw training error (thin) and test error (bold) of runs, several in one figure."""
+    """Draw the curves of runs in one figure. Training error is thin, test error bold."""
     one_of("--what", what, QUANTITIES)
     one_of("--x", x, X_AXES)
     if smooth is not None and smooth < 1:

@@ -5,22 +5,23 @@ from typing import Annotated
 
 import typer
 
-from fastres.cli.flags import DataDir, given
+from fastres.cli.flags import THREADS, DataDir, Device, given
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_OR_SWEEP...", help="Run folders, or folders of them.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, or folders of run folders.")],
     out: Annotated[
-        Path | None, typer.Option(help="The file; default: report.html, in the folder given, if it is one.")
+        Path | None, typer.Option(help="File. [default: report.html, in the folder given, or here where several are]")
     ] = None,
     no_eval: Annotated[
-        bool, typer.Option("--no-eval", help="Do not test the networks again: no classes, mistakes, responses.")
+        bool,
+        typer.Option("--no-eval", help="Test no network again; leave out classes, mistakes, responses."),
     ] = False,
     data_dir: DataDir = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0; to test the networks again.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads, likewise.")] = None,
+    device: Device = "auto",
+    threads: Annotated[int | None, typer.Option(help=f"{THREADS} [default: 0]")] = None,
 ) -> None:
-    """Write one self-contained HTML file: results, curves, classes, mistakes, clocks, config, environment."""
+    """Write a self-contained HTML file about runs. Results, curves, classes, mistakes, clocks, config, environment."""
     from fastres.console import Console
     from fastres.reproduce.report import write_report
 

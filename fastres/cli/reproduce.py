@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastres.cli.flags import given, parse_list, parse_model, refuse_both
+from fastres.cli.flags import (
+    DATA_DIR,
+    DEVICES,
+    MIRROR,
+    PRECISIONS,
+    THREADS,
+    given,
+    parse_list,
+    parse_model,
+    refuse_both,
+)
 from fastres.config import make_config, preset_tree
 from fastres.configtree import merge
 from fastres.errors import InputError
@@ -19,94 +29,144 @@ if TYPE_CHECKING:
 WHAT = ("table6", "fig6", "fig7", "all")
 SMOKE = {"recipe": {"steps": 40}, "output": {"log_every": 5, "eval_every": 10}}  # many networks, so few steps each
 SEEDS = {"paper": 5, "fast": 2, "smoke": 2}
-NETWORKS, RUNS, ABLATIONS, EXECUTION = "Which networks", "Which runs", "Ablations (docs/fidelity.md)", "How they run"
+NETWORKS, RUNS, ABLATIONS, EXECUTION = "Which networks", "Options", "Ablations (docs/fidelity.md)", "How they run"
 
 
 def reproduce(
-    what: Annotated[str, typer.Argument(metavar="table6|fig6|fig7|all", help="What to make.")],
+    what: Annotated[str, typer.Argument(metavar="table6|fig6|fig7|all", help="What to make; all: the three.")],
     depths: Annotated[
         str | None,
-        typer.Option(help="Depths, and plain nets where the paper has them; default: all.", rich_help_panel=NETWORKS),
+        typer.Option(
+            help="ResNets of these depths, and plain nets beside them up to 56; 1202 only if named. "
+            "[default: 20,32,44,56,110; fig7: 20,56,110]",
+            rich_help_panel=NETWORKS,
+        ),
     ] = None,
     nets: Annotated[
-        str | None, typer.Option(help="Or by name: ResNet20,PlainNet110,ResNet1202.", rich_help_panel=NETWORKS)
+        str | None,
+        typer.Option(
+            help="Networks by name, instead of --depths: ResNet20,PlainNet110,ResNet1202.", rich_help_panel=NETWORKS
+        ),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="Runs of each ResNet: 5; smoke and fast 2.", rich_help_panel=NETWORKS)
+        int | None, typer.Option(help="Runs of each ResNet. [paper: 5; fast, smoke: 2]", rich_help_panel=NETWORKS)
     ] = None,
     plain_seeds: Annotated[int, typer.Option(help="Runs of each plain net.", rich_help_panel=NETWORKS)] = 1,
     preset: Annotated[
-        str, typer.Option(help="paper; fast: ten epochs; smoke: built-in data, a few minutes.", rich_help_panel=RUNS)
+        str,
+        typer.Option(
+            help="paper: its recipe; fast: ten epochs; smoke: built-in data, a few minutes.", rich_help_panel=RUNS
+        ),
     ] = "paper",
-    steps: Annotated[int | None, typer.Option(help="Training steps per run.", rich_help_panel=RUNS)] = None,
-    epochs: Annotated[float | None, typer.Option(help="The same in epochs.", rich_help_panel=RUNS)] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where CIFAR-10 is (or in FASTRES_DATA).", rich_help_panel=RUNS)
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Training steps per run. [paper: 64,000; fast: 3,910; smoke: 40]", rich_help_panel=RUNS),
     ] = None,
-    data_url: Annotated[
-        list[str] | None, typer.Option(help="A mirror of cifar-10-binary.tar.gz; repeatable.", rich_help_panel=RUNS)
+    epochs: Annotated[
+        float | None, typer.Option(help="Training epochs per run, instead of --steps.", rich_help_panel=RUNS)
     ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help=DATA_DIR, rich_help_panel=RUNS)] = None,
+    data_url: Annotated[list[str] | None, typer.Option(metavar="URL", help=MIRROR, rich_help_panel=RUNS)] = None,
     runs: Annotated[
         Path | None,
         typer.Option(
-            help="Where run folders are looked for, and new ones go; default: runs/reproduce.", rich_help_panel=RUNS
+            help="Folder in which runs are looked for, and new ones go. "
+            "[default: runs/reproduce; other lengths: runs/reproduce-fast and so on]",
+            rich_help_panel=RUNS,
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the files go; default: --runs.", rich_help_panel=RUNS)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for tables and figures. [default: --runs]", rich_help_panel=RUNS)
+    ] = None,
     train: Annotated[
         bool,
-        typer.Option("--train/--no-train", help="Train what is missing, or take what there is.", rich_help_panel=RUNS),
+        typer.Option("--train/--no-train", help="Train the runs that are missing.", rich_help_panel=RUNS),
     ] = True,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="List the runs that are needed and what there is of them, and stop.", rich_help_panel=RUNS
+            "--dry-run", help="List the runs that are needed, say which are there, and stop.", rich_help_panel=RUNS
         ),
     ] = False,
     budget: Annotated[
-        float | None, typer.Option(help="Minutes; then save, write what there is, and stop.", rich_help_panel=RUNS)
+        float | None,
+        typer.Option(
+            help="Minutes, after which to save, write what there is, and stop. [default: no limit]",
+            rich_help_panel=RUNS,
+        ),
     ] = None,
     clean: Annotated[
-        bool, typer.Option("--clean", help="fig6 with the error on plain training images.", rich_help_panel=RUNS)
+        bool,
+        typer.Option(
+            "--clean", help="Draw in fig6 the error on training images without augmentation.", rich_help_panel=RUNS
+        ),
     ] = False,
     ylim: Annotated[
-        float | None, typer.Option(help="fig6's upper edge in %; default the paper's 20.", rich_help_panel=RUNS)
+        float | None,
+        typer.Option(help="Upper end of fig6's y axis in %. [paper: 20; other recipes: 100]", rich_help_panel=RUNS),
     ] = None,
     assert_: Annotated[
-        bool, typer.Option("--assert", help="Exit 6 if Table 6 does not hold.", rich_help_panel=RUNS)
+        bool, typer.Option("--assert", help="Exit with code 6 if Table 6 does not hold.", rich_help_panel=RUNS)
     ] = False,
-    shortcut: Annotated[str | None, typer.Option(help="A or B.", rich_help_panel=ABLATIONS)] = None,
+    shortcut: Annotated[str | None, typer.Option(help="A or B. [default: A]", rich_help_panel=ABLATIONS)] = None,
     warmup: Annotated[
-        str | None, typer.Option(help="Of ResNets from 110 on: constant, error or none.", rich_help_panel=ABLATIONS)
+        str | None,
+        typer.Option(
+            help="Warm-up of ResNet-110 and deeper: constant, error or none. [default: constant]",
+            rich_help_panel=ABLATIONS,
+        ),
     ] = None,
-    weight_decay_on: Annotated[str | None, typer.Option(help="all or weights.", rich_help_panel=ABLATIONS)] = None,
+    weight_decay_on: Annotated[
+        str | None, typer.Option(help="What decays: all or weights. [default: all]", rich_help_panel=ABLATIONS)
+    ] = None,
     norm_batch: Annotated[
-        int | None, typer.Option(help="Images per BN statistic: 64; 0: all 128.", rich_help_panel=ABLATIONS)
+        int | None,
+        typer.Option(
+            help="Images per batch-norm statistic, as 64; 0: all 128. [default: 0]", rich_help_panel=ABLATIONS
+        ),
     ] = None,
     val_split: Annotated[
         bool | None,
-        typer.Option("--val-split/--no-val-split", help="45k images, or all 50k.", rich_help_panel=ABLATIONS),
+        typer.Option(
+            "--val-split/--no-val-split",
+            help="Train on 45,000 images, test on the other 5,000. [default: off]",
+            rich_help_panel=ABLATIONS,
+        ),
     ] = None,
     lr_in_velocity: Annotated[
         bool | None,
         typer.Option(
             "--lr-in-velocity/--no-lr-in-velocity",
-            help="lr inside the velocity, as in Caffe.",
+            help="Multiply by lr inside the velocity, as in Caffe. [default: off]",
             rich_help_panel=ABLATIONS,
         ),
     ] = None,
-    init: Annotated[str | None, typer.Option(help="fan_in or fan_out.", rich_help_panel=ABLATIONS)] = None,
-    pad: Annotated[str | None, typer.Option(help="both or after.", rich_help_panel=ABLATIONS)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0.", rich_help_panel=EXECUTION)] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.", rich_help_panel=EXECUTION)] = "auto",
-    loader: Annotated[str, typer.Option(help="auto, resident, dali.", rich_help_panel=EXECUTION)] = "auto",
+    init: Annotated[
+        str | None,
+        typer.Option(help="He initialisation by fan_in or fan_out. [default: fan_in]", rich_help_panel=ABLATIONS),
+    ] = None,
+    pad: Annotated[
+        str | None,
+        typer.Option(help="Option A's zero channels: both or after. [default: both]", rich_help_panel=ABLATIONS),
+    ] = None,
+    device: Annotated[str, typer.Option(help=DEVICES, rich_help_panel=EXECUTION)] = "auto",
+    precision: Annotated[str, typer.Option(help=PRECISIONS, rich_help_panel=EXECUTION)] = "auto",
+    loader: Annotated[
+        str,
+        typer.Option(
+            help="resident, dali, or auto: dali on a GPU where it is installed, else resident.",
+            rich_help_panel=EXECUTION,
+        ),
+    ] = "auto",
     side_by_side: Annotated[
-        int, typer.Option(help="Seeds at once; 0: up to 8 on a GPU, 1 on a CPU.", rich_help_panel=EXECUTION)
+        int, typer.Option(help="Seeds to train at once; 0: up to 8 on a GPU, 1 on a CPU.", rich_help_panel=EXECUTION)
     ] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: one per core.", rich_help_panel=EXECUTION)] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.", rich_help_panel=EXECUTION)] = False,
+    threads: Annotated[int, typer.Option(help=THREADS, rich_help_panel=EXECUTION)] = 0,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=EXECUTION)
+    ] = False,
 ) -> None:
-    """Make Table 6, Figure 6 or Figure 7: train what is missing, resume what was cut, and draw."""
+    """Make the paper's Table 6, Figure 6 or Figure 7. Missing runs are trained, interrupted ones resumed."""
     if what not in WHAT:
         raise InputError(f"unknown target {what!r}; choose from {', '.join(WHAT)}")
     refuse_both("--nets", nets, "--depths", depths)

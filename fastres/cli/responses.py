@@ -13,7 +13,7 @@ from fastres.files import check_figure
 
 def responses(
     target: flags.Target,
-    out: Annotated[Path | None, typer.Option(help="Draw them too, into this file: .png or .svg.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Draw a chart, too: .png or .svg.")] = None,
     arch: flags.Arch = None,
     dataset: flags.Dataset = None,
     data_dir: flags.DataDir = None,
@@ -21,10 +21,13 @@ def responses(
     mean: flags.ChannelMean = None,
     std: flags.ChannelStd = None,
     device: flags.Device = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16, auto; of the activations.")] = "fp32",
+    precision: Annotated[str, typer.Option(help=flags.PRECISIONS)] = "fp32",
     as_json: flags.Json = False,
 ) -> None:
-    """Standard deviation of each 3x3 layer's output, after BN and before ReLU or addition (the paper's Figure 7)."""
+    """Measure how strongly each layer responds (the paper's Figure 7).
+
+    That is the standard deviation of each 3x3 layer's output, after batch norm and before ReLU or addition.
+    """
     if out is not None:
         check_figure(out)
     from fastres.console import Console

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
+from fastres.cli import flags
 from fastres.cli.flags import (
     based_on_preset,
     given,
@@ -16,223 +17,207 @@ from fastres.cli.flags import (
     read_toml,
     refuse_both,
 )
+from fastres.cli.help import panel
 from fastres.clock import Clocks
 from fastres.config import RunConfig, check_sense, with_dependent_defaults
 from fastres.configtree import merge
 from fastres.errors import InputError
 
-MODEL, RECIPE, DATA, EXECUTION, OUTPUT = "Model", "Recipe", "Data", "How it runs", "What is kept and shown"
+Model = panel("Model")
+Recipe = panel("Recipe")
+Data = panel("Data")
+Execution = panel("How it runs")
+Output = panel("Logs, tests, checkpoints")
+Tuning = panel("For performance work")
 
 
 def train(
-    depth: Annotated[
-        int | None,
-        typer.Option(
-            help="Layers, 6n+2: 20 (default), 32, 44, 56, 110, 1202; imagenet: 18 to 152.", rich_help_panel=MODEL
+    preset: Annotated[
+        str | None,
+        Option(
+            help="paper: the paper's recipe, 64,000 steps; fast: ten epochs; smoke: built-in data, a minute on two "
+            "cores. [default: paper]"
         ),
     ] = None,
-    arch: Annotated[str | None, typer.Option(help="resnet, plain or imagenet.", rich_help_panel=MODEL)] = None,
-    model: Annotated[
+    config: Annotated[
+        list[Path] | None, Option(metavar="FILE", help="TOML file as --dry-run prints it; flags win over it.")
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the resolved config as TOML and stop.")] = False,
+    seed: Annotated[
+        int | None, Option(help="Seed of the initial weights, order, crops and flips. [default: 0]")
+    ] = None,
+    seeds: Annotated[
+        str | None, Option(help="Train several seeds, on a GPU side by side: 5 (seeds 0 to 4), 2-4, or 1,3.")
+    ] = None,
+    out: Annotated[Path | None, Option(help="Run folder. [default: a new one in runs/]")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Move a run that is already in --out aside.")] = False,
+    resume: Annotated[Path | None, Option(help="Run folder, or folder of --seeds, to go on with.")] = None,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the result as JSON on stdout, all else on stderr.")] = False,
+    depth: Annotated[
+        int | None,
+        Model(help="Layers: 6n+2, as 20, 32, 44, 56, 110, 1202; imagenet: 18 to 152. [default: 20; imagenet: 18]"),
+    ] = None,
+    arch: Annotated[
         str | None,
-        typer.Option(help="--arch and --depth in one: ResNet20, PlainNet56, ImageNetResNet18.", rich_help_panel=MODEL),
+        Model(help="resnet; plain: no shortcuts; imagenet: the paper's Table 1, for 32x32 images. [default: resnet]"),
+    ] = None,
+    model: Annotated[
+        str | None, Model(help="--arch and --depth in one word: ResNet20, PlainNet56, ImageNetResNet18.")
     ] = None,
     shortcut: Annotated[
-        str | None, typer.Option(help="A: identity, zero-padded (the paper's); B: projection.", rich_help_panel=MODEL)
+        str | None,
+        Model(help="Where shapes change, A: zero-padded identity; B: 1x1 projection. [default: A; imagenet: B]"),
     ] = None,
     pad: Annotated[
         str | None,
-        typer.Option(help="Option A's zero channels: both (half before, half after) or after.", rich_help_panel=MODEL),
+        Model(help="Where option A puts its zero channels: both (half before, half after) or after. [default: both]"),
     ] = None,
-    init: Annotated[
-        str | None, typer.Option(help="He initialisation by fan_in (default) or fan_out.", rich_help_panel=MODEL)
-    ] = None,
+    init: Annotated[str | None, Model(help="He initialisation by fan_in or fan_out. [default: fan_in]")] = None,
     norm_batch: Annotated[
         int | None,
-        typer.Option(help="Images per BN statistic: 64 as on two GPUs; 0: the batch.", rich_help_panel=MODEL),
+        Model(help="Images per batch-norm statistic, such as 64 as on two GPUs; 0: the whole batch. [default: 0]"),
     ] = None,
-    preset: Annotated[
+    steps: Annotated[
+        int | None, Recipe(help="Training length in steps. [paper: 64,000; fast: 3,910; smoke: 250]")
+    ] = None,
+    epochs: Annotated[float | None, Recipe(help="Training length in epochs, instead of --steps.")] = None,
+    batch_size: Annotated[int | None, Recipe(help="Images per step. [default: 128]")] = None,
+    lr: Annotated[float | None, Recipe(help="Learning rate (lr), before any decay. [default: 0.1]")] = None,
+    schedule: Annotated[
         str | None,
-        typer.Option(
-            help="paper: 64k steps (default); fast: ten epochs; smoke: built-in data, a minute on two cores.",
-            rich_help_panel=RECIPE,
+        Recipe(
+            help="step: lr falls to a tenth at each milestone; linear: it falls to zero over the run. "
+            "[paper: step; fast, smoke: linear]"
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps (default 64,000).", rich_help_panel=RECIPE)] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="Their number in passes over the data.", rich_help_panel=RECIPE)
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images per step (default 128).", rich_help_panel=RECIPE)
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate (default 0.1).", rich_help_panel=RECIPE)] = None,
-    schedule: Annotated[str | None, typer.Option(help="step or linear.", rich_help_panel=RECIPE)] = None,
     milestones: Annotated[
-        str | None, typer.Option(help="Steps at which lr falls: 32000,48000.", rich_help_panel=RECIPE)
+        str | None, Recipe(help="Steps at which lr falls under --schedule step. [default: 32000,48000]")
     ] = None,
     warmup: Annotated[
         str | None,
-        typer.Option(
-            help="none; constant: lr 0.01 for --warmup-steps; error: until training error < 80 %; ramp.",
-            rich_help_panel=RECIPE,
+        Recipe(
+            help="none; constant: lr 0.01 for --warmup-steps; error: lr 0.01 until the training error is below 80 %; "
+            "ramp: lr rises over --warmup-steps. [paper: none, constant for ResNets of 110 layers and deeper; fast, "
+            "smoke: ramp]"
         ),
     ] = None,
     warmup_steps: Annotated[
-        int | None, typer.Option(help="Length of the warm-up (default 400).", rich_help_panel=RECIPE)
+        int | None, Recipe(help="Length of the warm-up in steps. [default: 400; ramp: a tenth of all steps]")
     ] = None,
-    warmup_epochs: Annotated[float | None, typer.Option(help="Its length in epochs.", rich_help_panel=RECIPE)] = None,
-    momentum: Annotated[float | None, typer.Option(help="Of SGD (default 0.9).", rich_help_panel=RECIPE)] = None,
+    warmup_epochs: Annotated[
+        float | None, Recipe(help="Length of the warm-up in epochs, instead of --warmup-steps.")
+    ] = None,
+    momentum: Annotated[float | None, Recipe(help="SGD momentum. [default: 0.9]")] = None,
     lr_in_velocity: Annotated[
         bool | None,
-        typer.Option(
+        Recipe(
             "--lr-in-velocity/--no-lr-in-velocity",
-            help="lr inside the velocity, as in Caffe; not PyTorch's way.",
-            rich_help_panel=RECIPE,
+            help="Multiply by lr inside the velocity, as Caffe does and PyTorch does not. [default: off]",
         ),
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Default 1e-4.", rich_help_panel=RECIPE)] = None,
+    weight_decay: Annotated[float | None, Recipe(help="SGD weight decay. [default: 1e-4]")] = None,
     weight_decay_on: Annotated[
         str | None,
-        typer.Option(help="all parameters (default), or weights: not of BN, not biases.", rich_help_panel=RECIPE),
+        Recipe(help="What decays: all parameters, or weights (no biases, nothing of batch norm). [default: all]"),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of initial weights, order, crops and flips (default 0).", rich_help_panel=RECIPE)
+    dataset: Annotated[
+        str | None, Data(help="cifar10, or synthetic (built in). [paper, fast: cifar10; smoke: synthetic]")
     ] = None,
-    seeds: Annotated[
-        str | None,
-        typer.Option(help="Several runs: 5 (seeds 0 to 4), 2-4, 1,3; on a GPU side by side.", rich_help_panel=RECIPE),
-    ] = None,
-    dataset: Annotated[str | None, typer.Option(help="cifar10, or synthetic (built in).", rich_help_panel=DATA)] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where CIFAR-10 is (or in FASTRES_DATA).", rich_help_panel=DATA)
-    ] = None,
-    data_url: Annotated[
-        list[str] | None, typer.Option(help="A mirror of cifar-10-binary.tar.gz; repeatable.", rich_help_panel=DATA)
-    ] = None,
+    data_dir: Annotated[Path | None, Data(help=flags.DATA_DIR)] = None,
+    data_url: Annotated[list[str] | None, Data(metavar="URL", help=flags.MIRROR)] = None,
     val_split: Annotated[
         bool | None,
-        typer.Option("--val-split/--no-val-split", help="Train on 45k, test on the other 5k.", rich_help_panel=DATA),
+        Data(
+            "--val-split/--no-val-split",
+            help="Train on 45,000 of the training images, test on the other 5,000. [default: off]",
+        ),
     ] = None,
     augment: Annotated[
-        bool | None, typer.Option("--augment/--no-augment", help="Random crop and flip.", rich_help_panel=DATA)
+        bool | None, Data("--augment/--no-augment", help="Crop and flip images at random. [default: on]")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:0.", rich_help_panel=EXECUTION)] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="auto, fp32, tf32, bf16 or fp16.", rich_help_panel=EXECUTION)
+    device: Annotated[str | None, Execution(help=f"{flags.DEVICES} [default: auto]")] = None,
+    precision: Annotated[str | None, Execution(help=f"{flags.PRECISIONS} [default: auto]")] = None,
+    amp: Annotated[bool | None, Execution("--amp", help="Short for --precision auto.")] = None,
+    no_amp: Annotated[bool | None, Execution("--no-amp", help="Short for --precision fp32.")] = None,
+    loader: Annotated[
+        str | None,
+        Execution(help="resident, dali, or auto: dali on a GPU where it is installed, else resident. [default: auto]"),
     ] = None,
-    amp: Annotated[
-        bool | None, typer.Option("--amp", help="Short for --precision auto.", rich_help_panel=EXECUTION)
-    ] = None,
-    no_amp: Annotated[
-        bool | None, typer.Option("--no-amp", help="Short for --precision fp32.", rich_help_panel=EXECUTION)
-    ] = None,
-    loader: Annotated[str | None, typer.Option(help="auto, resident or dali.", rich_help_panel=EXECUTION)] = None,
     compile_: Annotated[
-        bool | None,
-        typer.Option("--compile/--no-compile", help="torch.compile (default: on a GPU).", rich_help_panel=EXECUTION),
-    ] = None,
-    compile_scope: Annotated[
-        str | None,
-        typer.Option(
-            help="whole network (fewest kernels), blocks (quickest start) or auto.", rich_help_panel=EXECUTION
-        ),
-    ] = None,
-    compile_mode: Annotated[
-        str | None,
-        typer.Option(
-            help="default, plain (Inductor's own), or max-autotune (kernels chosen by timing).",
-            rich_help_panel=EXECUTION,
-        ),
-    ] = None,
-    cuda_graph: Annotated[
-        bool | None,
-        typer.Option(
-            "--cuda-graph/--no-cuda-graph",
-            help="A step as one captured graph (default: on a GPU).",
-            rich_help_panel=EXECUTION,
-        ),
-    ] = None,
-    graph_steps: Annotated[
-        int | None, typer.Option(help="Steps per graph (default 1).", rich_help_panel=EXECUTION)
+        bool | None, Execution("--compile/--no-compile", help="Use torch.compile. [default: on a GPU]")
     ] = None,
     deterministic: Annotated[
         bool | None,
-        typer.Option(
+        Execution(
             "--deterministic/--no-deterministic",
-            help="The same bits each time on a GPU too.",
-            rich_help_panel=EXECUTION,
-        ),
-    ] = None,
-    shadow_weights: Annotated[
-        bool | None,
-        typer.Option(
-            "--shadow-weights/--no-shadow-weights",
-            help="bf16 copies of the weights, kept by the update (default: bf16 on a GPU).",
-            rich_help_panel=EXECUTION,
-        ),
-    ] = None,
-    native: Annotated[
-        bool | None,
-        typer.Option(
-            "--native/--no-native",
-            help="fastres' own kernels (default: bf16 on a GPU; a CPU with g++ to build them).",
-            rich_help_panel=EXECUTION,
-        ),
-    ] = None,
-    layer_kernels: Annotated[
-        bool | None,
-        typer.Option(
-            "--layer-kernels/--no-layer-kernels",
-            help="On a GPU, CUDA C++ kernels with one launch per layer instead of Triton (off; not measured).",
-            rich_help_panel=EXECUTION,
-        ),
-    ] = None,
-    channels_last: Annotated[
-        bool | None,
-        typer.Option(
-            "--channels-last/--no-channels-last", help="Memory format (default: on).", rich_help_panel=EXECUTION
+            help="The same bits each time on a GPU too; a CPU gives them anyway. [default: off]",
         ),
     ] = None,
     side_by_side: Annotated[
         int | None,
-        typer.Option(help="Of --seeds, how many at once; 0: up to 8 on a GPU, 1 on a CPU.", rich_help_panel=EXECUTION),
+        Execution(help="How many of --seeds to train at once; 0: up to 8 on a GPU, 1 on a CPU. [default: 0]"),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads; 0: one per core.", rich_help_panel=EXECUTION)
-    ] = None,
-    config: Annotated[
-        list[Path] | None,
-        typer.Option(help="A TOML file as --dry-run prints it; flags win over it.", rich_help_panel=OUTPUT),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run folder (default: a new one in runs/).", rich_help_panel=OUTPUT)
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Move a run that is in --out aside.", rich_help_panel=OUTPUT)
-    ] = False,
-    resume: Annotated[Path | None, typer.Option(help="Resume this run folder.", rich_help_panel=OUTPUT)] = None,
+    threads: Annotated[int | None, Execution(help=f"{flags.THREADS} [default: 0]")] = None,
     log_every: Annotated[
-        int | None, typer.Option(help="Steps between log records (100).", rich_help_panel=OUTPUT)
+        int | None, Output(help="Steps between log records. [paper: 100; fast: 50; smoke: 10]")
     ] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between tests (2,000).", rich_help_panel=OUTPUT)] = None,
+    eval_every: Annotated[int | None, Output(help="Steps between tests. [paper: 2,000; fast: 391; smoke: 79]")] = None,
     clean_train_error: Annotated[
         bool | None,
-        typer.Option(
+        Output(
             "--clean-train-error/--no-clean-train-error",
-            help="Also test on the training images, without augmentation.",
-            rich_help_panel=OUTPUT,
+            help="Test on the training images, too, without augmentation. [default: off]",
         ),
     ] = None,
     checkpoint_every: Annotated[
-        str | None, typer.Option(help="Steps (500) or minutes (10min, the default).", rich_help_panel=OUTPUT)
+        str | None, Output(help="Steps (500) or minutes (10min) between checkpoints. [default: 10min]")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.", rich_help_panel=OUTPUT)] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Result as one JSON object on stdout, the rest on stderr.", rich_help_panel=OUTPUT),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved config as TOML and stop.", rich_help_panel=OUTPUT)
-    ] = False,
+    compile_scope: Annotated[
+        str | None,
+        Tuning(
+            help="What is compiled at once: whole, the network (fewest kernels); blocks (quickest start); or auto: "
+            "blocks on a GPU from 110 layers on, else whole. [default: auto]"
+        ),
+    ] = None,
+    compile_mode: Annotated[
+        str | None,
+        Tuning(
+            help="default: on a GPU with independent kernels joined; plain: Inductor's own; max-autotune: kernels "
+            "chosen by timing, which takes minutes. [default: default]"
+        ),
+    ] = None,
+    cuda_graph: Annotated[
+        bool | None,
+        Tuning("--cuda-graph/--no-cuda-graph", help="Run a step as one captured CUDA graph. [default: on a GPU]"),
+    ] = None,
+    graph_steps: Annotated[int | None, Tuning(help="Steps per CUDA graph, at most 64. [default: 1]")] = None,
+    shadow_weights: Annotated[
+        bool | None,
+        Tuning(
+            "--shadow-weights/--no-shadow-weights",
+            help="Have the update keep bf16 copies of the weights. [default: in bf16 on a GPU]",
+        ),
+    ] = None,
+    native: Annotated[
+        bool | None,
+        Tuning(
+            "--native/--no-native",
+            help="Use fastres' own kernels. [default: in bf16 on a GPU; on a CPU with g++ to build them]",
+        ),
+    ] = None,
+    layer_kernels: Annotated[
+        bool | None,
+        Tuning(
+            "--layer-kernels/--no-layer-kernels",
+            help="On a GPU, take CUDA C++ kernels with one launch per layer instead of Triton's; not measured. "
+            "[default: off]",
+        ),
+    ] = None,
+    channels_last: Annotated[
+        bool | None,
+        Tuning("--channels-last/--no-channels-last", help="Keep tensors in channels-last order. [default: on]"),
+    ] = None,
 ) -> None:
     """Train a network. Without options: the paper's ResNet-20 on CIFAR-10, 64k steps."""
     refuse_both("--model", model, "--depth", depth)
@@ -258,7 +243,7 @@ def train(
         arch, depth = parse_model(model)
     elif arch is not None and arch[-1:].isdigit():
         raise InputError(f"--arch is {arch!r}; a network with its depth is a --model: ResNet20, ImageNetResNet50")
-    flags = given(
+    chosen = given(
         model=given(arch=arch, depth=depth, shortcut=shortcut, pad=pad, init=init, norm_batch=norm_batch),
         data=given(dataset=dataset, val_split=val_split, augment=augment),
         recipe=given(
@@ -302,7 +287,7 @@ def train(
         ),
     )
     base = _resumed(resume) if resume is not None else based_on_preset(read_toml(config[0]) if config else {}, preset)
-    tree = merge(base, in_steps(flags, base, epochs, warmup_epochs))
+    tree = merge(base, in_steps(chosen, base, epochs, warmup_epochs))
     resolved = RunConfig.from_dict(tree if resume is not None else with_dependent_defaults(tree))
     if resume is None:
         check_sense(resolved)
