@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastres.config import RunConfig
-from fastres.configtree import leaves
+from fastres.configtree import leaves, show_key, show_value
 from fastres.curves import NUM_STYLES, draw
 from fastres.data.imageset import caveat
 from fastres.errors import InputError
@@ -141,16 +141,7 @@ def _twins(labels: Sequence[str]) -> set[str]:
 def _words(key: str, value: Any) -> str:
     if key in BARE:
         return str(value)
-    return f"{key.replace('_', ' ')} {show_value(value)}"
-
-
-def show_value(value: Any) -> str:
-    """A value of the config as people write it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value)) or "none"
-    return "auto" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{show_key(key)} {show_value(key, value)}"
 
 
 def grouped(runs: Iterable[Run]) -> list[list[Run]]:

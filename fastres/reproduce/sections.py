@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from fastres.config import RunConfig
-from fastres.configtree import leaves
+from fastres.configtree import leaves, show_key, show_value
 from fastres.console import duration, percent
 from fastres.curves import time_unit
-from fastres.plot import Run, show_value
+from fastres.plot import Run
 from fastres.reproduce.answers import Answers, Mistake
 from fastres.reproduce.charts import bars, line_chart, matrix, stacked
 from fastres.reproduce.html import keys, mark, note, number, section, stats, text
@@ -242,22 +242,21 @@ def configuration(subject: Subject) -> str:
     config = subject.run.config
     others = {difference.path: _remark(difference) for difference in differences(config)}
     tree = config.to_dict()
-    what = [(_name(path), show_value(v), others.get(path, "")) for path, v in leaves(config.experiment()).items()]
-    how = [
-        (_name(path), show_value(v), "") for part in ("execution", "output") for path, v in leaves(tree[part]).items()
-    ]
+    what = _shown(leaves(config.experiment()), others)
+    how = _shown(leaves(tree["execution"]) | leaves(tree["output"]))
     left = f"<div><h3>What is computed</h3>{keys([*what, ('digest', config.digest, 'of all this')])}</div>"
     return section(
         "Configuration", f'<div class="pair">{left}<div><h3>How it runs, what is kept</h3>{keys(how)}</div></div>'
     )
 
 
-def _name(path: str) -> str:
-    return path.rpartition(".")[2].replace("_", " ")
+def _shown(values: Mapping[str, Any], remarks: Mapping[str, str] | None = None) -> list[tuple[str, str, str]]:
+    """Lines for `keys`; remarks by path."""
+    return [(show_key(path), show_value(path, value), (remarks or {}).get(path, "")) for path, value in values.items()]
 
 
 def _remark(difference: Difference) -> str:
-    default = show_value(difference.default)
+    default = show_value(difference.path, difference.default)
     return f"our default: {default}; the paper is silent" if difference.is_open else f"the paper's recipe: {default}"
 
 
@@ -265,29 +264,22 @@ def environment(subject: Subject) -> str:
     """The data, the machine, the versions."""
     if not subject.environment:
         return section("Data and environment", note("environment.json is missing or cannot be read."))
-    data = [(name.replace("_", " "), _plain(value), "") for name, value in subject.data.items()]
-    machine = [
-        (name.replace("_", " "), _plain(value), "")
-        for name, value in subject.environment.items()
-        if name not in ("data", "resumed") and value is not None
-    ]
+    yes_no = {True: "yes", False: "no"}  # of facts, where switches are on or off
+    data = _shown({key: yes_no[v] if isinstance(v, bool) else v for key, v in subject.data.items() if v is not None})
+    machine = _shown(_of_machine(subject.environment))
     for one in subject.run.folder.environments()[1:]:
-        changed = [
-            f"{key.replace('_', ' ')} {_plain(value)}"
-            for key, value in one.items()
-            if key not in ("data", "step") and value is not None and value != subject.environment.get(key)
-        ]
-        machine.append(("resumed", f"at step {_plain(one.get('step'))}", ", ".join(changed)))
+        changed = {key: value for key, value in _of_machine(one).items() if value != subject.environment.get(key)}
+        said = ", ".join(f"{name} {value}" for name, value, _ in _shown(changed))
+        machine.append(("resumed", f"at step {number(one.get('step'))}", said))
     left = f"<div><h3>Data</h3>{keys(data) if data else note('Not recorded.')}</div>"
     return section(
         "Data and environment", f'<div class="pair">{left}<div><h3>Environment</h3>{keys(machine)}</div></div>'
     )
 
 
-def _plain(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _of_machine(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What an environment has beside the data set, as far as it is known."""
+    return {k: v for k, v in environment.items() if k not in ("data", "resumed", "step") and v is not None}
 
 
 AFTER_MISTAKES: tuple[Callable[[Subject], str], ...] = (responses, clocks, configuration, environment)
