@@ -7,7 +7,7 @@ from typing import Any
 
 from fastres.config import RunConfig
 from fastres.console import duration, percent
-from fastres.data.imageset import ImageSet
+from fastres.data.imageset import ImageSet, short_digest
 from fastres.errors import InputError
 from fastres.rundir import RESULT, RunDir
 from fastres.series import is_number
@@ -75,7 +75,7 @@ def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]
     """What a person wants to know at the end, line by line."""
     held_out = config.data.held_out
     seconds, step = result.seconds, result.step_milliseconds
-    labelled = "" if images.official else f"  (data set not the official one: {images.digest[:23]}...)"
+    labelled = "" if images.official else f"  (data set not the official one: {short_digest(images.digest)})"
     return [
         f"{config.name} after {result.steps:,} steps: {held_out} error {percent(result.test_error)}{labelled}",
         f"  best over steps   {percent(result.best_test_error)} at step {result.best_step:,} (chosen on that set)",

@@ -78,9 +78,7 @@ class RunState:
             "scaler": replica.scaler.state_dict(),
             "config": config.to_dict(),
             "data": {
-                "name": images.name,
-                "digest": images.digest,
-                "official": images.official,
+                **images.facts(),
                 "test_digest": images.test_digest(),
                 "class_names": list(images.class_names),
                 "scale": SCALE,  # with the mean, all of the normalisation
@@ -175,9 +173,7 @@ def _choices(run: RunDir, say: Callable[[str], None]) -> list[Checkpoint]:
 def data_note(images: ImageSet) -> dict[str, Any]:
     """The data set, as environment.json and result.json record it."""
     return {
-        "name": images.name,
-        "digest": images.digest,
-        "official": images.official,
+        **images.facts(),
         "source": images.source,
         "num_train": len(images.train_images),
         "num_test": len(images.test_images),

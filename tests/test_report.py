@@ -205,21 +205,22 @@ def test_without_checkpoint_or_data_the_rest_is_there(run: Path, monkeypatch: py
 
 
 def test_what_the_data_were_is_on_the_face(run: Path) -> None:
-    official = "Not the official CIFAR-10 files"
+    official = "The data set is not the official CIFAR-10 files."
     as_cifar10(run)
     changed(run, ENVIRONMENT, data={"name": "cifar10", "digest": "sha256:123abc", "official": False})
     text = reported(run).text
-    assert f"{official}: sha256:123abc." in text
+    assert official in text
+    assert "digest sha256:123abc" in text
     assert "Synthetic" not in text
     changed(run, ENVIRONMENT, data={"name": "cifar10", "digest": "sha256:123abc", "official": True})
     assert official not in reported(run).text
     as_cifar10(run, val_split=True)
     text = reported(run).text
-    assert "the test set was not used" in text
+    assert "Trained on 45k images, tested on the other 5k, not on the test set." in text
     assert "Validation error" in text
     (run / ENVIRONMENT).unlink()
     text = reported(run).text
-    assert "Which images these were was not recorded." in text
+    assert "Which images were used was not recorded." in text
     assert "environment.json is missing" in text
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,11 @@ def caveat(dataset: str, official: object) -> str:
     return "" if official else "the data set is not the official CIFAR-10 files"
 
 
+def short_digest(digest: str) -> str:
+    """A digest for a person to compare: "sha256:" and sixteen digits."""
+    return f"{digest[:23]}..."
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """A labelled train/test pair of 32x32 RGB images.
@@ -49,6 +55,14 @@ class ImageSet:
     def caveat(self) -> str:
         """The caveat printed beside results on these images; "" for the official CIFAR-10 files."""
         return caveat(self.name, self.official)
+
+    def facts(self) -> dict[str, Any]:
+        """Which images these are, JSON-ready: `name`, `digest`, `official`."""
+        return {"name": self.name, "digest": self.digest, "official": self.official}
+
+    def test_facts(self) -> dict[str, Any]:
+        """The same of the test images alone: `name`, `test_digest`, `official`."""
+        return {"name": self.name, "test_digest": self.test_digest(), "official": self.official}
 
     def test_digest(self) -> str:
         """ "sha256:<hex>" over the test labels and pixels alone, wherever they came from."""

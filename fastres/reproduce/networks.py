@@ -6,7 +6,7 @@ from itertools import groupby
 
 from fastres.config import RunConfig
 from fastres.configtree import differences
-from fastres.data.imageset import caveat
+from fastres.data.imageset import caveat, short_digest
 from fastres.errors import InputError
 from fastres.plot import remarks
 from fastres.reproduce import paper
@@ -89,8 +89,8 @@ def _network(name: str, members: Sequence[tuple[RunConfig, RunDir]]) -> Network:
     if len(digests) > 1:
         (one, one_run), (other, other_run), *_ = digests.items()
         raise InputError(
-            f"the runs of {name} did not have the same images: {one_run.path} had {one[:23]}..., {other_run.path} "
-            f"{other[:23]}...; give runs of the same data"
+            f"the runs of {name} did not have the same images: {one_run.path} had {short_digest(one)}, "
+            f"{other_run.path} {short_digest(other)}; give runs of the same data"
         )
     words = "; ".join(filter(None, caveats))
     return Network(name, first, tuple((config.seed, run) for config, run in members), next(iter(digests), None), words)
@@ -105,7 +105,7 @@ def note_of(runs: Iterable[RunDir]) -> str:
     """
     read = [(run.config(), run) for run in runs]
     named = [(paper_name(config.model.arch, config.model.depth), config, run) for config, run in read]
-    notes = remarks((name, _on_images(config, run)) for name, config, run in named)
+    notes = remarks((name, on_images(config, run)) for name, config, run in named)
     precisions: dict[str, set[str]] = {}
     for name, _, run in named:
         precisions.setdefault(name, set()).update(str(e["precision"]) for e in run.environments() if "precision" in e)
@@ -122,8 +122,14 @@ def recipe_notes(named: Iterable[tuple[str, RunConfig]]) -> list[str]:
     return notes
 
 
-def _on_images(config: RunConfig, run: RunDir) -> list[str]:
-    split = "trained on 45k images, tested on the other 5k" if config.data.val_split else ""
+def sentence(words: str) -> str:
+    """A caveat that stands alone: with a capital letter and a full stop."""
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def on_images(config: RunConfig, run: RunDir) -> list[str]:
+    """The caveats on a run's images: which they were, and what a validation split makes of them."""
+    split = "trained on 45k images, tested on the other 5k, not on the test set" if config.data.val_split else ""
     return list(filter(None, [caveat(config.data.dataset, run.data().get("official")), split]))
 
 

@@ -17,6 +17,7 @@ from fastres.build import load_images
 from fastres.config import RunConfig, make_config
 from fastres.configtree import differences, merge
 from fastres.console import Console, duration
+from fastres.data.imageset import short_digest
 from fastres.errors import FastresError, InputError, OutOfTime
 from fastres.models.depth import num_blocks
 from fastres.reproduce.paper import STAGES
@@ -148,8 +149,9 @@ def _check_images(folders: Mapping[Path, RunConfig], console: Console) -> None:
     for path, digest in recorded.items():
         if digest not in (None, images.digest):
             raise InputError(
-                f"{path} had images with digest {str(digest)[:23]}..., {images.source} has {images.digest[:23]}...: a "
-                "table of both would be of neither; give the same --data-dir, or another --runs"
+                f"{path} had images with digest {short_digest(str(digest))}, {images.source} has "
+                f"{short_digest(images.digest)}: a table of both would be of neither; give the same --data-dir, or "
+                "another --runs"
             )
 
 

@@ -19,7 +19,7 @@ from fastres.plot import Run, grouped, mean_labels, read_runs, tell_apart
 from fastres.reproduce import sections, table6
 from fastres.reproduce.answers import Answers, answers_of
 from fastres.reproduce.html import mark, note, number, page, section, table, text
-from fastres.reproduce.networks import paper_name, recipe_notes
+from fastres.reproduce.networks import paper_name, recipe_notes, sentence
 from fastres.reproduce.sections import DASH, Subject, as_duration, as_percent, banners
 from fastres.result import result_of
 from fastres.rundir import ENVIRONMENT
@@ -215,7 +215,7 @@ def _table6(subjects: Sequence[Subject]) -> str:
             continue
         rows.append(replace(row, network=name))
         configs.append((name, group[0].config))
-    notes += [f"{words[0].upper()}{words[1:]}." for words in recipe_notes(configs)]
+    notes += map(sentence, recipe_notes(configs))
     shown = [[text(cell) for cell in table6.cells(row)] for row in rows]
     body = table(table6.heads(rows), shown, (1, 2, 3, 4, 5, 6, 7, 9, 10)) + note(table6.LEGEND) if rows else ""
     return section(TABLE_6, "".join(map(mark, notes)) + body)

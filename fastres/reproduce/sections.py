@@ -1,6 +1,6 @@
 """What a report says of one run, section by section, as HTML. What comes out of a run folder is text, never markup."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from fastres.plot import Run
 from fastres.reproduce.answers import Answers, Mistake
 from fastres.reproduce.charts import bars, line_chart, matrix, stacked
 from fastres.reproduce.html import keys, mark, note, number, section, stats, text
+from fastres.reproduce.networks import on_images, sentence
 from fastres.reproduce.paper import Difference, differences
 from fastres.series import Curve, Line, held_out_of, is_number
 
@@ -89,17 +90,7 @@ def warnings(subject: Subject) -> list[str]:
 
 def caveats(subject: Subject) -> list[str]:
     """Of these, what is so of the images that were used."""
-    config, data = subject.run.config, subject.data
-    found = []
-    if config.data.dataset == "synthetic":
-        found.append("Synthetic data: not a result of the paper.")
-    elif not data:
-        found.append("Which images these were was not recorded.")
-    elif data.get("official") is not True:
-        found.append(f"Not the official CIFAR-10 files: {data.get('digest', 'no digest recorded')}.")
-    if config.data.val_split:
-        found.append("Errors are on the 5,000 validation images; the test set was not used.")
-    return found
+    return list(map(sentence, on_images(subject.run.config, subject.run.folder)))
 
 
 def summary(subject: Subject) -> str:
@@ -169,7 +160,7 @@ def classes(subject: Subject) -> str:
     if isinstance(answers, str):
         return section("By class", note(f"Not tested again: {answers}"))
     evaluation = answers.evaluation
-    marks = banners([f"{words[0].upper()}{words[1:]}." for words in answers.caveats])
+    marks = banners(map(sentence, answers.caveats))
     again = f"Tested again for this report, from the checkpoint of step {number(answers.step)}: "
     found = f"{percent(evaluation.error)} of {evaluation.num_images:,} images wrong, loss {evaluation.loss:.4f}."
     by_class = zip(answers.class_names, evaluation.class_errors, strict=True)
@@ -213,7 +204,7 @@ def responses(subject: Subject) -> str:
             ("Sorted", "rank", sorted(stds, reverse=True)),
         )
     ]
-    marks = banners([f"{words[0].upper()}{words[1:]}." for words in subject.answers.caveats])
+    marks = banners(map(sentence, subject.answers.caveats))
     return section("Layer responses", f'{marks}{said}<div class="pair">{"".join(charts)}</div>')
 
 
@@ -290,6 +281,6 @@ def headline(config: RunConfig) -> str:
     return f"{config.name} on {DATASETS[config.data.dataset]}, seed {config.seed}"
 
 
-def banners(messages: list[str]) -> str:
+def banners(messages: Iterable[str]) -> str:
     """Each once."""
     return "".join(map(mark, dict.fromkeys(messages)))

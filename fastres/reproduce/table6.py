@@ -19,7 +19,7 @@ from rich.table import Table
 
 from fastres.errors import InputError, OutsideTolerance
 from fastres.files import write_json, write_text
-from fastres.reproduce.networks import Network, by_network
+from fastres.reproduce.networks import Network, by_network, sentence
 from fastres.reproduce.paper import TABLE_6, TOLERANCE, differences
 from fastres.result import RunResult, result_of
 from fastres.rundir import RunDir
@@ -295,7 +295,7 @@ def terminal(rows: Sequence[Row]) -> Table:
 
 def markdown(rows: Sequence[Row], *, note: str) -> str:
     """The table as Markdown, with links to its run folders."""
-    lines = [f"**{note[0].upper()}{note[1:]}.**", ""] if note else []
+    lines = [f"**{sentence(note)}**", ""] if note else []
     lines += [f"| {' | '.join(heads(rows))} |", f"| --- |{' ---: |' * 7} --- | ---: | ---: |"]
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
     lines += ["", LEGEND, ""]
