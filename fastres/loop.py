@@ -24,7 +24,7 @@ from fastres.models.depth import IMAGENET_BLOCKS
 from fastres.optim import LrSchedule
 from fastres.resolve import runtime_of
 from fastres.result import RunResult, result_of, summary
-from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, default_path, found_again, remove_empty, resume_with
+from fastres.rundir import CONFIG, DIVERGED, RunDir, default_path, found_again, remove_empty, resume_with
 from fastres.runstate import RunState, load_states, record_environment, record_loader
 from fastres.runtime import Runtime, peak_memory, synchronize
 from fastres.step import TrainStep
@@ -70,7 +70,7 @@ def train(
     run = None
     if resume is not None:
         run, config = _reopen(Path(resume), config)
-        if (run.path / RESULT).exists():
+        if run.status == "finished":
             console.say(f"{run.path} is finished: nothing to resume")
             return result_of(run)
     config = config or RunConfig()

@@ -12,7 +12,7 @@ from fastres.curves import NUM_STYLES, draw
 from fastres.data.imageset import caveat
 from fastres.errors import InputError
 from fastres.files import check_figure
-from fastres.rundir import DIVERGED, RESULT, RunDir, find_runs, resume_with
+from fastres.rundir import RunDir, find_runs, resume_with
 from fastres.series import Curve, What, XAxis, curve_of, mean_curve
 
 # Keys of the config whose value speaks for itself, and those that the model's name replaces.
@@ -32,7 +32,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it has its result."""
-        return (self.folder.path / RESULT).is_file()
+        return self.folder.status == "finished"
 
     @property
     def reached(self) -> int:
@@ -42,9 +42,10 @@ class Run:
     @property
     def standing(self) -> str:
         """ "" for a finished run, else how far it got."""
-        if self.finished:
+        status = self.folder.status
+        if status == "finished":
             return ""
-        if (self.folder.path / DIVERGED).is_file():
+        if status == "diverged":
             return f"diverged after step {self.reached:,}"
         return f"step {self.reached:,} of {self.config.recipe.steps:,}"
 

@@ -46,7 +46,7 @@ def result_of(run: RunDir) -> RunResult:
     try:
         values = run.read_json(RESULT)
     except InputError as error:
-        raise InputError(f"{error}. {remedy}" if (run.path / RESULT).exists() else str(error)) from error
+        raise InputError(f"{error}. {remedy}" if run.status == "finished" else str(error)) from error
     found = {key: values.get(key) for key in RunResult.__dataclass_fields__ if key != "run"}
     for key, value in found.items():
         if not _fits(key, value):

@@ -146,7 +146,7 @@ def reproduce(
     from fastres.files import make_folder
     from fastres.reproduce import table6
     from fastres.reproduce.plan import needs, runs_of, train_missing
-    from fastres.sweep import status
+    from fastres.rundir import RunDir
 
     if runs is None:  # runs of another length would be in the way of the paper's
         runs = Path("-".join(["runs/reproduce", *_lengths_in_words(preset, steps, epochs)]))
@@ -155,7 +155,7 @@ def reproduce(
     if dry_run:
         for stage in stages:
             for path in stage.folders:
-                print(f"{stage.name:<12} {status(path):<9} {path}")
+                print(f"{stage.name:<12} {RunDir(path).status:<9} {path}")
         return
     folder = out or runs / variant
     if train:

@@ -12,7 +12,7 @@ from fastres.evaluate import Trained, load_trained
 from fastres.reproduce.figure import colour_of, paper_style, place_legend, save, write_csv
 from fastres.reproduce.networks import Network, by_network, paper_name
 from fastres.responses import Response, layer_responses
-from fastres.rundir import RESULT, RunDir
+from fastres.rundir import RunDir
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +67,7 @@ def draw(
     lines, rows, notes = [], list[tuple[str, int, int, str, float, str]](), {note: None}
     for network in networks:
         measured, steps = list[list[Response]](), list[int]()
-        finished = [(seed, run) for seed, run in network.runs if (run.path / RESULT).is_file()]
+        finished = [(seed, run) for seed, run in network.runs if run.status == "finished"]
         chosen = finished or network.runs  # a mean over networks at different steps would be of no network
         for seed, run in chosen:
             trained = load_trained(run.path, execution, say=say)

@@ -10,7 +10,7 @@ from fastres.data.imageset import caveat, short_digest
 from fastres.errors import InputError
 from fastres.plot import remarks
 from fastres.reproduce import paper
-from fastres.rundir import DIVERGED, RESULT, RunDir
+from fastres.rundir import RunDir
 
 NAMES = {"resnet": "ResNet", "plain": "plain", "imagenet": "ImageNet-style ResNet"}
 
@@ -37,12 +37,12 @@ class Network:
             reached: The last step that is drawn.
             num_drawn: Runs of it that are in the curve.
         """
-        lost = [run for _, run in self.runs if (run.path / DIVERGED).is_file()]
-        cut = [run for _, run in self.runs if run not in lost and not (run.path / RESULT).is_file()]
+        found = [run.status for _, run in self.runs]
+        lost, cut = found.count("diverged"), found.count("cut")
         if len(self.runs) == 1:
-            notes = [f"diverged at {reached:,}"] * len(lost) + [f"unfinished, at {reached:,}"] * len(cut)
+            notes = [f"diverged at {reached:,}"] * lost + [f"unfinished, at {reached:,}"] * cut
         else:
-            some = ((len(lost), "diverged"), (len(cut), "unfinished"))
+            some = ((lost, "diverged"), (cut, "unfinished"))
             of = f" of {len(self.runs)}" if num_drawn < len(self.runs) else ""
             notes = [f"n = {num_drawn}{of}", *(f"{count} {what}" for count, what in some if count)]
         return f"{self.name} ({', '.join(notes)})" if notes else self.name
