@@ -12,7 +12,6 @@ from fastres.build import load_images
 from fastres.checkpoint import Checkpoint
 from fastres.clock import Clocks
 from fastres.config import RunConfig
-from fastres.configtree import differences
 from fastres.console import Console, Progress, Verbosity
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
@@ -304,7 +303,7 @@ def _reopen(path: Path, asked: RunConfig | None) -> tuple[RunDir, RunConfig]:
 
 def check_same(run: RunDir, config: RunConfig) -> None:
     """Raise InputError, naming the differences, where a run folder was started with something else than `config`."""
-    if changed := differences(run.config().experiment(), config.experiment()):
+    if changed := run.config().differs_from(config):
         raise InputError(
             f"{run.path} was started with another config ({'; '.join(changed)}); leave these out to resume it"
         )

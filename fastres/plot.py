@@ -1,6 +1,5 @@
 """Curves of any runs in one figure: which runs, what tells them apart, which belong together."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,11 +52,6 @@ class Run:
     def caveat(self) -> str:
         """Caveat on its images, for a reader; "" for the official CIFAR-10 files."""
         return caveat(self.config.data.dataset, self.folder.data().get("official"))
-
-    @property
-    def group(self) -> str:
-        """Equal for runs that differ in nothing but the seed."""
-        return json.dumps({**self.config.experiment(), "seed": None}, sort_keys=True)
 
     def curve(self, *, what: What = "error", x: XAxis = "step", smooth: int | None = None) -> Curve:
         """What is drawn of it; `fastres.curves.curve_of` explains the arguments."""
@@ -149,7 +143,7 @@ def grouped(runs: Iterable[Run]) -> list[list[Run]]:
     """Runs of one config together, in the order in which their first comes."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.group, []).append(run)
+        groups.setdefault(replace(run.config, seed=0).digest, []).append(run)
     return list(groups.values())
 
 
@@ -222,12 +216,15 @@ def caveats(runs: Iterable[Run]) -> str:
     return "; ".join(remarks((run.label, [run.caveat] if run.caveat else []) for run in runs))
 
 
+def group_labels(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """What tells groups of runs apart, whatever their seeds."""
+    return tell_apart([replace(group[0].config, seed=0) for group in groups], [""] * len(groups))[1]
+
+
 def mean_labels(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """What tells groups of runs apart, and how many runs each has."""
-    configs = [replace(group[0].config, seed=0) for group in groups]
-    _, labels = tell_apart(configs, [""] * len(groups))
+    """The same, and how many runs each group has."""
     named = []
-    for label, group in zip(labels, groups, strict=True):
+    for label, group in zip(group_labels(groups), groups, strict=True):
         unfinished = sum(not run.finished for run in group)
         named.append(f"{label}, mean of {len(group)}" + (f" ({unfinished} unfinished)" if unfinished else ""))
     return named

@@ -11,7 +11,6 @@ from fastres import checkpoint
 from fastres.build import Mean, loader_kind
 from fastres.checkpoint import Checkpoint
 from fastres.config import RunConfig
-from fastres.configtree import differences
 from fastres.data.imageset import ImageSet
 from fastres.data.pixels import SCALE
 from fastres.errors import Diverged, InputError
@@ -143,8 +142,7 @@ def load_states(runs: Sequence[RunDir], images: ImageSet, say: Callable[[str], N
             )
             say(f"{run.path} {newest}: starting at step 0")
         else:
-            stored = RunConfig.from_dict(saved.meta["config"]).experiment()
-            if changed := differences(stored, run.config().experiment()):
+            if changed := RunConfig.from_dict(saved.meta["config"]).differs_from(run.config()):
                 raise InputError(
                     f"{run.path / CONFIG} was changed since {saved.path.name} was saved ({'; '.join(changed)}); "
                     "change it back, or start anew with another --out"

@@ -15,7 +15,7 @@ from typing import Any
 from fastres import checkpoint, gpu
 from fastres.clock import Clocks
 from fastres.config import RunConfig
-from fastres.configtree import differences, is_int
+from fastres.configtree import is_int
 from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError
 from fastres.files import write_json
@@ -227,7 +227,7 @@ def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
         if not _begun(folder / f"seed{seed}" for seed in stored["seeds"]):
             stored |= {"config": own, "seeds": []}
         theirs, known = RunConfig.from_dict({**stored["config"], "seed": 0}), stored["seeds"]
-        if changed := differences(theirs.experiment(), dataclasses.replace(config, seed=0).experiment()):
+        if changed := theirs.differs_from(config, but_seed=True):
             raise InputError(f"{folder} is a sweep of another config ({'; '.join(changed)}); give another --out")
     elif not _holds_only_seeds(folder):
         RunDir.check_free(folder, overwrite=False)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from fastres.config import RunConfig
-from fastres.configtree import differences
 from fastres.data.imageset import caveat, short_digest
 from fastres.errors import InputError
 from fastres.plot import remarks
@@ -70,7 +69,7 @@ def by_network(runs: Iterable[RunDir]) -> list[Network]:
 def _network(name: str, members: Sequence[tuple[RunConfig, RunDir]]) -> Network:
     (first, first_run), *others = members
     for (before, before_run), (config, run) in zip(members, others, strict=False):
-        if changed := differences({**first.experiment(), "seed": 0}, {**config.experiment(), "seed": 0}):
+        if changed := first.differs_from(config, but_seed=True):
             raise InputError(
                 f"the runs of {name} are not of one config: {first_run.path} and {run.path} differ in "
                 f"{'; '.join(changed)}. Give runs that differ in the seed alone"

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastres.build import load_images
 from fastres.config import RunConfig, make_config
-from fastres.configtree import differences, merge
+from fastres.configtree import merge
 from fastres.console import Console, duration
 from fastres.data.imageset import short_digest
 from fastres.errors import FastresError, InputError, OutOfTime
@@ -72,9 +72,8 @@ def _check_same(path: Path, config: RunConfig) -> None:
         stored = RunDir.open(path).config()
     except InputError as error:
         raise InputError(f"{error}. Move {path} aside, and the same command trains that run again") from error
-    if stored.digest != config.digest:
-        changed = "; ".join(differences(stored.experiment(), config.experiment()))
-        raise InputError(f"{path} is a run of another config ({changed}); give another --runs")
+    if changed := stored.differs_from(config):
+        raise InputError(f"{path} is a run of another config ({'; '.join(changed)}); give another --runs")
 
 
 def _concerning(changes: dict[str, Any], arch: str, depth: int) -> dict[str, Any]:

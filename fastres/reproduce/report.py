@@ -15,7 +15,7 @@ from fastres import __version__
 from fastres.config import RunConfig
 from fastres.errors import FastresError, InputError
 from fastres.files import write_text
-from fastres.plot import Run, grouped, mean_labels, read_runs, tell_apart
+from fastres.plot import Run, group_labels, grouped, mean_labels, read_runs
 from fastres.reproduce import sections, table6
 from fastres.reproduce.answers import Answers, answers_of
 from fastres.reproduce.html import mark, note, number, page, section, table, text
@@ -230,9 +230,7 @@ def _by_variant(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     found = []
     for (arch, depth), groups in sorted(networks.items(), key=lambda item: (item[0][0] == "plain", *item[0])):
         name = paper_name(arch, depth)
-        labels = [""]
-        if len(groups) > 1:
-            _, labels = tell_apart([replace(group[0].config, seed=0) for group in groups], [""] * len(groups))
+        labels = group_labels(groups) if len(groups) > 1 else [""]
         found += [(", ".join(filter(None, (name, label))), group) for label, group in zip(labels, groups, strict=True)]
     return found
 
