@@ -26,6 +26,7 @@ from fastres.reproduce.answers import MISTAKES, Answers, Mistake, answers_of, pn
 from fastres.reproduce.charts import line_chart, ticks
 from fastres.reproduce.report import MAX_BYTES, render, write_report
 from fastres.reproduce.sections import Subject
+from fastres.result import result_of
 from fastres.rundir import ENVIRONMENT, RESULT, RunDir
 from fastres.series import Curve, Line, curve_of
 from tests.runs import tiny
@@ -310,8 +311,7 @@ def test_several_runs_are_a_table_with_a_section_each(sweep: Path) -> None:
 
 def test_hundreds_of_runs_have_a_row_each_and_sections_as_far_as_they_fit(sweep: Path) -> None:
     common, runs = read_runs([sweep / "seed0"])
-    result, environment = (json.loads((sweep / "seed0" / name).read_text()) for name in (RESULT, ENVIRONMENT))
-    subjects = [Subject(runs[0], result, environment, "--no-eval was given.")] * 700
+    subjects = [Subject(runs[0], result_of(runs[0].folder), "--no-eval was given.")] * 700
     document = check(Document(render(common, subjects)))
     shown = document.count("details")
     assert 100 < shown < 700
@@ -366,9 +366,8 @@ def test_many_runs_stay_below_a_megabyte(sweep: Path) -> None:
         {"kind": kind, "step": step, "error": chance.random()} for kind, step in sorted(kinds, key=lambda k: k[1])
     ]
     common, runs = read_runs([sweep / "seed0"])
-    result, environment = (json.loads((sweep / "seed0" / name).read_text()) for name in (RESULT, ENVIRONMENT))
     runs[0].records[:] = records
-    subjects = [Subject(runs[0], result, environment, tested)] * 45
+    subjects = [Subject(runs[0], result_of(runs[0].folder), tested)] * 45
     document = check(Document(render(common, subjects)))
     left_out = document.text.count("Left out to keep this file below 1 MB")
     assert 0 < left_out < 45

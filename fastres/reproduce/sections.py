@@ -16,6 +16,7 @@ from fastres.reproduce.charts import bars, line_chart, matrix, stacked
 from fastres.reproduce.html import keys, mark, note, number, section, stats, text
 from fastres.reproduce.networks import on_images, sentence
 from fastres.reproduce.paper import Difference, differences
+from fastres.result import RunResult
 from fastres.series import Curve, Line, held_out_of, is_number
 
 DASH = "\N{EN DASH}"
@@ -25,18 +26,11 @@ DATASETS = {"cifar10": "CIFAR-10", "synthetic": "the built-in synthetic set"}
 
 @dataclass(frozen=True)
 class Subject:
-    """A run with all that a report says of it. Dictionaries are JSON out of the run folder: anything may be in them."""
+    """A run with all that a report says of it. Its records are JSON out of the run folder: anything may be in them."""
 
     run: Run
-    result: Mapping[str, Any]  # {} where there is none yet
-    environment: Mapping[str, Any]  # {} where it is missing
+    result: RunResult | None  # None: not finished, or damaged
     answers: Answers | str  # why there is none
-
-    @property
-    def data(self) -> Mapping[str, Any]:
-        """The data set as recorded; {} where it was not."""
-        data = self.environment.get("data")
-        return data if isinstance(data, dict) else {}
 
     @property
     def held_out(self) -> str:
@@ -51,31 +45,21 @@ class Subject:
     @property
     def test_error(self) -> object:
         """Of the last step, or so far; a fraction, or None."""
-        return self.result.get("test_error") if self.result else self.last_test.get("error")
+        return self.result.test_error if self.result else self.last_test.get("error")
 
     @property
     def best(self) -> tuple[object, object]:
         """The lowest test error over the steps, and its step; so far. (None, None) before the first."""
         if self.result:
-            return self.result.get("best_test_error"), self.result.get("best_step")
+            return self.result.best_test_error, self.result.best_step
         tests = [r for r in self.run.records if r.get("kind") == "test" and is_number(r.get("error"))]
         lowest = min(tests, key=lambda record: record["error"], default={})
         return lowest.get("error"), lowest.get("step")
-
-    def seconds(self) -> dict[str, float]:
-        """By clock; {} where not recorded."""
-        found = self.result.get("seconds")
-        return {k: float(v) for k, v in found.items() if is_number(v)} if isinstance(found, dict) else {}
 
 
 def as_percent(value: object) -> str:
     """A fraction out of a JSON file as "8.75 %", or a dash."""
     return percent(float(value)) if is_number(value) else DASH
-
-
-def as_duration(value: object) -> str:
-    """Seconds out of a JSON file as 3:07, or a dash."""
-    return duration(float(value)) if is_number(value) else DASH
 
 
 def warnings(subject: Subject) -> list[str]:
@@ -97,40 +81,39 @@ def summary(subject: Subject) -> str:
     """The numbers that count; the last step's test error first."""
     run, result, held_out = subject.run, subject.result, subject.held_out
     best, best_step = subject.best
-    at = subject.last_test.get("step")
-    of_test = "last step: the number to report" if result else f"at step {number(at)}, so far"
-    step = result.get("step_milliseconds")
-    step = step if isinstance(step, dict) else {}
-    together = result.get("side_by_side")
-    values = [
+    at = number(subject.last_test.get("step"))
+    recipe = run.config.recipe
+    of_test = "last step: the number to report" if result else f"at step {at}, so far"
+    of_best = f"step {number(best_step)}; chosen on the {held_out} set, so not the result"
+    errors = [
         (f"{held_out} error".capitalize(), as_percent(subject.test_error), of_test),
-        (
-            "Best over steps",
-            as_percent(best),
-            f"step {number(best_step)}; chosen on the {held_out} set, so not the result",
-        ),
-        ("Training error", as_percent(result.get("train_error")), "running, augmented images"),
-        ("Parameters", number(result.get("num_parameters")), run.config.name),
-        (
-            "Steps",
-            number(run.config.recipe.steps),
-            f"of {run.config.recipe.batch_size}; {run.config.epochs:.1f} epochs",
-        ),
-        ("Training time", as_duration(subject.seconds().get("train")), "training clock alone"),
-        (
-            "Images a second",
-            number(result.get("images_per_second")),
-            f"{together} runs side by side" if is_number(together) and together != 1 else "training clock alone",
-        ),
-        ("A step", number(step.get("p50"), ".3g", " ms"), f"99 % below {number(step.get('p99'), '.3g', ' ms')}"),
-        ("Memory", number(_scaled(result.get("peak_memory"), 1e9), ".2f", " GB"), "at most"),
+        ("Best over steps", as_percent(best), of_best),
     ]
-    missing = DASH if result else "all"
-    return stats(value for value in values if missing != "all" or value[1] != DASH)
+    steps = ("Steps", number(recipe.steps), f"of {recipe.batch_size}; {run.config.epochs:.1f} epochs")
+    if result is None:
+        return stats(value for value in (*errors, steps) if value[1] != DASH)
+    step, together = result.step_milliseconds, result.side_by_side
+    return stats(
+        [
+            *errors,
+            ("Training error", percent(result.train_error), "running, augmented images"),
+            ("Parameters", number(result.num_parameters), run.config.name),
+            steps,
+            ("Training time", training_time(result), "training clock alone"),
+            (
+                "Images a second",
+                number(result.images_per_second),
+                f"{together} runs side by side" if together != 1 else "training clock alone",
+            ),
+            ("A step", number(step.get("p50"), ".3g", " ms"), f"99 % below {number(step.get('p99'), '.3g', ' ms')}"),
+            ("Memory", f"{result.peak_memory / 1e9:.2f} GB", "at most"),
+        ]
+    )
 
 
-def _scaled(value: object, by: float) -> object:
-    return float(value) / by if is_number(value) else None
+def training_time(result: RunResult) -> str:
+    """Of the training clock, as 3:07; a dash where that was not recorded."""
+    return duration(result.seconds["train"]) if "train" in result.seconds else DASH
 
 
 def error_chart(curves: list[Curve], what: str, points: int = 300) -> str:
@@ -216,7 +199,7 @@ def _response_chart(stds: list[float], label: str) -> str:
 
 def clocks(subject: Subject) -> str:
     """Where the seconds went."""
-    seconds = subject.seconds()
+    seconds = subject.result.seconds if subject.result else {}
     order = [name for name in WHERE_TIME_WENT if name in seconds] + [n for n in seconds if n not in WHERE_TIME_WENT]
     rows = [(name, seconds[name], duration(seconds[name])) for name in order if seconds[name] > 0]
     if not rows:
@@ -253,13 +236,15 @@ def _remark(difference: Difference) -> str:
 
 def environment(subject: Subject) -> str:
     """The data, the machine, the versions."""
-    if not subject.environment:
+    folder = subject.run.folder
+    first, *resumed = folder.environments() or [{}]
+    if not first:
         return section("Data and environment", note("environment.json is missing or cannot be read."))
     yes_no = {True: "yes", False: "no"}  # of facts, where switches are on or off
-    data = _shown({key: yes_no[v] if isinstance(v, bool) else v for key, v in subject.data.items() if v is not None})
-    machine = _shown(_of_machine(subject.environment))
-    for one in subject.run.folder.environments()[1:]:
-        changed = {key: value for key, value in _of_machine(one).items() if value != subject.environment.get(key)}
+    data = _shown({key: yes_no[v] if isinstance(v, bool) else v for key, v in folder.data().items() if v is not None})
+    machine = _shown(_of_machine(first))
+    for one in resumed:
+        changed = {key: value for key, value in _of_machine(one).items() if value != first.get(key)}
         said = ", ".join(f"{name} {value}" for name, value, _ in _shown(changed))
         machine.append(("resumed", f"at step {number(one.get('step'))}", said))
     left = f"<div><h3>Data</h3>{keys(data) if data else note('Not recorded.')}</div>"
