@@ -12,6 +12,7 @@ Floats = npt.NDArray[np.float64]
 What = Literal["error", "loss", "lr"]
 XAxis = Literal["step", "epoch", "time"]
 
+FEW_POINTS = 12  # a line of fewer has a mark at each
 PARTS_OF_RUN = 40  # the window of the smoothing, unless told: a run over this
 
 

@@ -7,11 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 
 from fastres.reproduce.html import text
-from fastres.series import Curve, Floats, Line
+from fastres.series import FEW_POINTS, Curve, Floats, Line
 
 SIDE = 1_000  # units of a chart's width and height
 COLORS, DASHES = 7, 4  # s0 to s6 and d0 to d3 of report.css
-FEW_POINTS = 12  # below it, each is marked
 SHADES = 8  # of wrong answers: h1 to h8 of report.css, h0 for none
 SETTLED = 0.1  # of the x axis; the y axis shows all that comes after it
 

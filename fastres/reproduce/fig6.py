@@ -9,7 +9,7 @@ from fastres.errors import InputError
 from fastres.reproduce.figure import ASIDE, colour_of, paper_style, place_legend, save, write_csv
 from fastres.reproduce.networks import Network, by_network
 from fastres.rundir import RunDir
-from fastres.series import is_number
+from fastres.series import FEW_POINTS, is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,6 @@ PANELS = ("plain networks", "ResNets", "ResNets with 110 layers and more")
 KINDS = ("train", "test", "train_clean")
 PAPER_YLIM = 0.2  # the error at the upper end of the paper's y axis, a fraction
 MARGIN = 65 / 64  # of the x axis: the paper's 64,000 iterations end it at 6.5e4
-FEW = 12  # points of a curve that get a mark each
 
 Curve = list[tuple[int, float]]  # (step, error in per cent)
 
@@ -78,8 +77,6 @@ def draw(
             axes.set_xlabel("iter. (1e4)" if unit > 1 else "iter.")
             axes.set_title(title, fontsize=9)
             axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
-            axes.grid(axis="y", color="0.9", linewidth=0.6)
-            axes.set_axisbelow(True)
             _fill(axes, members, {path: _curves(of_run) for path, of_run in records.items()}, kind, unit)
         figure.supxlabel(_caption(networks, clean, ylim), fontsize=8, color="0.3")
         print_note(figure, note)
@@ -136,7 +133,7 @@ def _line(axes: "Axes", curves: Sequence[Curve], unit: int, colour: str, how: di
     there = [curve for curve in curves if curve]
     steps, mean, low, high = _over_seeds(there)
     x = [step / unit for step in steps]
-    marks: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(x) < FEW else {}
+    marks: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(x) < FEW_POINTS else {}
     axes.plot(x, mean, color=colour, **marks, **how)
     if len(there) > 1:
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)

@@ -117,8 +117,6 @@ def plot(lines: Sequence[Line], note: str) -> "Figure":
             )
         axes.set(xlim=(0, most + 1), ylim=(0, None), ylabel="std")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(axis="y", color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
     top.set_xlabel("layer index (original order)")
     bottom.set_xlabel("layer index (sorted by magnitude)")
     print_note(figure, note)
