@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastres import checkpoint, gpu
-from fastres.build import EVALUATION_BATCH, Mean, empty_net, load_images, place
+from fastres.build import EVALUATION_BATCH, empty_net, load_images, place
 from fastres.config import Execution, Model, RunConfig
 from fastres.console import percent
-from fastres.data.imageset import ImageSet, caveat, short_digest
+from fastres.data.imageset import Float32Array, ImageSet, caveat, short_digest
 from fastres.data.pixels import SCALE
 from fastres.data.resident import evaluation_batches
 from fastres.errors import InputError
@@ -147,7 +147,7 @@ def load_trained(
     chosen = RunConfig.from_dict({"execution": tree["execution"], "data": data})
     runtime = prepare(chosen.execution)
     images = load_images(chosen.data, chosen.execution, train=saved is None and mean is None, say=say)
-    mean_image: Mean
+    mean_image: Float32Array
     if saved and config:
         if mean is not None or std is not None:
             raise InputError(f"{target} brings its own mean image; leave out --mean and --std")
@@ -255,7 +255,7 @@ def _caveats(saved: checkpoint.Checkpoint | None, images: ImageSet) -> tuple[str
 
 
 def _batches(
-    images: ImageSet, mean: Mean, std: Channels | None, runtime: Runtime, execution: Execution
+    images: ImageSet, mean: Float32Array, std: Channels | None, runtime: Runtime, execution: Execution
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The test images as the network was trained to see them."""
     plain = evaluation_batches(

@@ -54,7 +54,7 @@ class Run:
         return caveat(self.config.data.dataset, self.folder.data().get("official"))
 
     def curve(self, *, what: What = "error", x: XAxis = "step", smooth: int | None = None) -> Curve:
-        """What is drawn of it; `fastres.curves.curve_of` explains the arguments."""
+        """What is drawn of it; `fastres.series.curve_of` explains the arguments."""
         epochs_per_step = self.config.recipe.batch_size / self.config.data.num_train
         label = f"{self.label} ({self.standing})" if self.standing else self.label
         return curve_of(
@@ -164,7 +164,7 @@ def plot_runs(
     Args:
         paths: Run folders, or folders of run folders.
         out: A name that ends in .png or .svg. Default: curves.png, in the folder that was given, if it was one.
-        what, x, smooth: As `fastres.curves.curve_of` takes them.
+        what, x, smooth: As `fastres.series.curve_of` takes them.
         log_y, ylim: The y axis.
         band: Draw runs that differ in nothing but the seed as mean and standard deviation.
         say: Takes one-line notices.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastres import checkpoint
-from fastres.build import Mean, loader_kind
+from fastres.build import loader_kind
 from fastres.checkpoint import Checkpoint
 from fastres.config import RunConfig
-from fastres.data.imageset import ImageSet
+from fastres.data.imageset import Float32Array, ImageSet
 from fastres.data.pixels import SCALE
 from fastres.errors import Diverged, InputError
 from fastres.evaluator import Evaluation
@@ -43,7 +43,7 @@ class RunState:
         replica: Replica,
         config: RunConfig,
         images: ImageSet,
-        mean: Mean,
+        mean: Float32Array,
         seconds: Mapping[str, float],
     ) -> None:
         """Write a checkpoint. Waits for the device.

@@ -21,7 +21,7 @@ from fastres.data.synthetic import make_synthetic
 from fastres.errors import MachineError
 from fastres.evaluator import Evaluation
 from fastres.plot import read_runs
-from fastres.reproduce import html, report
+from fastres.reproduce import markup, report
 from fastres.reproduce.answers import MISTAKES, Answers, Mistake, answers_of, png
 from fastres.reproduce.charts import line_chart, ticks
 from fastres.reproduce.report import MAX_BYTES, render, write_report
@@ -398,7 +398,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_text_and_lines_stand_out_in_light_and_in_dark() -> None:
-    css = (Path(html.__file__).with_name("report.css")).read_text()
+    css = (Path(markup.__file__).with_name("report.css")).read_text()
     light, dark = css.split("prefers-color-scheme: dark")
     for theme in (variables(light), variables(dark)):
         assert set(theme) >= {"page", "ink", "soft", "s0", "s6"}

@@ -10,6 +10,7 @@ import numpy.typing as npt
 IMAGE_SIZE = 32  # pixels, height and width
 
 Bytes = npt.NDArray[np.uint8]
+Float32Array = npt.NDArray[np.float32]
 
 
 def caveat(dataset: str, official: object) -> str:
@@ -81,11 +82,11 @@ class ImageSet:
             test_labels=self.train_labels[cut:],
         )
 
-    def mean_image(self) -> npt.NDArray[np.float32]:
+    def mean_image(self) -> Float32Array:
         """The per-pixel mean over the training images (section 3.4), float32 `(32, 32, 3)`, in units of 0 to 255.
 
         Summed in integers, so it does not depend on the order of summation.
         """
         total = self.train_images.sum(axis=0, dtype=np.int64)
-        mean: npt.NDArray[np.float32] = (total / len(self.train_images)).astype(np.float32)
+        mean: Float32Array = (total / len(self.train_images)).astype(np.float32)
         return mean

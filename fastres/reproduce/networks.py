@@ -26,7 +26,7 @@ class Network:
 
     @property
     def images(self) -> str:
-        """`caveat` in a word, for a column."""
+        """One word on its images for a table's column: official, synthetic, or other."""
         return "official" if not self.caveat else "synthetic" if self.config.data.dataset == "synthetic" else "other"
 
     def label(self, reached: int, num_drawn: int) -> str:

@@ -19,7 +19,7 @@ from fastres.files import write_text
 from fastres.plot import Run, group_labels, grouped, mean_labels, read_runs
 from fastres.reproduce import sections, table6
 from fastres.reproduce.answers import Answers, answers_of
-from fastres.reproduce.html import mark, note, number, page, section, table, text
+from fastres.reproduce.markup import mark, note, number, page, section, table, text
 from fastres.reproduce.networks import paper_name, recipe_notes, sentence
 from fastres.reproduce.sections import DASH, Subject, as_percent, banners, training_time
 from fastres.result import RunResult, result_of

@@ -13,7 +13,7 @@ from fastres.curves import time_unit
 from fastres.plot import Run
 from fastres.reproduce.answers import Answers, Mistake
 from fastres.reproduce.charts import bars, line_chart, matrix, stacked
-from fastres.reproduce.html import keys, mark, note, number, section, stats, text
+from fastres.reproduce.markup import keys, mark, note, number, section, stats, text
 from fastres.reproduce.networks import on_images, sentence
 from fastres.reproduce.paper import Difference, differences
 from fastres.result import RunResult
