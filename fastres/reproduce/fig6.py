@@ -71,13 +71,10 @@ def draw(
         figure = Figure(figsize=(11, 3.9), layout="constrained")
         panels = figure.subplots(1, 3)
         last = max((row[2] for row in rows), default=64_000)
-        unit = 10_000 if last >= 10_000 else 1
+        curves = {path: _curves(of_run) for path, of_run in records.items()}
         for axes, title, members in zip(panels, PANELS, _by_panel(networks), strict=True):
-            axes.set(xlim=(0, MARGIN * last / unit), ylim=(0, 100 * ylim), ylabel="error (%)")
-            axes.set_xlabel("iter. (1e4)" if unit > 1 else "iter.")
             axes.set_title(title, fontsize=9)
-            axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
-            _fill(axes, members, {path: _curves(of_run) for path, of_run in records.items()}, kind, unit)
+            _panel(axes, members, curves, kind, last=last, top=100 * ylim)
         figure.supxlabel(_caption(networks, clean, ylim), fontsize=8, color="0.3")
         print_note(figure, note)
         for axes in panels:
@@ -105,17 +102,20 @@ def _by_panel(networks: Sequence[Network]) -> list[list[Network]]:
     return [plain, shallow, [network for network in resnets if network.config.model.depth >= 110]]
 
 
-def _fill(
-    axes: "Axes", networks: Sequence[Network], curves: dict[Path, dict[str, Curve]], kind: str, unit: int
+def _panel(
+    axes: "Axes", networks: Sequence[Network], curves: dict[Path, dict[str, Curve]], kind: str, *, last: int, top: float
 ) -> None:
-    """Draw networks into a panel; what there is none of is said."""
+    """Draw networks into a panel, up to step `last` and an error of `top` per cent; that there is none is said."""
+    unit = 10_000 if last >= 10_000 else 1
+    axes.set(xlim=(0, MARGIN * last / unit), ylim=(0, top), ylabel="error (%)")
+    axes.set_xlabel("iter. (1e4)" if unit > 1 else "iter.")
+    axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
     drawn = [n for n in networks if any(curves[run.path][k] for _, run in n.runs for k in (kind, "test"))]
     if not drawn:
         axes.text(0.5, 0.5, "no run yet", transform=axes.transAxes, ha="center", va="center", color="0.6", fontsize=12)
         return
     for step in sorted({step for network in drawn for step in _lr_drops(network)}):
         axes.axvline(step / unit, color="0.6", linewidth=0.8, linestyle=":", gid=ASIDE)
-    top = axes.get_ylim()[1]
     for network in drawn:
         every = [curves[run.path] for _, run in network.runs]
         errors = [point for of_run in every for k in (kind, "test") for point in of_run[k]]
