@@ -4,15 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from fastres import config as cfg
 from fastres.config import RunConfig
 from fastres.cudagraph import CapturedGraph
-from fastres.data.imageset import ImageSet
+from fastres.data.imageset import Float32Array, ImageSet
 from fastres.errors import MachineError
 from fastres.evaluator import Evaluator
 from fastres.fusednet import Inference
@@ -24,7 +22,6 @@ from fastres.optim import make_sgd
 from fastres.runtime import Runtime, seeded_generator
 from fastres.step import Loader
 
-Mean = npt.NDArray[np.float32]
 EVALUATION_BATCH = 1_000  # images; fits any machine that trains
 
 
@@ -116,7 +113,7 @@ def loader_kind(execution: cfg.Execution, runtime: Runtime) -> str:
 def build_loaders(
     configs: Sequence[RunConfig],
     images: ImageSet,
-    mean: Mean,
+    mean: Float32Array,
     runtime: Runtime,
     say: Callable[[str], None] | None = None,
 ) -> list[Loader]:
@@ -174,7 +171,13 @@ def build_loaders(
 
 
 def build_evaluators(
-    nets: Sequence[nn.Module], config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime, *, train: bool = False
+    nets: Sequence[nn.Module],
+    config: RunConfig,
+    images: ImageSet,
+    mean: Float32Array,
+    runtime: Runtime,
+    *,
+    train: bool = False,
 ) -> list[Evaluator]:
     """What tests networks on the test images (under `val_split` the validation images): the plain single view.
 
@@ -193,13 +196,15 @@ def inference_of(net: nn.Module, runtime: Runtime) -> Inference | LayerInference
     return LayerInference(net) if runtime.layer_kernels else Inference(net)
 
 
-def build_evaluator(net: nn.Module, config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime) -> Evaluator:
+def build_evaluator(
+    net: nn.Module, config: RunConfig, images: ImageSet, mean: Float32Array, runtime: Runtime
+) -> Evaluator:
     """The same for one network."""
     return build_evaluators([net], config, images, mean, runtime)[0]
 
 
 def _plain_batches(
-    config: RunConfig, images: ImageSet, mean: Mean, runtime: Runtime, *, train: bool
+    config: RunConfig, images: ImageSet, mean: Float32Array, runtime: Runtime, *, train: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     from fastres.data.resident import evaluation_batches
 

@@ -217,6 +217,7 @@ def dali() -> Iterable[Finding]:
 def data(data_dir: Path | None) -> Iterable[Finding]:
     """CIFAR-10, wherever `fastres train` would find it without a network."""
     from fastres.data.cifar import REMOTE, load_cifar10
+    from fastres.data.imageset import short_digest
 
     named = data_dir is not None or bool(os.environ.get("FASTRES_DATA"))
     cached = host.default_cache_dir() / REMOTE.name
@@ -233,7 +234,7 @@ def data(data_dir: Path | None) -> Iterable[Finding]:
     if images.official:
         yield Finding("ok", "CIFAR-10", f"{images.source}, the official files")
     else:
-        value = f"{images.source}, not the official files ({images.digest[:23]}...); results will say so"
+        value = f"{images.source}, not the official files ({short_digest(images.digest)}); results will say so"
         yield Finding("note", "CIFAR-10", value)
 
 

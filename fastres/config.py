@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastres.configtree import build, coerced, is_int, merge, nearest
+from fastres.configtree import build, coerced, differences, is_int, merge, nearest
 from fastres.errors import InputError
 from fastres.models.depth import check_depth
 
@@ -176,6 +176,11 @@ class RunConfig:
         """Sixteen hex digits over `experiment()`: equal digests, equal experiments."""
         text = json.dumps(self.experiment(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def differs_from(self, other: "RunConfig", *, but_seed: bool = False) -> list[str]:
+        """In what `other` computes another thing, as lines "recipe.lr: 0.1 -> 0.2"; `but_seed`: beside the seed."""
+        theirs = other.experiment()
+        return differences(self.experiment(), theirs | {"seed": self.seed} if but_seed else theirs)
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as JSON-ready values: tuples as lists, None where nothing was chosen."""

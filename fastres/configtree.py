@@ -1,4 +1,4 @@
-"""Trees of values for config dataclasses: laying one over another, comparing them, and building them strictly.
+"""Trees of values for config dataclasses: laying one over another, comparing, showing, and building them strictly.
 
 A tree is nested mappings, as TOML and JSON give them. Knows nothing of what the values mean.
 """
@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from fastres.errors import InputError
+
+NO_COUNTS = ("seed", "cudnn")  # whole numbers that are not grouped by thousands: they count nothing
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,6 +38,24 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     """The keys in which two trees differ, as lines "recipe.lr: 0.1 -> 0.2"."""
     a, b = leaves(ours), leaves(theirs)
     return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+
+
+def show_key(path: str) -> str:
+    """The key at the end of a path as people write it: "weight decay on" for "recipe.weight_decay_on"."""
+    return path.rpartition(".")[2].replace("_", " ")
+
+
+def show_value(path: str, value: Any) -> str:
+    """The value at a path as people write it: 64,000, "on", "auto" where nothing was chosen."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) or "none"
+    if isinstance(value, int) and path not in NO_COUNTS:
+        return f"{value:,}"
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
+    return "auto" if value is None else str(value)
 
 
 def is_int(value: Any) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastres.files import check_figure, save_figure
-from fastres.series import Curve, What, XAxis, curve_of, held_out_of
+from fastres.series import FEW_POINTS, Curve, What, XAxis, curve_of, held_out_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,6 @@ DASHES: tuple[Any, ...] = (
     (0, (6, 2, 1.5, 2)),
 )  # after the last colour, the next dash
 NUM_STYLES = len(COLORS) * len(DASHES)
-FEW_POINTS = 12  # below it, each is marked
 UNITS = (("hours", 3_600.0), ("minutes", 60.0), ("seconds", 1.0))
 AXES_HEIGHT, LEGEND_ROW = 4.4, 0.21  # inches
 LEGEND_WIDTH, HANDLE = 96, 9  # characters: of the figure, of a handle and the room around it

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastres import checkpoint, gpu
-from fastres.build import EVALUATION_BATCH, Mean, empty_net, load_images, place
+from fastres.build import EVALUATION_BATCH, empty_net, load_images, place
 from fastres.config import Execution, Model, RunConfig
 from fastres.console import percent
-from fastres.data.imageset import ImageSet, caveat
+from fastres.data.imageset import Float32Array, ImageSet, caveat, short_digest
 from fastres.data.pixels import SCALE
 from fastres.data.resident import evaluation_batches
 from fastres.errors import InputError
@@ -79,11 +79,7 @@ class Outcome:
             "class_errors": dict(zip(names, self.evaluation.class_errors, strict=True)),
             "confusion": self.evaluation.confusion,
             "num_images": self.evaluation.num_images,
-            "data": {
-                "name": self.images.name,
-                "test_digest": self.images.test_digest(),
-                "official": self.images.official,
-            },
+            "data": self.images.test_facts(),
         }
 
 
@@ -158,7 +154,7 @@ def load_trained(
     if saved and config:
         _check(saved, config, images, target, arch, say)
         model, weights, step = config.model, saved.weights, saved.meta["step"]
-        mean_image: Mean = saved.tensors["data/mean"].numpy()
+        mean_image: Float32Array = saved.tensors["data/mean"].numpy()
     else:
         assert foreign is not None
         model, weights, step = _model_of(foreign, target, arch), foreign.state, None
@@ -246,7 +242,7 @@ def _check(
         raise InputError(f"--arch {arch}: {target} says of itself that it is {config.model.arch}")
     theirs, ours = saved.meta["data"]["test_digest"], images.test_digest()
     if theirs != ours:
-        say(f"tested on other images ({ours[:23]}...) than the run was tested on ({theirs[:23]}...)")
+        say(f"tested on other images ({short_digest(ours)}) than the run was tested on ({short_digest(theirs)})")
     if saved.meta["data"]["scale"] != SCALE:
         raise InputError(f"{target} was trained with pixels scaled by {saved.meta['data']['scale']}, not {SCALE}")
 
@@ -262,7 +258,7 @@ def _caveats(saved: checkpoint.Checkpoint | None, images: ImageSet) -> tuple[str
 
 
 def _batches(
-    images: ImageSet, mean: Mean, std: Channels | None, runtime: Runtime, execution: Execution
+    images: ImageSet, mean: Float32Array, std: Channels | None, runtime: Runtime, execution: Execution
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The test images as the network was trained to see them."""
     plain = evaluation_batches(
@@ -286,7 +282,7 @@ def report(outcome: Outcome) -> str:
     """The result for people, a class a line."""
     data = outcome.images
     at = f" at step {outcome.step:,}" if outcome.step is not None else ""
-    note = "" if data.official else f", not the official files ({data.test_digest()[:23]}...)"
+    note = "" if data.official else f", not the official files ({short_digest(data.test_digest())})"
     worst = max(error or 0.0 for error in outcome.evaluation.class_errors) or 1.0
     width = max(map(len, data.class_names))
     found = outcome.evaluation

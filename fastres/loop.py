@@ -12,7 +12,6 @@ from fastres.build import load_images
 from fastres.checkpoint import Checkpoint
 from fastres.clock import Clocks
 from fastres.config import RunConfig
-from fastres.configtree import differences
 from fastres.console import Console, Progress, Verbosity
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
@@ -24,7 +23,7 @@ from fastres.models.depth import IMAGENET_BLOCKS
 from fastres.optim import LrSchedule
 from fastres.resolve import runtime_of
 from fastres.result import RunResult, result_of, summary
-from fastres.rundir import CONFIG, DIVERGED, RESULT, RunDir, default_path, found_again, remove_empty, resume_with
+from fastres.rundir import CONFIG, DIVERGED, RunDir, default_path, found_again, remove_empty, resume_with
 from fastres.runstate import RunState, load_states, record_environment, record_loader
 from fastres.runtime import Runtime, peak_memory, synchronize
 from fastres.step import TrainStep
@@ -70,7 +69,7 @@ def train(
     run = None
     if resume is not None:
         run, config = _reopen(Path(resume), config)
-        if (run.path / RESULT).exists():
+        if run.status == "finished":
             console.say(f"{run.path} is finished: nothing to resume")
             return result_of(run)
     config = config or RunConfig()
@@ -297,7 +296,7 @@ def _reopen(path: Path, asked: RunConfig | None) -> tuple[RunDir, RunConfig]:
 
 def check_same(run: RunDir, config: RunConfig) -> None:
     """Raise InputError, naming the differences, where a run folder was started with something else than `config`."""
-    if changed := differences(run.config().experiment(), config.experiment()):
+    if changed := run.config().differs_from(config):
         raise InputError(
             f"{run.path} was started with another config ({'; '.join(changed)}); leave these out to resume it"
         )

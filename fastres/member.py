@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastres import optim
-from fastres.build import Mean, build_evaluators, build_loaders, build_net, build_optimizer
+from fastres.build import build_evaluators, build_loaders, build_net, build_optimizer
 from fastres.clock import Clocks
 from fastres.config import RunConfig
 from fastres.curves import draw_curves
-from fastres.data.imageset import ImageSet
+from fastres.data.imageset import Float32Array, ImageSet
 from fastres.errors import Diverged
 from fastres.evaluator import Evaluation, Evaluator
 from fastres.models.cifar import num_parameters
@@ -134,7 +134,7 @@ class Member:
                 numbers = {"kind": kind, "step": done, "loss": result.loss, "error": result.error}
                 self.run.append_metrics({**numbers, "clock": {"evaluate": clocks.read("evaluate")}})
 
-    def save(self, images: ImageSet, mean: Mean, clocks: Clocks) -> None:
+    def save(self, images: ImageSet, mean: Float32Array, clocks: Clocks) -> None:
         """Write a checkpoint, but not of weights with NaN or Inf: `diverged`. Raises MachineError."""
         with clocks("checkpoint"):
             try:
@@ -208,7 +208,7 @@ def make_members(
     configs: Sequence[RunConfig],
     runs: Sequence[RunDir],
     images: ImageSet,
-    mean: Mean,
+    mean: Float32Array,
     runtime: Runtime,
     clocks: Clocks,
     stack: contextlib.ExitStack,

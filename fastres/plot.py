@@ -1,18 +1,17 @@
 """Curves of any runs in one figure: which runs, what tells them apart, which belong together."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastres.config import RunConfig
-from fastres.configtree import leaves
+from fastres.configtree import leaves, show_key, show_value
 from fastres.curves import NUM_STYLES, draw
 from fastres.data.imageset import caveat
 from fastres.errors import InputError
 from fastres.files import check_figure
-from fastres.rundir import DIVERGED, RESULT, RunDir, find_runs, resume_with
+from fastres.rundir import RunDir, find_runs, resume_with
 from fastres.series import Curve, What, XAxis, curve_of, mean_curve
 
 # Keys of the config whose value speaks for itself, and those that the model's name replaces.
@@ -32,7 +31,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it has its result."""
-        return (self.folder.path / RESULT).is_file()
+        return self.folder.status == "finished"
 
     @property
     def reached(self) -> int:
@@ -42,9 +41,10 @@ class Run:
     @property
     def standing(self) -> str:
         """ "" for a finished run, else how far it got."""
-        if self.finished:
+        status = self.folder.status
+        if status == "finished":
             return ""
-        if (self.folder.path / DIVERGED).is_file():
+        if status == "diverged":
             return f"diverged after step {self.reached:,}"
         return f"step {self.reached:,} of {self.config.recipe.steps:,}"
 
@@ -53,13 +53,8 @@ class Run:
         """Caveat on its images, for a reader; "" for the official CIFAR-10 files."""
         return caveat(self.config.data.dataset, self.folder.data().get("official"))
 
-    @property
-    def group(self) -> str:
-        """Equal for runs that differ in nothing but the seed."""
-        return json.dumps({**self.config.experiment(), "seed": None}, sort_keys=True)
-
     def curve(self, *, what: What = "error", x: XAxis = "step", smooth: int | None = None) -> Curve:
-        """What is drawn of it; `fastres.curves.curve_of` explains the arguments."""
+        """What is drawn of it; `fastres.series.curve_of` explains the arguments."""
         epochs_per_step = self.config.recipe.batch_size / self.config.data.num_train
         label = f"{self.label} ({self.standing})" if self.standing else self.label
         return curve_of(
@@ -141,23 +136,14 @@ def _twins(labels: Sequence[str]) -> set[str]:
 def _words(key: str, value: Any) -> str:
     if key in BARE:
         return str(value)
-    return f"{key.replace('_', ' ')} {show_value(value)}"
-
-
-def show_value(value: Any) -> str:
-    """A value of the config as people write it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value)) or "none"
-    return "auto" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{show_key(key)} {show_value(key, value)}"
 
 
 def grouped(runs: Iterable[Run]) -> list[list[Run]]:
     """Runs of one config together, in the order in which their first comes."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.group, []).append(run)
+        groups.setdefault(replace(run.config, seed=0).digest, []).append(run)
     return list(groups.values())
 
 
@@ -178,7 +164,7 @@ def plot_runs(
     Args:
         paths: Run folders, or folders of run folders.
         out: A name that ends in .png or .svg. Default: curves.png, in the folder that was given, if it was one.
-        what, x, smooth: As `fastres.curves.curve_of` takes them.
+        what, x, smooth: As `fastres.series.curve_of` takes them.
         log_y, ylim: The y axis.
         band: Draw runs that differ in nothing but the seed as mean and standard deviation.
         say: Takes one-line notices.
@@ -230,12 +216,15 @@ def caveats(runs: Iterable[Run]) -> str:
     return "; ".join(remarks((run.label, [run.caveat] if run.caveat else []) for run in runs))
 
 
+def group_labels(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """What tells groups of runs apart, whatever their seeds."""
+    return tell_apart([replace(group[0].config, seed=0) for group in groups], [""] * len(groups))[1]
+
+
 def mean_labels(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """What tells groups of runs apart, and how many runs each has."""
-    configs = [replace(group[0].config, seed=0) for group in groups]
-    _, labels = tell_apart(configs, [""] * len(groups))
+    """The same, and how many runs each group has."""
     named = []
-    for label, group in zip(labels, groups, strict=True):
+    for label, group in zip(group_labels(groups), groups, strict=True):
         unfinished = sum(not run.finished for run in group)
         named.append(f"{label}, mean of {len(group)}" + (f" ({unfinished} unfinished)" if unfinished else ""))
     return named

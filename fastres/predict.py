@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from fastres.build import EVALUATION_BATCH, Mean, empty_net, place
+from fastres.build import EVALUATION_BATCH, empty_net, place
 from fastres.config import RunConfig
-from fastres.data.imageset import IMAGE_SIZE
+from fastres.data.imageset import IMAGE_SIZE, Bytes, Float32Array
 from fastres.data.resident import evaluation_batches
 from fastres.errors import InputError
 from fastres.evaluate import here, read_checkpoint
@@ -32,14 +31,14 @@ class Predictor:
     """
 
     net: Network
-    mean: Mean
+    mean: Float32Array
     class_names: tuple[str, ...]
     config: RunConfig
     step: int
     runtime: Runtime
 
     @torch.no_grad()
-    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def __call__(self, images: Bytes) -> Float32Array:
         """The logits, float32 `(num, classes)`.
 
         Args:

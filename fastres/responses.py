@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres.data.imageset import short_digest
 from fastres.evaluate import Trained
 from fastres.models.imagenet import Network
 from fastres.runtime import autocast, eager
@@ -107,7 +108,7 @@ def to_dict(target: str, trained: Trained, responses: Sequence[Response]) -> dic
         "precision": trained.runtime.precision,
         "responses": [{"index": i, "layer": r.name, "std": r.std} for i, r in enumerate(responses, 1)],
         "num_images": len(images.test_images),
-        "data": {"name": images.name, "test_digest": images.test_digest(), "official": images.official},
+        "data": images.test_facts(),
     }
 
 
@@ -115,7 +116,7 @@ def table(trained: Trained, responses: Sequence[Response]) -> str:
     """For people: a layer a line, with a bar as long as its response is strong."""
     at = f" at step {trained.step:,}" if trained.step is not None else ""
     images = trained.images
-    note = "" if images.official else f", not the official files ({images.test_digest()[:23]}...)"
+    note = "" if images.official else f", not the official files ({short_digest(images.test_digest())})"
     width = max(len(response.name) for response in responses)
     largest = max(response.std for response in responses) or 1.0
     lines = [

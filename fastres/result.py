@@ -7,7 +7,7 @@ from typing import Any
 
 from fastres.config import RunConfig
 from fastres.console import duration, percent
-from fastres.data.imageset import ImageSet
+from fastres.data.imageset import ImageSet, short_digest
 from fastres.errors import InputError
 from fastres.rundir import RESULT, RunDir
 from fastres.series import is_number
@@ -52,7 +52,7 @@ def result_of(run: RunDir) -> RunResult:
     try:
         values = run.read_json(RESULT)
     except InputError as error:
-        raise InputError(f"{error}. {remedy}" if (run.path / RESULT).exists() else str(error)) from error
+        raise InputError(f"{error}. {remedy}" if run.status == "finished" else str(error)) from error
     found = {key: values.get(key) for key in RunResult.__dataclass_fields__ if key != "run"}
     for key, value in found.items():
         if not _fits(key, value):
@@ -81,7 +81,7 @@ def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]
     """What a person wants to know at the end, line by line."""
     held_out = config.data.held_out
     seconds, step = result.seconds, result.step_milliseconds
-    labelled = "" if images.official else f"  (data set not the official one: {images.digest[:23]}...)"
+    labelled = "" if images.official else f"  (data set not the official one: {short_digest(images.digest)})"
     together = f", one of {result.side_by_side} runs side by side" if result.side_by_side > 1 else ""
     best = f"{percent(result.best_test_error)} at step {result.best_step:,}"
     lines = [

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 
@@ -94,6 +94,20 @@ class RunDir:
             way_on = f"; it holds {len(below)}: give one of them, as {below[0]}" if below else ""
             raise InputError(f"{path} is not a run folder: it has no {CONFIG}{way_on}")
         return RunDir(path)
+
+    @property
+    def status(self) -> Literal["missing", "cut", "finished", "diverged"]:
+        """What there is of the run; cut: begun, or in training. Whether its files are whole is not looked at."""
+        if (self.path / RESULT).exists():
+            return "finished"
+        if (self.path / DIVERGED).exists():
+            return "diverged"
+        return "cut" if (self.path / CONFIG).exists() else "missing"
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing more to train: it is finished, or has diverged."""
+        return self.status in ("finished", "diverged")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from fastres import checkpoint
-from fastres.build import Mean, loader_kind
+from fastres.build import loader_kind
 from fastres.checkpoint import Checkpoint
 from fastres.config import RunConfig
-from fastres.configtree import differences
-from fastres.data.imageset import ImageSet
+from fastres.data.imageset import Float32Array, ImageSet
 from fastres.data.pixels import SCALE
 from fastres.environment import environment
 from fastres.errors import Diverged, InputError
@@ -45,7 +44,7 @@ class RunState:
         replica: Replica,
         config: RunConfig,
         images: ImageSet,
-        mean: Mean,
+        mean: Float32Array,
         seconds: Mapping[str, float],
     ) -> None:
         """Write a checkpoint. Waits for the device.
@@ -79,9 +78,7 @@ class RunState:
             "scaler": replica.scaler.state_dict(),
             "config": config.to_dict(),
             "data": {
-                "name": images.name,
-                "digest": images.digest,
-                "official": images.official,
+                **images.facts(),
                 "test_digest": images.test_digest(),
                 "class_names": list(images.class_names),
                 "scale": SCALE,  # with the mean, all of the normalisation
@@ -146,8 +143,7 @@ def load_states(runs: Sequence[RunDir], images: ImageSet, say: Callable[[str], N
             )
             say(f"{run.path} {newest}: starting at step 0")
         else:
-            stored = RunConfig.from_dict(saved.meta["config"]).experiment()
-            if changed := differences(stored, run.config().experiment()):
+            if changed := RunConfig.from_dict(saved.meta["config"]).differs_from(run.config()):
                 raise InputError(
                     f"{run.path / CONFIG} was changed since {saved.path.name} was saved ({'; '.join(changed)}); "
                     "change it back, or start anew with another --out"
@@ -176,9 +172,7 @@ def _choices(run: RunDir, say: Callable[[str], None]) -> list[Checkpoint]:
 def data_note(images: ImageSet) -> dict[str, Any]:
     """The data set, as environment.json and result.json record it."""
     return {
-        "name": images.name,
-        "digest": images.digest,
-        "official": images.official,
+        **images.facts(),
         "source": images.source,
         "num_train": len(images.train_images),
         "num_test": len(images.test_images),

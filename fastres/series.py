@@ -8,10 +8,11 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+Float64Array = npt.NDArray[np.float64]
 What = Literal["error", "loss", "lr"]
 XAxis = Literal["step", "epoch", "time"]
 
+FEW_POINTS = 12  # a line of fewer has a mark at each
 PARTS_OF_RUN = 40  # the window of the smoothing, unless told: a run over this
 
 
@@ -19,12 +20,12 @@ PARTS_OF_RUN = 40  # the window of the smoothing, unless told: a run over this
 class Line:
     """One quantity over a run. All arrays are float64 of one length; errors are in per cent."""
 
-    steps: Floats
-    x: Floats
-    y: Floats  # as logged; of several runs: their mean
-    smooth: Floats
-    low: Floats | None = None  # one standard deviation over the runs below and above `smooth`; None for a single run
-    high: Floats | None = None
+    steps: Float64Array
+    x: Float64Array
+    y: Float64Array  # as logged; of several runs: their mean
+    smooth: Float64Array
+    low: Float64Array | None = None  # one standard deviation over the runs below `smooth`; None for a single run
+    high: Float64Array | None = None  # and above it
 
     @property
     def smoothed(self) -> bool:
@@ -119,7 +120,7 @@ def held_out_of(curves: Sequence[Curve]) -> str:
     return " or ".join(sorted({curve.held_out for curve in curves})) or "test"
 
 
-def _points(records: Iterable[dict[str, Any]], kind: str, what: What) -> tuple[Floats, Floats]:
+def _points(records: Iterable[dict[str, Any]], kind: str, what: What) -> tuple[Float64Array, Float64Array]:
     """Steps and values of one kind of record, in rising steps."""
     found = {record["step"]: record.get(what) for record in records if record.get("kind") == kind}
     scale = 100 if what == "error" else 1
@@ -133,7 +134,9 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _axis(records: Iterable[dict[str, Any]], x: XAxis, epochs_per_step: float) -> Callable[[Floats], Floats]:
+def _axis(
+    records: Iterable[dict[str, Any]], x: XAxis, epochs_per_step: float
+) -> Callable[[Float64Array], Float64Array]:
     """From steps to places on the x axis."""
     if x == "step":
         return lambda steps: steps
@@ -149,7 +152,7 @@ def _axis(records: Iterable[dict[str, Any]], x: XAxis, epochs_per_step: float) -
     return lambda steps: np.interp(steps, steps_known, seconds) + rate * np.maximum(steps - steps_known[-1], 0)
 
 
-def _reach(steps: Floats, smooth: int | None) -> float:
+def _reach(steps: Float64Array, smooth: int | None) -> float:
     """How many steps to each side are averaged."""
     if len(steps) < 2:
         return 0.0
@@ -157,12 +160,12 @@ def _reach(steps: Floats, smooth: int | None) -> float:
     return float(points // 2 * np.median(np.diff(steps)))
 
 
-def _averaged(x: Floats, y: Floats, reach: float) -> Floats:
+def _averaged(x: Float64Array, y: Float64Array, reach: float) -> Float64Array:
     """Means over centred windows. Towards the ends a window shrinks on both sides: the last value stays as logged."""
     reaches = np.minimum(reach, np.minimum(x - x[0], x[-1] - x))
     first, last = np.searchsorted(x, x - reaches, "left"), np.searchsorted(x, x + reaches, "right")
     if np.array_equal(last - first, np.ones_like(first)):
         return y
     total = np.concatenate([[0.0], np.cumsum(y)])
-    means: Floats = (total[last] - total[first]) / (last - first)
+    means: Float64Array = (total[last] - total[first]) / (last - first)
     return means

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 from fastres import checkpoint, gpu
 from fastres.clock import Clocks
 from fastres.config import RunConfig
-from fastres.configtree import differences, is_int
+from fastres.configtree import is_int
 from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError
 from fastres.files import write_json
@@ -25,7 +25,6 @@ from fastres.result import RunResult, result_of
 from fastres.rundir import (
     CONFIG,
     DIVERGED,
-    RESULT,
     RunDir,
     found_again,
     is_left_behind,
@@ -131,7 +130,7 @@ def train_all(
         An outcome for each folder in order.
     """
     for path, config in folders.items():
-        if status(path) != "missing":
+        if RunDir(path).status != "missing":
             check_same(RunDir.open(path), config)
         else:
             RunDir.check_free(path, overwrite=False)
@@ -146,19 +145,10 @@ def train_all(
     return [outcome_of(path) for path in folders]
 
 
-def status(path: Path) -> Literal["missing", "cut", "finished", "diverged"]:
-    """What there is of a run. Whether it is the right one is not looked at."""
-    if (path / RESULT).exists():
-        return "finished"
-    if (path / DIVERGED).exists():
-        return "diverged"
-    return "cut" if (path / CONFIG).exists() else "missing"
-
-
 def outcome_of(path: Path) -> Outcome:
     """What a finished run gave, or why it was abandoned. Raises InputError where it is neither."""
     run = RunDir.open(path)
-    return Diverged(str(run.read_json(DIVERGED).get("why"))) if status(path) == "diverged" else result_of(run)
+    return Diverged(str(run.read_json(DIVERGED).get("why"))) if run.status == "diverged" else result_of(run)
 
 
 def spread(name: str, outcomes: Sequence[Outcome]) -> str:
@@ -237,7 +227,7 @@ def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
         if not _begun(folder / f"seed{seed}" for seed in stored["seeds"]):
             stored |= {"config": own, "seeds": []}
         theirs, known = RunConfig.from_dict({**stored["config"], "seed": 0}), stored["seeds"]
-        if changed := differences(theirs.experiment(), dataclasses.replace(config, seed=0).experiment()):
+        if changed := theirs.differs_from(config, but_seed=True):
             raise InputError(f"{folder} is a sweep of another config ({'; '.join(changed)}); give another --out")
     elif not _holds_only_seeds(folder):
         RunDir.check_free(folder, overwrite=False)
@@ -246,7 +236,7 @@ def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
 
 def _begun(paths: Iterable[Path]) -> bool:
     """Whether there is anything of any of these runs."""
-    return any(status(path) != "missing" for path in paths)
+    return any(RunDir(path).status != "missing" for path in paths)
 
 
 def _holds_only_seeds(folder: Path) -> bool:
@@ -260,7 +250,7 @@ def _groups(folders: Mapping[Path, RunConfig], side_by_side: int) -> list[dict[P
     groups: list[dict[Path, RunConfig]] = []
     common: list[set[int]] = []  # of each group: the steps that all its runs have saved
     for path, config in folders.items():
-        if status(path) in ("finished", "diverged"):
+        if RunDir(path).ended:
             continue
         most = side_by_side or (SIDE_BY_SIDE if gpu.choose(config.execution.device)[0].type == "cuda" else 1)
         steps = checkpoint.steps(path) or {0}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastres.config import PRESETS, Model, Recipe, RunConfig, make_config
-from fastres.configtree import differences, merge
+from fastres.configtree import differences, merge, show_key, show_value
 from fastres.errors import InputError
 
 
@@ -235,6 +235,28 @@ def test_ramp_takes_a_tenth_of_the_steps_unless_told() -> None:
 def test_differences_name_the_keys() -> None:
     ours, theirs = make_config().experiment(), make_config(recipe={"lr": 0.2}, seed=1).experiment()
     assert differences(ours, theirs) == ["recipe.lr: 0.1 -> 0.2", "seed: 0 -> 1"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "shown"),
+    [
+        ("data.augment", False, "off"),
+        ("execution.compile", None, "auto"),
+        ("recipe.milestones", [32_000, 48_000], "32000,48000"),
+        ("execution.data_urls", (), "none"),
+        ("recipe.steps", 64_000, "64,000"),
+        ("seed", 12_345, "12345"),
+        ("recipe.lr", 0.100000001, "0.100000001"),  # not the 0.1 beside it
+        ("recipe.lr", 1.0, "1"),
+        ("fastres", "2.0", "2.0"),
+    ],
+)
+def test_a_value_is_shown_as_people_write_it(path: str, value: object, shown: str) -> None:
+    assert show_value(path, value) == shown
+
+
+def test_a_key_is_shown_without_its_section() -> None:
+    assert show_key("recipe.weight_decay_on") == show_key("weight_decay_on") == "weight decay on"
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "auto", "B", "5min", "error"])

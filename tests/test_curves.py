@@ -18,7 +18,7 @@ from fastres.configtree import merge
 from fastres.curves import COLORS, NUM_STYLES, figure_of
 from fastres.errors import InputError
 from fastres.plot import Run, plot_runs, read_runs, tell_apart
-from fastres.reproduce import html as report_page
+from fastres.reproduce import markup as report_page
 from fastres.rundir import DIVERGED, RESULT, RunDir
 from fastres.series import Curve, curve_of, mean_curve
 

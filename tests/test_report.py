@@ -21,11 +21,12 @@ from fastres.data.synthetic import make_synthetic
 from fastres.errors import MachineError
 from fastres.evaluator import Evaluation
 from fastres.plot import read_runs
-from fastres.reproduce import html, report
+from fastres.reproduce import markup, report
 from fastres.reproduce.answers import MISTAKES, Answers, Mistake, answers_of, png
 from fastres.reproduce.charts import line_chart, ticks
 from fastres.reproduce.report import MAX_BYTES, render, write_report
 from fastres.reproduce.sections import Subject
+from fastres.result import result_of
 from fastres.rundir import ENVIRONMENT, RESULT, RunDir
 from fastres.series import Curve, Line, curve_of
 from tests.runs import tiny
@@ -205,21 +206,22 @@ def test_without_checkpoint_or_data_the_rest_is_there(run: Path, monkeypatch: py
 
 
 def test_what_the_data_were_is_on_the_face(run: Path) -> None:
-    official = "Not the official CIFAR-10 files"
+    official = "The data set is not the official CIFAR-10 files."
     as_cifar10(run)
     changed(run, ENVIRONMENT, data={"name": "cifar10", "digest": "sha256:123abc", "official": False})
     text = reported(run).text
-    assert f"{official}: sha256:123abc." in text
+    assert official in text
+    assert "digest sha256:123abc" in text
     assert "Synthetic" not in text
     changed(run, ENVIRONMENT, data={"name": "cifar10", "digest": "sha256:123abc", "official": True})
     assert official not in reported(run).text
     as_cifar10(run, val_split=True)
     text = reported(run).text
-    assert "the test set was not used" in text
+    assert "Trained on 45k images, tested on the other 5k, not on the test set." in text
     assert "Validation error" in text
     (run / ENVIRONMENT).unlink()
     text = reported(run).text
-    assert "Which images these were was not recorded." in text
+    assert "Which images were used was not recorded." in text
     assert "environment.json is missing" in text
 
 
@@ -309,8 +311,7 @@ def test_several_runs_are_a_table_with_a_section_each(sweep: Path) -> None:
 
 def test_hundreds_of_runs_have_a_row_each_and_sections_as_far_as_they_fit(sweep: Path) -> None:
     common, runs = read_runs([sweep / "seed0"])
-    result, environment = (json.loads((sweep / "seed0" / name).read_text()) for name in (RESULT, ENVIRONMENT))
-    subjects = [Subject(runs[0], result, environment, "--no-eval was given.")] * 700
+    subjects = [Subject(runs[0], result_of(runs[0].folder), "--no-eval was given.")] * 700
     document = check(Document(render(common, subjects)))
     shown = document.count("details")
     assert 100 < shown < 700
@@ -330,7 +331,7 @@ def test_variants_of_a_network_have_a_row_each(sweep: Path) -> None:
     (sweep / "seed1" / "config.json").write_text(json.dumps(tree))
     table = table6_of(reported(sweep))
     assert re.search(r"ResNet-8, weight decay on all [\d,]+ 2 .* ResNet-8, weight decay on weights [\d,]+ 1 ", table)
-    assert "Where the paper is silent: weight_decay_on all -> weights (ResNet-8, weight decay on weights)." in table
+    assert "Where the paper is silent: weight decay on all -> weights (ResNet-8, weight decay on weights)." in table
 
 
 def test_a_row_that_cannot_be_made_says_why_and_the_others_stand(sweep: Path) -> None:
@@ -365,9 +366,8 @@ def test_many_runs_stay_below_a_megabyte(sweep: Path) -> None:
         {"kind": kind, "step": step, "error": chance.random()} for kind, step in sorted(kinds, key=lambda k: k[1])
     ]
     common, runs = read_runs([sweep / "seed0"])
-    result, environment = (json.loads((sweep / "seed0" / name).read_text()) for name in (RESULT, ENVIRONMENT))
     runs[0].records[:] = records
-    subjects = [Subject(runs[0], result, environment, tested)] * 45
+    subjects = [Subject(runs[0], result_of(runs[0].folder), tested)] * 45
     document = check(Document(render(common, subjects)))
     left_out = document.text.count("Left out to keep this file below 1 MB")
     assert 0 < left_out < 45
@@ -398,7 +398,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_text_and_lines_stand_out_in_light_and_in_dark() -> None:
-    css = (Path(html.__file__).with_name("report.css")).read_text()
+    css = (Path(markup.__file__).with_name("report.css")).read_text()
     light, dark = css.split("prefers-color-scheme: dark")
     for theme in (variables(light), variables(dark)):
         assert set(theme) >= {"page", "ink", "soft", "s0", "s6"}

@@ -12,7 +12,7 @@ import torch
 from fastres import checkpoint
 from fastres.config import make_config
 from fastres.errors import InputError, MachineError
-from fastres.rundir import METRICS, RunDir, default_path, found_again, remove_empty
+from fastres.rundir import CONFIG, DIVERGED, METRICS, RESULT, RunDir, default_path, found_again, remove_empty
 
 
 def test_non_empty_folders_are_refused_or_moved_aside(tmp_path: Path) -> None:
@@ -158,6 +158,15 @@ def test_open_needs_a_run(tmp_path: Path) -> None:
     RunDir.create(tmp_path / "sweep" / "seed0").write_json("config.json", {})
     with pytest.raises(InputError, match=r"it holds 1: give one of them, as .*seed0"):
         RunDir.open(tmp_path / "sweep")
+
+
+def test_the_status_says_what_there_is_of_a_run(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert (run.status, run.ended) == ("missing", False)
+    run = RunDir.create(run.path)
+    for name, status, ended in ((CONFIG, "cut", False), (DIVERGED, "diverged", True), (RESULT, "finished", True)):
+        run.write_json(name, {})
+        assert (run.status, run.ended) == (status, ended)
 
 
 def test_default_paths_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

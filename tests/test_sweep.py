@@ -170,7 +170,7 @@ def test_a_run_that_diverges_is_given_up_and_the_others_go_on(
     # ... unless it is asked for: from its last good checkpoint it ends as if nothing had been
     fastres.train(resume=folder / "seed1", verbosity="quiet")
     assert_same_runs(alone, folder)
-    assert sweep.status(folder / "seed1") == "finished"
+    assert RunDir(folder / "seed1").status == "finished"
 
 
 def test_all_diverged_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_out_of_time_between_two_runs_begins_none(tmp_path: Path, monkeypatch: p
         train_seeds(
             tiny(tmp_path / "sweep", recipe={"steps": 2}), 2, verbosity="quiet", deadline=perf_counter() + 3_600
         )
-    assert [sweep.status(tmp_path / "sweep" / f"seed{k}") for k in (0, 1)] == ["finished", "missing"]
+    assert [RunDir(tmp_path / "sweep" / f"seed{k}").status for k in (0, 1)] == ["finished", "missing"]
 
 
 def test_a_long_sweep_says_how_to_resume_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

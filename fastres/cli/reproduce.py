@@ -167,20 +167,14 @@ def reproduce(
     ] = False,
 ) -> None:
     """Make the paper's Table 6, Figure 6 or Figure 7. Missing runs are trained, interrupted ones resumed."""
-    if what not in WHAT:
-        raise InputError(f"unknown target {what!r}; choose from {', '.join(WHAT)}")
+    _check_target(what, clean=clean, ylim=ylim, assert_=assert_)
     refuse_both("--nets", nets, "--depths", depths)
     refuse_both("--steps", steps, "--epochs", epochs)
     if budget is not None and not 0 < budget < math.inf:
         raise InputError(f"--budget is {budget}; it must be minutes above 0")
-    upper = _upper_edge(what, ylim)
-    if clean and what == "table6":
-        raise InputError("--clean applies to Figure 6; use fig6 or all")
-    make_config(recipe={} if warmup is None else {"warmup": warmup})  # refuses another word, whatever it applies to
     if side_by_side < 0:
         raise InputError(f"--side-by-side is {side_by_side}; 0 chooses, else how many")
-    if assert_ and what not in ("table6", "all"):
-        raise InputError(f"--assert judges Table 6, which {what} does not make; type table6 or all")
+    make_config(recipe={} if warmup is None else {"warmup": warmup})  # refuses another word, whatever it applies to
     deadline = math.inf if budget is None else perf_counter() + 60 * budget
     ablations = {
         "model": given(shortcut=shortcut, norm_batch=norm_batch, init=init, pad=pad),
@@ -206,7 +200,7 @@ def reproduce(
     from fastres.files import make_folder
     from fastres.reproduce import table6
     from fastres.reproduce.plan import needs, runs_of, train_missing
-    from fastres.sweep import status
+    from fastres.rundir import RunDir
 
     if runs is None:  # runs of another length would be in the way of the paper's
         runs = Path("-".join(["runs/reproduce", *_lengths_in_words(preset, steps, epochs)]))
@@ -215,7 +209,7 @@ def reproduce(
     if dry_run:
         for stage in stages:
             for path in stage.folders:
-                print(f"{stage.name:<12} {status(path):<9} {path}")
+                print(f"{stage.name:<12} {RunDir(path).status:<9} {path}")
         return
     folder = out or runs / variant
     if train:
@@ -226,22 +220,25 @@ def reproduce(
     if not (found := runs_of(stages)):
         raise InputError(f"{runs} holds no run of these networks yet; leave out --no-train to train them")
     num_missing = len({path for stage in stages for path in stage.folders}) - len(found)
-    _make(what, found, folder, changes["execution"], console, clean=clean, upper=upper, num_missing=num_missing)
+    _make(what, found, folder, changes["execution"], console, clean=clean, ylim=ylim, num_missing=num_missing)
     if not whole:
         console.say("not all runs are finished: run the same command again to resume")
     if assert_:
         table6.check(table6.rows_of(found), num_missing=num_missing)
 
 
-def _upper_edge(what: str, ylim: float | None) -> float | None:
-    """`--ylim` as a fraction. Raises InputError."""
-    if ylim is None:
-        return None
-    if what not in ("fig6", "all"):
+def _check_target(what: str, *, clean: bool, ylim: float | None, assert_: bool) -> None:
+    """Raise InputError for an unknown target, and for flags that are not of it."""
+    if what not in WHAT:
+        raise InputError(f"unknown target {what!r}; choose from {', '.join(WHAT)}")
+    if ylim is not None and what not in ("fig6", "all"):
         raise InputError(f"--ylim is of Figure 6, which {what} does not make; type fig6 or all")
-    if not 0 < ylim <= 100:
+    if ylim is not None and not 0 < ylim <= 100:
         raise InputError(f"--ylim is {ylim}; it must be per cent above 0, and at most 100")
-    return ylim / 100
+    if clean and what == "table6":
+        raise InputError("--clean applies to Figure 6; use fig6 or all")
+    if assert_ and what not in ("table6", "all"):
+        raise InputError(f"--assert judges Table 6, which {what} does not make; type table6 or all")
 
 
 def _lengths_in_words(preset: str, steps: int | None, epochs: float | None) -> list[str]:
@@ -309,7 +306,7 @@ def _make(
     console: "Console",
     *,
     clean: bool,
-    upper: float | None,
+    ylim: float | None,
     num_missing: int,
 ) -> None:
     """Write what was asked for, from the runs there are."""
@@ -327,8 +324,9 @@ def _make(
         console.print(table6.terminal(rows))
     if what in ("fig6", "all"):
         # The paper's axis, but for runs that are not the paper's: most of their curves would lie above it.
-        others = any(departures(run.config()) for run in found)
-        paths += fig6.draw(found, folder, note=note, clean=clean, ylim=upper or (1.0 if others else fig6.PAPER_YLIM))
+        usual = 1.0 if any(departures(run.config()) for run in found) else fig6.PAPER_YLIM
+        upper = usual if ylim is None else ylim / 100
+        paths += fig6.draw(found, folder, note=note, clean=clean, ylim=upper)
     if what in ("fig7", "all"):
         paths += fig7.draw(found, folder, execution, note=note, say=console.say)
     for path in paths:

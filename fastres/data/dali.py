@@ -21,8 +21,8 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from fastres.data.deviceplan import DevicePlan, decode_index, look_up
-from fastres.data.imageset import IMAGE_SIZE, ImageSet
-from fastres.data.pixels import Floats, pixels
+from fastres.data.imageset import IMAGE_SIZE, Float32Array, ImageSet
+from fastres.data.pixels import pixels
 from fastres.data.plan import PAD, EpochPlan, Samples
 from fastres.data.resident import ONE_KERNEL
 from fastres.errors import MachineError, says_out_of_memory
@@ -69,7 +69,7 @@ class DaliLoader:
         plan: EpochPlan,
         *,
         others: Sequence[EpochPlan] = (),
-        mean: Floats | None = None,
+        mean: Float32Array | None = None,
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
@@ -307,7 +307,7 @@ def _pipeline(device: torch.device, num_threads: int) -> Any:
     return pipeline
 
 
-def _matrices(samples: Samples) -> npt.NDArray[np.float32]:
+def _matrices(samples: Samples) -> Float32Array:
     """Affine maps `(num, 2, 3)` from a pixel of the batch to one of the image; both count from the pixels' corners."""
     matrices = np.zeros((len(samples), 2, 3), np.float32)
     matrices[:, 0, 0] = np.where(samples.flip, -1, 1)

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,7 @@ import numpy.typing as npt
 IMAGE_SIZE = 32  # pixels, height and width
 
 Bytes = npt.NDArray[np.uint8]
+Float32Array = npt.NDArray[np.float32]
 
 
 def caveat(dataset: str, official: object) -> str:
@@ -26,6 +28,11 @@ def caveat(dataset: str, official: object) -> str:
     if not isinstance(official, bool):
         return "which images were used was not recorded"
     return "" if official else "the data set is not the official CIFAR-10 files"
+
+
+def short_digest(digest: str) -> str:
+    """A digest for a person to compare: "sha256:" and sixteen digits."""
+    return f"{digest[:23]}..."
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,14 @@ class ImageSet:
         """The caveat printed beside results on these images; "" for the official CIFAR-10 files."""
         return caveat(self.name, self.official)
 
+    def facts(self) -> dict[str, Any]:
+        """Which images these are, JSON-ready: `name`, `digest`, `official`."""
+        return {"name": self.name, "digest": self.digest, "official": self.official}
+
+    def test_facts(self) -> dict[str, Any]:
+        """The same of the test images alone: `name`, `test_digest`, `official`."""
+        return {"name": self.name, "test_digest": self.test_digest(), "official": self.official}
+
     def test_digest(self) -> str:
         """ "sha256:<hex>" over the test labels and pixels alone, wherever they came from."""
         digest = hashlib.sha256(np.ascontiguousarray(self.test_labels).data)
@@ -67,11 +82,11 @@ class ImageSet:
             test_labels=self.train_labels[cut:],
         )
 
-    def mean_image(self) -> npt.NDArray[np.float32]:
+    def mean_image(self) -> Float32Array:
         """The per-pixel mean over the training images (section 3.4), float32 `(32, 32, 3)`, in units of 0 to 255.
 
         Summed in integers, so it does not depend on the order of summation.
         """
         total = self.train_images.sum(axis=0, dtype=np.int64)
-        mean: npt.NDArray[np.float32] = (total / len(self.train_images)).astype(np.float32)
+        mean: Float32Array = (total / len(self.train_images)).astype(np.float32)
         return mean

@@ -7,19 +7,16 @@ is zero in the network's units, not black.
 """
 
 import numpy as np
-import numpy.typing as npt
 
-from fastres.data.imageset import Bytes
+from fastres.data.imageset import Bytes, Float32Array
 
 # A power of two, so the product is exact, and about one over the standard deviation of CIFAR-10's pixels (63 of 255).
 # The first layer is followed by batch norm, so the constant reaches what is learned only through BN's eps.
 SCALE = 2.0**-6
 
-Floats = npt.NDArray[np.float32]
 
-
-def pixels(images: Bytes, mean: Floats) -> Floats:
+def pixels(images: Bytes, mean: Float32Array) -> Float32Array:
     """uint8 images `(num, 32, 32, 3)` and the float32 mean image `(32, 32, 3)`, both 0 to 255, as float32 pixels."""
-    values: Floats = np.subtract(images, mean, dtype=np.float32)
+    values: Float32Array = np.subtract(images, mean, dtype=np.float32)
     values *= np.float32(SCALE)
     return values

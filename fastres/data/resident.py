@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastres.data.deviceplan import DevicePlan, decode, look_up
-from fastres.data.imageset import IMAGE_SIZE, Bytes, ImageSet
-from fastres.data.pixels import SCALE, Floats, pixels
+from fastres.data.imageset import IMAGE_SIZE, Bytes, Float32Array, ImageSet
+from fastres.data.pixels import SCALE, pixels
 from fastres.data.plan import PAD, EpochPlan
 
 # Inductor's: images and labels in one kernel; coordinates computed where they are used instead of stored for reuse.
@@ -37,7 +37,7 @@ class ResidentLoader:
         images: ImageSet,
         plan: EpochPlan,
         *,
-        mean: Floats | None = None,
+        mean: Float32Array | None = None,
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
@@ -106,7 +106,7 @@ def crop(codes: Tensor, table: Tensor, mean: Tensor, labels: Tensor, dtype: torc
 def evaluation_batches(
     images: Bytes,
     labels: Bytes,
-    mean: Floats,
+    mean: Float32Array,
     *,
     batch_size: int,
     device: torch.device,

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.data.imageset import IMAGE_SIZE, ImageSet
-from fastres.data.pixels import Floats, pixels
+from fastres.data.imageset import IMAGE_SIZE, Float32Array, ImageSet
+from fastres.data.pixels import pixels
 from fastres.data.plan import PAD, EpochPlan
 
 CHUNK = 1_000  # images converted at a time, to bound memory
@@ -42,7 +42,7 @@ class TableLoader:
         images: ImageSet,
         plan: EpochPlan,
         *,
-        mean: Floats | None = None,
+        mean: Float32Array | None = None,
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype,

@@ -12,8 +12,8 @@ from torchvision import transforms
 
 from fastres import host
 from fastres.config import MAX_GRAPH_STEPS
-from fastres.data.imageset import IMAGE_SIZE, ImageSet
-from fastres.data.pixels import SCALE, Floats
+from fastres.data.imageset import IMAGE_SIZE, Float32Array, ImageSet
+from fastres.data.pixels import SCALE
 from fastres.data.plan import PAD, EpochPlan
 
 NUM_WORKERS = 2
@@ -45,7 +45,7 @@ class TorchvisionLoader:
         images: ImageSet,
         plan: EpochPlan,
         *,
-        mean: Floats | None = None,
+        mean: Float32Array | None = None,
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
@@ -122,7 +122,7 @@ class _Order(Sampler[list[tuple[int, int]]]):
 class _Images(Dataset[tuple[Tensor, int]]):
     """The training images by (position, image)."""
 
-    def __init__(self, images: ImageSet, mean: Floats, plan: EpochPlan) -> None:
+    def __init__(self, images: ImageSet, mean: Float32Array, plan: EpochPlan) -> None:
         self.images, self.labels = images.train_images, images.train_labels.tolist()
         self.mean = torch.from_numpy(np.ascontiguousarray(mean.transpose(2, 0, 1)))
         self.seed = plan.seed

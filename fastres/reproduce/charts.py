@@ -6,12 +6,11 @@ Colours are CSS variables, so that one chart reads well in light and in dark.
 import math
 from collections.abc import Callable, Sequence
 
-from fastres.reproduce.html import text
-from fastres.series import Curve, Floats, Line
+from fastres.reproduce.markup import text
+from fastres.series import FEW_POINTS, Curve, Float64Array, Line
 
 SIDE = 1_000  # units of a chart's width and height
 COLORS, DASHES = 7, 4  # s0 to s6 and d0 to d3 of report.css
-FEW_POINTS = 12  # below it, each is marked
 SHADES = 8  # of wrong answers: h1 to h8 of report.css, h0 for none
 SETTLED = 0.1  # of the x axis; the y axis shows all that comes after it
 
@@ -105,7 +104,7 @@ def _line(
 
 
 def _thinned(
-    x: Floats, y: Floats, kept: Sequence[int], across: Callable[[float], int], down: Callable[[float], int]
+    x: Float64Array, y: Float64Array, kept: Sequence[int], across: Callable[[float], int], down: Callable[[float], int]
 ) -> str:
     return _path([x[i] for i in kept], [y[i] for i in kept], across, down)
 

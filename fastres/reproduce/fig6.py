@@ -9,7 +9,7 @@ from fastres.errors import InputError
 from fastres.reproduce.figure import ASIDE, colour_of, paper_style, place_legend, save, write_csv
 from fastres.reproduce.networks import Network, by_network
 from fastres.rundir import RunDir
-from fastres.series import is_number
+from fastres.series import FEW_POINTS, is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,6 @@ PANELS = ("plain networks", "ResNets", "ResNets with 110 layers and more")
 KINDS = ("train", "test", "train_clean")
 PAPER_YLIM = 0.2  # the error at the upper end of the paper's y axis, a fraction
 MARGIN = 65 / 64  # of the x axis: the paper's 64,000 iterations end it at 6.5e4
-FEW = 12  # points of a curve that get a mark each
 
 Curve = list[tuple[int, float]]  # (step, error in per cent)
 
@@ -72,15 +71,10 @@ def draw(
         figure = Figure(figsize=(11, 3.9), layout="constrained")
         panels = figure.subplots(1, 3)
         last = max((row[2] for row in rows), default=64_000)
-        unit = 10_000 if last >= 10_000 else 1
+        curves = {path: _curves(of_run) for path, of_run in records.items()}
         for axes, title, members in zip(panels, PANELS, _by_panel(networks), strict=True):
-            axes.set(xlim=(0, MARGIN * last / unit), ylim=(0, 100 * ylim), ylabel="error (%)")
-            axes.set_xlabel("iter. (1e4)" if unit > 1 else "iter.")
             axes.set_title(title, fontsize=9)
-            axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
-            axes.grid(axis="y", color="0.9", linewidth=0.6)
-            axes.set_axisbelow(True)
-            _fill(axes, members, {path: _curves(of_run) for path, of_run in records.items()}, kind, unit)
+            _panel(axes, members, curves, kind, last=last, top=100 * ylim)
         figure.supxlabel(_caption(networks, clean, ylim), fontsize=8, color="0.3")
         print_note(figure, note)
         for axes in panels:
@@ -108,17 +102,20 @@ def _by_panel(networks: Sequence[Network]) -> list[list[Network]]:
     return [plain, shallow, [network for network in resnets if network.config.model.depth >= 110]]
 
 
-def _fill(
-    axes: "Axes", networks: Sequence[Network], curves: dict[Path, dict[str, Curve]], kind: str, unit: int
+def _panel(
+    axes: "Axes", networks: Sequence[Network], curves: dict[Path, dict[str, Curve]], kind: str, *, last: int, top: float
 ) -> None:
-    """Draw networks into a panel; what there is none of is said."""
+    """Draw networks into a panel, up to step `last` and an error of `top` per cent; that there is none is said."""
+    unit = 10_000 if last >= 10_000 else 1
+    axes.set(xlim=(0, MARGIN * last / unit), ylim=(0, top), ylabel="error (%)")
+    axes.set_xlabel("iter. (1e4)" if unit > 1 else "iter.")
+    axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
     drawn = [n for n in networks if any(curves[run.path][k] for _, run in n.runs for k in (kind, "test"))]
     if not drawn:
         axes.text(0.5, 0.5, "no run yet", transform=axes.transAxes, ha="center", va="center", color="0.6", fontsize=12)
         return
     for step in sorted({step for network in drawn for step in _lr_drops(network)}):
         axes.axvline(step / unit, color="0.6", linewidth=0.8, linestyle=":", gid=ASIDE)
-    top = axes.get_ylim()[1]
     for network in drawn:
         every = [curves[run.path] for _, run in network.runs]
         errors = [point for of_run in every for k in (kind, "test") for point in of_run[k]]
@@ -136,7 +133,7 @@ def _line(axes: "Axes", curves: Sequence[Curve], unit: int, colour: str, how: di
     there = [curve for curve in curves if curve]
     steps, mean, low, high = _over_seeds(there)
     x = [step / unit for step in steps]
-    marks: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(x) < FEW else {}
+    marks: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(x) < FEW_POINTS else {}
     axes.plot(x, mean, color=colour, **marks, **how)
     if len(there) > 1:
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)

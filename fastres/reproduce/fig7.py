@@ -12,7 +12,7 @@ from fastres.evaluate import Trained, load_trained
 from fastres.reproduce.figure import colour_of, paper_style, place_legend, save, write_csv
 from fastres.reproduce.networks import Network, by_network, paper_name
 from fastres.responses import Response, layer_responses
-from fastres.rundir import RESULT, RunDir
+from fastres.rundir import RunDir
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +67,7 @@ def draw(
     lines, rows, notes = [], list[tuple[str, int, int, str, float, str]](), {note: None}
     for network in networks:
         measured, steps = list[list[Response]](), list[int]()
-        finished = [(seed, run) for seed, run in network.runs if (run.path / RESULT).is_file()]
+        finished = [(seed, run) for seed, run in network.runs if run.status == "finished"]
         chosen = finished or network.runs  # a mean over networks at different steps would be of no network
         for seed, run in chosen:
             trained = load_trained(run.path, execution, say=say)
@@ -117,8 +117,6 @@ def plot(lines: Sequence[Line], note: str) -> "Figure":
             )
         axes.set(xlim=(0, most + 1), ylim=(0, None), ylabel="std")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(axis="y", color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
     top.set_xlabel("layer index (original order)")
     bottom.set_xlabel("layer index (sorted by magnitude)")
     print_note(figure, note)

@@ -23,6 +23,11 @@ STYLE = {
     "axes.linewidth": 0.8,
     "xtick.direction": "in",
     "ytick.direction": "in",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.6,
 }
 LEGEND: dict[str, Any] = {"fontsize": 8, "handlelength": 1.5, "labelspacing": 0.25, "borderaxespad": 0.6}
 PLACES = ("upper right", "lower left", "lower right", "upper left", "upper center", "lower center", "center right")

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from fastres.config import RunConfig
-from fastres.configtree import differences
-from fastres.data.imageset import caveat
+from fastres.data.imageset import caveat, short_digest
 from fastres.errors import InputError
 from fastres.plot import remarks
 from fastres.reproduce import paper
-from fastres.rundir import DIVERGED, RESULT, RunDir
+from fastres.rundir import RunDir
 
 NAMES = {"resnet": "ResNet", "plain": "plain", "imagenet": "ImageNet-style ResNet"}
 
@@ -27,7 +26,7 @@ class Network:
 
     @property
     def images(self) -> str:
-        """`caveat` in a word, for a column."""
+        """One word on its images for a table's column: official, synthetic, or other."""
         return "official" if not self.caveat else "synthetic" if self.config.data.dataset == "synthetic" else "other"
 
     def label(self, reached: int, num_drawn: int) -> str:
@@ -37,12 +36,12 @@ class Network:
             reached: The last step that is drawn.
             num_drawn: Runs of it that are in the curve.
         """
-        lost = [run for _, run in self.runs if (run.path / DIVERGED).is_file()]
-        cut = [run for _, run in self.runs if run not in lost and not (run.path / RESULT).is_file()]
+        found = [run.status for _, run in self.runs]
+        lost, cut = found.count("diverged"), found.count("cut")
         if len(self.runs) == 1:
-            notes = [f"diverged at {reached:,}"] * len(lost) + [f"unfinished, at {reached:,}"] * len(cut)
+            notes = [f"diverged at {reached:,}"] * lost + [f"unfinished, at {reached:,}"] * cut
         else:
-            some = ((len(lost), "diverged"), (len(cut), "unfinished"))
+            some = ((lost, "diverged"), (cut, "unfinished"))
             of = f" of {len(self.runs)}" if num_drawn < len(self.runs) else ""
             notes = [f"n = {num_drawn}{of}", *(f"{count} {what}" for count, what in some if count)]
         return f"{self.name} ({', '.join(notes)})" if notes else self.name
@@ -70,7 +69,7 @@ def by_network(runs: Iterable[RunDir]) -> list[Network]:
 def _network(name: str, members: Sequence[tuple[RunConfig, RunDir]]) -> Network:
     (first, first_run), *others = members
     for (before, before_run), (config, run) in zip(members, others, strict=False):
-        if changed := differences({**first.experiment(), "seed": 0}, {**config.experiment(), "seed": 0}):
+        if changed := first.differs_from(config, but_seed=True):
             raise InputError(
                 f"the runs of {name} are not of one config: {first_run.path} and {run.path} differ in "
                 f"{'; '.join(changed)}. Give runs that differ in the seed alone"
@@ -89,8 +88,8 @@ def _network(name: str, members: Sequence[tuple[RunConfig, RunDir]]) -> Network:
     if len(digests) > 1:
         (one, one_run), (other, other_run), *_ = digests.items()
         raise InputError(
-            f"the runs of {name} did not have the same images: {one_run.path} had {one[:23]}..., {other_run.path} "
-            f"{other[:23]}...; give runs of the same data"
+            f"the runs of {name} did not have the same images: {one_run.path} had {short_digest(one)}, "
+            f"{other_run.path} {short_digest(other)}; give runs of the same data"
         )
     words = "; ".join(filter(None, caveats))
     return Network(name, first, tuple((config.seed, run) for config, run in members), next(iter(digests), None), words)
@@ -105,7 +104,7 @@ def note_of(runs: Iterable[RunDir]) -> str:
     """
     read = [(run.config(), run) for run in runs]
     named = [(paper_name(config.model.arch, config.model.depth), config, run) for config, run in read]
-    notes = remarks((name, _on_images(config, run)) for name, config, run in named)
+    notes = remarks((name, on_images(config, run)) for name, config, run in named)
     precisions: dict[str, set[str]] = {}
     for name, _, run in named:
         precisions.setdefault(name, set()).update(str(e["precision"]) for e in run.environments() if "precision" in e)
@@ -122,8 +121,14 @@ def recipe_notes(named: Iterable[tuple[str, RunConfig]]) -> list[str]:
     return notes
 
 
-def _on_images(config: RunConfig, run: RunDir) -> list[str]:
-    split = "trained on 45k images, tested on the other 5k" if config.data.val_split else ""
+def sentence(words: str) -> str:
+    """A caveat that stands alone: with a capital letter and a full stop."""
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def on_images(config: RunConfig, run: RunDir) -> list[str]:
+    """The caveats on a run's images: which they were, and what a validation split makes of them."""
+    split = "trained on 45k images, tested on the other 5k, not on the test set" if config.data.val_split else ""
     return list(filter(None, [caveat(config.data.dataset, run.data().get("official")), split]))
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastres.config import RunConfig, make_config
-from fastres.configtree import leaves
+from fastres.configtree import leaves, show_key, show_value
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Difference:
 
     def __str__(self) -> str:
         """ "steps 64,000 -> 3,910"."""
-        return f"{self.path.rpartition('.')[2]} {_written(self.default)} -> {_written(self.value)}"
+        default, value = (show_value(self.path, one) for one in (self.default, self.value))
+        return f"{show_key(self.path)} {default} -> {value}"
 
 
 def differences(config: RunConfig) -> list[Difference]:
@@ -93,9 +94,3 @@ def differences(config: RunConfig) -> list[Difference]:
 def departures(config: RunConfig) -> list[Difference]:
     """In what a run is not the paper's experiment."""
     return [difference for difference in differences(config) if not difference.is_open]
-
-
-def _written(value: object) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value)) or "none"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -15,14 +15,15 @@ from typing import Any
 
 from fastres.build import load_images
 from fastres.config import RunConfig, make_config
-from fastres.configtree import differences, merge
+from fastres.configtree import merge
 from fastres.console import Console, duration
+from fastres.data.imageset import short_digest
 from fastres.errors import FastresError, InputError, OutOfTime
 from fastres.models.depth import num_blocks
 from fastres.reproduce.paper import STAGES
 from fastres.result import result_of
-from fastres.rundir import CONFIG, METRICS, RunDir, folders_below
-from fastres.sweep import status, train_all
+from fastres.rundir import CONFIG, RunDir, folders_below
+from fastres.sweep import train_all
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,8 @@ def _check_same(path: Path, config: RunConfig) -> None:
         stored = RunDir.open(path).config()
     except InputError as error:
         raise InputError(f"{error}. Move {path} aside, and the same command trains that run again") from error
-    if stored.digest != config.digest:
-        changed = "; ".join(differences(stored.experiment(), config.experiment()))
-        raise InputError(f"{path} is a run of another config ({changed}); give another --runs")
+    if changed := stored.differs_from(config):
+        raise InputError(f"{path} is a run of another config ({'; '.join(changed)}); give another --runs")
 
 
 def _concerning(changes: dict[str, Any], arch: str, depth: int) -> dict[str, Any]:
@@ -109,13 +109,14 @@ def train_missing(
         Whether all is done; False where the deadline came first (all saved).
     """
     folders = {path: config for stage in stages for path, config in stage.folders.items()}
-    counts = [status(path) for path in folders]
+    counts = [RunDir(path).status for path in folders]
     said = [f"{counts.count(kind)} {word}" for kind, word in _WORDS.items() if kind in counts]
     console.say(f"{_plural(len(folders), 'run')}: {', '.join(said)}")
     for path in folders:
-        if status(path) == "finished":
+        run = RunDir(path)
+        if run.status == "finished":
             try:
-                result_of(RunDir(path))
+                result_of(run)
             except InputError as error:
                 console.say(str(error))
     if "missing" in counts or "cut" in counts:
@@ -123,7 +124,7 @@ def train_missing(
     whole = OverallProgress(folders)
     try:
         for number, stage in enumerate(stages, 1):
-            if all(status(path) in ("finished", "diverged") for path in stage.folders):
+            if all(RunDir(path).ended for path in stage.folders):
                 continue
             head = f"[{number}/{len(stages)}] {stage.name}, {_plural(len(stage.folders), 'run')}"
             console.say(f"{head}; {whole.between_stages()}")
@@ -148,8 +149,9 @@ def _check_images(folders: Mapping[Path, RunConfig], console: Console) -> None:
     for path, digest in recorded.items():
         if digest not in (None, images.digest):
             raise InputError(
-                f"{path} had images with digest {str(digest)[:23]}..., {images.source} has {images.digest[:23]}...: a "
-                "table of both would be of neither; give the same --data-dir, or another --runs"
+                f"{path} had images with digest {short_digest(str(digest))}, {images.source} has "
+                f"{short_digest(images.digest)}: a table of both would be of neither; give the same --data-dir, or "
+                "another --runs"
             )
 
 
@@ -218,11 +220,12 @@ def _known(root: Path) -> dict[str, Path]:
     found: dict[str, tuple[int, Path]] = {}
     ranks = {"finished": 3, "diverged": 2, "cut": 1, "missing": 0}
     for path in folders_below(root):
+        run = RunDir(path)
         try:
-            digest = RunDir.open(path).config().digest
+            digest = run.config().digest
         except FastresError:
             continue  # of another version, or damaged: it counts for nothing here
-        rank = ranks[status(path)]
+        rank = ranks[run.status]
         if digest not in found or rank > found[digest][0]:
             found[digest] = rank, path
     return {digest: path for digest, (_, path) in found.items()}
@@ -237,19 +240,20 @@ def _rate_of_finished(folders: Mapping[Path, RunConfig]) -> float:
     """Work a second of the runs that have a result; 0 where there is none."""
     work = seconds = 0.0
     for path, config in folders.items():
-        if status(path) == "finished":
+        run = RunDir(path)
+        if run.status == "finished":
             with contextlib.suppress(InputError):  # damaged: said where it is used
-                result = result_of(RunDir(path))
+                result = result_of(run)
                 work += _work(config)
                 seconds += sum(result.seconds.values()) / result.side_by_side
     return work / seconds if seconds else 0.0
 
 
 def _share_done(path: Path, config: RunConfig) -> float:
-    if status(path) in ("finished", "diverged"):
+    run = RunDir(path)
+    if run.ended:
         return 1.0
-    records = RunDir(path).metrics() if (path / METRICS).exists() else []
-    return max((record["step"] for record in records), default=0) / config.recipe.steps
+    return max((record["step"] for record in run.metrics()), default=0) / config.recipe.steps
 
 
 def runs_of(stages: Sequence[Need]) -> list[RunDir]:

@@ -13,17 +13,17 @@ from typing import Any
 
 from fastres import __version__
 from fastres.config import RunConfig
+from fastres.console import percent
 from fastres.errors import FastresError, InputError
 from fastres.files import write_text
-from fastres.plot import Run, grouped, mean_labels, read_runs, tell_apart
+from fastres.plot import Run, group_labels, grouped, mean_labels, read_runs
 from fastres.reproduce import sections, table6
 from fastres.reproduce.answers import Answers, answers_of
-from fastres.reproduce.html import mark, note, number, page, section, table, text
-from fastres.reproduce.networks import paper_name, recipe_notes
-from fastres.reproduce.sections import DASH, Subject, as_duration, as_percent, banners
-from fastres.result import result_of
-from fastres.rundir import ENVIRONMENT
-from fastres.series import is_number, mean_curve
+from fastres.reproduce.markup import mark, note, number, page, section, table, text
+from fastres.reproduce.networks import paper_name, recipe_notes, sentence
+from fastres.reproduce.sections import DASH, Subject, as_percent, banners, training_time
+from fastres.result import RunResult, result_of
+from fastres.series import mean_curve
 
 MAX_BYTES = 1_000_000
 TABLE_6, DETAILS, MISTAKES = "Table 6 of the paper", "Details", "Most confident mistakes"
@@ -73,22 +73,15 @@ def write_report(
 
 
 def _subject(run: Run, answers: Answers | str) -> Subject:
-    return Subject(run, _result(run), _read(run, ENVIRONMENT), answers)
+    return Subject(run, _result(run), answers)
 
 
-def _read(run: Run, name: str) -> dict[str, Any]:
+def _result(run: Run) -> RunResult | None:
+    """None where there is none, or it is damaged: the report says so in that place."""
     try:
-        return run.folder.read_json(name)
-    except InputError:  # missing or damaged: the report says so in that place
-        return {}
-
-
-def _result(run: Run) -> dict[str, Any]:
-    """The result as JSON; {} where there is none, or it is damaged: the report says so in that place."""
-    try:
-        return result_of(run.folder).to_dict()
+        return result_of(run.folder)
     except InputError:
-        return {}
+        return None
 
 
 def _answers(run: Run, execution: dict[str, Any], say: Callable[[str], None]) -> Answers | str:
@@ -184,7 +177,7 @@ def _overview(subjects: Sequence[Subject], points: int, num_shown: int) -> str:
     means: list[int] = []
     for group, label in zip(groups, mean_labels(groups), strict=True):
         rows += [_row(*by_run[id(run)], num_shown) for run in group]
-        finished = [by_run[id(run)][1] for run in group if run.finished]
+        finished = [by_run[id(run)][1].result for run in group if run.finished]
         if len(finished) > 1:
             means.append(len(rows))
             rows.append(_mean_row(finished, f"{label.rpartition(', mean of')[0]}, mean of {len(finished)}"))
@@ -215,7 +208,7 @@ def _table6(subjects: Sequence[Subject]) -> str:
             continue
         rows.append(replace(row, network=name))
         configs.append((name, group[0].config))
-    notes += [f"{words[0].upper()}{words[1:]}." for words in recipe_notes(configs)]
+    notes += map(sentence, recipe_notes(configs))
     shown = [[text(cell) for cell in table6.cells(row)] for row in rows]
     body = table(table6.heads(rows), shown, (1, 2, 3, 4, 5, 6, 7, 9, 10)) + note(table6.LEGEND) if rows else ""
     return section(TABLE_6, "".join(map(mark, notes)) + body)
@@ -230,9 +223,7 @@ def _by_variant(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     found = []
     for (arch, depth), groups in sorted(networks.items(), key=lambda item: (item[0][0] == "plain", *item[0])):
         name = paper_name(arch, depth)
-        labels = [""]
-        if len(groups) > 1:
-            _, labels = tell_apart([replace(group[0].config, seed=0) for group in groups], [""] * len(groups))
+        labels = group_labels(groups) if len(groups) > 1 else [""]
         found += [(", ".join(filter(None, (name, label))), group) for label, group in zip(labels, groups, strict=True)]
     return found
 
@@ -243,26 +234,30 @@ def _row(count: int, subject: Subject, num_shown: int) -> list[str]:
     if run.standing:
         name += f' <span class="soft">{text(run.standing)}</span>'
     error = as_percent(subject.test_error)
+    steps = number(run.config.recipe.steps)
+    if result is None:
+        so_far = error if error == DASH else f'<span class="soft">so far {text(error)}</span>'
+        return [name, so_far, as_percent(subject.best[0]), DASH, DASH, steps, DASH, DASH]
     return [
         name,
-        error if result or error == DASH else f'<span class="soft">so far {text(error)}</span>',
-        as_percent(subject.best[0]),
-        as_percent(result.get("train_error")),
-        number(result.get("num_parameters")),
-        number(run.config.recipe.steps),
-        as_duration(subject.seconds().get("train")),
-        number(result.get("images_per_second")),
+        error,
+        percent(result.best_test_error),
+        percent(result.train_error),
+        number(result.num_parameters),
+        steps,
+        training_time(result),
+        number(result.images_per_second),
     ]
 
 
-def _mean_row(subjects: Sequence[Subject], label: str) -> list[str]:
-    errors = [_mean([s.result.get(key) for s in subjects]) for key in ("test_error", "best_test_error", "train_error")]
-    return [text(label), *map(text, errors), "", "", "", ""]
+def _mean_row(results: Sequence[RunResult | None], label: str) -> list[str]:
+    """Dashes where one of the results is damaged."""
+    whole = [result for result in results if result]
+    errors = zip(*((one.test_error, one.best_test_error, one.train_error) for one in whole), strict=True)
+    shown = [DASH] * 3 if len(whole) < len(results) else map(_mean, errors)
+    return [text(label), *shown, "", "", "", ""]
 
 
-def _mean(values: Sequence[Any]) -> str:
+def _mean(errors: Sequence[float]) -> str:
     """Mean and standard deviation of fractions, in per cent."""
-    kept = [100 * float(value) for value in values if is_number(value)]
-    if len(kept) < len(values):
-        return DASH
-    return f"{fmean(kept):.2f} \N{PLUS-MINUS SIGN} {stdev(kept):.2f} %"
+    return f"{100 * fmean(errors):.2f} \N{PLUS-MINUS SIGN} {100 * stdev(errors):.2f} %"

@@ -1,20 +1,22 @@
 """What a report says of one run, section by section, as HTML. What comes out of a run folder is text, never markup."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastres.config import RunConfig
-from fastres.configtree import leaves
+from fastres.configtree import leaves, show_key, show_value
 from fastres.console import duration, percent
 from fastres.curves import time_unit
-from fastres.plot import Run, show_value
+from fastres.plot import Run
 from fastres.reproduce.answers import Answers, Mistake
 from fastres.reproduce.charts import bars, line_chart, matrix, stacked
-from fastres.reproduce.html import keys, mark, note, number, section, stats, text
+from fastres.reproduce.markup import keys, mark, note, number, section, stats, text
+from fastres.reproduce.networks import on_images, sentence
 from fastres.reproduce.paper import Difference, differences
+from fastres.result import RunResult
 from fastres.series import Curve, Line, held_out_of, is_number
 
 DASH = "\N{EN DASH}"
@@ -24,18 +26,11 @@ DATASETS = {"cifar10": "CIFAR-10", "synthetic": "the built-in synthetic set"}
 
 @dataclass(frozen=True)
 class Subject:
-    """A run with all that a report says of it. Dictionaries are JSON out of the run folder: anything may be in them."""
+    """A run with all that a report says of it. Its records are JSON out of the run folder: anything may be in them."""
 
     run: Run
-    result: Mapping[str, Any]  # {} where there is none yet
-    environment: Mapping[str, Any]  # {} where it is missing
+    result: RunResult | None  # None: not finished, or damaged
     answers: Answers | str  # why there is none
-
-    @property
-    def data(self) -> Mapping[str, Any]:
-        """The data set as recorded; {} where it was not."""
-        data = self.environment.get("data")
-        return data if isinstance(data, dict) else {}
 
     @property
     def held_out(self) -> str:
@@ -50,31 +45,21 @@ class Subject:
     @property
     def test_error(self) -> object:
         """Of the last step, or so far; a fraction, or None."""
-        return self.result.get("test_error") if self.result else self.last_test.get("error")
+        return self.result.test_error if self.result else self.last_test.get("error")
 
     @property
     def best(self) -> tuple[object, object]:
         """The lowest test error over the steps, and its step; so far. (None, None) before the first."""
         if self.result:
-            return self.result.get("best_test_error"), self.result.get("best_step")
+            return self.result.best_test_error, self.result.best_step
         tests = [r for r in self.run.records if r.get("kind") == "test" and is_number(r.get("error"))]
         lowest = min(tests, key=lambda record: record["error"], default={})
         return lowest.get("error"), lowest.get("step")
-
-    def seconds(self) -> dict[str, float]:
-        """By clock; {} where not recorded."""
-        found = self.result.get("seconds")
-        return {k: float(v) for k, v in found.items() if is_number(v)} if isinstance(found, dict) else {}
 
 
 def as_percent(value: object) -> str:
     """A fraction out of a JSON file as "8.75 %", or a dash."""
     return percent(float(value)) if is_number(value) else DASH
-
-
-def as_duration(value: object) -> str:
-    """Seconds out of a JSON file as 3:07, or a dash."""
-    return duration(float(value)) if is_number(value) else DASH
 
 
 def warnings(subject: Subject) -> list[str]:
@@ -89,57 +74,46 @@ def warnings(subject: Subject) -> list[str]:
 
 def caveats(subject: Subject) -> list[str]:
     """Of these, what is so of the images that were used."""
-    config, data = subject.run.config, subject.data
-    found = []
-    if config.data.dataset == "synthetic":
-        found.append("Synthetic data: not a result of the paper.")
-    elif not data:
-        found.append("Which images these were was not recorded.")
-    elif data.get("official") is not True:
-        found.append(f"Not the official CIFAR-10 files: {data.get('digest', 'no digest recorded')}.")
-    if config.data.val_split:
-        found.append("Errors are on the 5,000 validation images; the test set was not used.")
-    return found
+    return list(map(sentence, on_images(subject.run.config, subject.run.folder)))
 
 
 def summary(subject: Subject) -> str:
     """The numbers that count; the last step's test error first."""
     run, result, held_out = subject.run, subject.result, subject.held_out
     best, best_step = subject.best
-    at = subject.last_test.get("step")
-    of_test = "last step: the number to report" if result else f"at step {number(at)}, so far"
-    step = result.get("step_milliseconds")
-    step = step if isinstance(step, dict) else {}
-    together = result.get("side_by_side")
-    values = [
+    at = number(subject.last_test.get("step"))
+    recipe = run.config.recipe
+    of_test = "last step: the number to report" if result else f"at step {at}, so far"
+    of_best = f"step {number(best_step)}; chosen on the {held_out} set, so not the result"
+    errors = [
         (f"{held_out} error".capitalize(), as_percent(subject.test_error), of_test),
-        (
-            "Best over steps",
-            as_percent(best),
-            f"step {number(best_step)}; chosen on the {held_out} set, so not the result",
-        ),
-        ("Training error", as_percent(result.get("train_error")), "running, augmented images"),
-        ("Parameters", number(result.get("num_parameters")), run.config.name),
-        (
-            "Steps",
-            number(run.config.recipe.steps),
-            f"of {run.config.recipe.batch_size}; {run.config.epochs:.1f} epochs",
-        ),
-        ("Training time", as_duration(subject.seconds().get("train")), "training clock alone"),
-        (
-            "Images a second",
-            number(result.get("images_per_second")),
-            f"{together} runs side by side" if is_number(together) and together != 1 else "training clock alone",
-        ),
-        ("A step", number(step.get("p50"), ".3g", " ms"), f"99 % below {number(step.get('p99'), '.3g', ' ms')}"),
-        ("Memory", number(_scaled(result.get("peak_memory"), 1e9), ".2f", " GB"), "at most"),
+        ("Best over steps", as_percent(best), of_best),
     ]
-    missing = DASH if result else "all"
-    return stats(value for value in values if missing != "all" or value[1] != DASH)
+    steps = ("Steps", number(recipe.steps), f"of {recipe.batch_size}; {run.config.epochs:.1f} epochs")
+    if result is None:
+        return stats(value for value in (*errors, steps) if value[1] != DASH)
+    step, together = result.step_milliseconds, result.side_by_side
+    return stats(
+        [
+            *errors,
+            ("Training error", percent(result.train_error), "running, augmented images"),
+            ("Parameters", number(result.num_parameters), run.config.name),
+            steps,
+            ("Training time", training_time(result), "training clock alone"),
+            (
+                "Images a second",
+                number(result.images_per_second),
+                f"{together} runs side by side" if together != 1 else "training clock alone",
+            ),
+            ("A step", number(step.get("p50"), ".3g", " ms"), f"99 % below {number(step.get('p99'), '.3g', ' ms')}"),
+            ("Memory", f"{result.peak_memory / 1e9:.2f} GB", "at most"),
+        ]
+    )
 
 
-def _scaled(value: object, by: float) -> object:
-    return float(value) / by if is_number(value) else None
+def training_time(result: RunResult) -> str:
+    """Of the training clock, as 3:07; a dash where that was not recorded."""
+    return duration(result.seconds["train"]) if "train" in result.seconds else DASH
 
 
 def error_chart(curves: list[Curve], what: str, points: int = 300) -> str:
@@ -169,7 +143,7 @@ def classes(subject: Subject) -> str:
     if isinstance(answers, str):
         return section("By class", note(f"Not tested again: {answers}"))
     evaluation = answers.evaluation
-    marks = banners([f"{words[0].upper()}{words[1:]}." for words in answers.caveats])
+    marks = banners(map(sentence, answers.caveats))
     again = f"Tested again for this report, from the checkpoint of step {number(answers.step)}: "
     found = f"{percent(evaluation.error)} of {evaluation.num_images:,} images wrong, loss {evaluation.loss:.4f}."
     by_class = zip(answers.class_names, evaluation.class_errors, strict=True)
@@ -213,7 +187,7 @@ def responses(subject: Subject) -> str:
             ("Sorted", "rank", sorted(stds, reverse=True)),
         )
     ]
-    marks = banners([f"{words[0].upper()}{words[1:]}." for words in subject.answers.caveats])
+    marks = banners(map(sentence, subject.answers.caveats))
     return section("Layer responses", f'{marks}{said}<div class="pair">{"".join(charts)}</div>')
 
 
@@ -225,7 +199,7 @@ def _response_chart(stds: list[float], label: str) -> str:
 
 def clocks(subject: Subject) -> str:
     """Where the seconds went."""
-    seconds = subject.seconds()
+    seconds = subject.result.seconds if subject.result else {}
     order = [name for name in WHERE_TIME_WENT if name in seconds] + [n for n in seconds if n not in WHERE_TIME_WENT]
     rows = [(name, seconds[name], duration(seconds[name])) for name in order if seconds[name] > 0]
     if not rows:
@@ -242,52 +216,46 @@ def configuration(subject: Subject) -> str:
     config = subject.run.config
     others = {difference.path: _remark(difference) for difference in differences(config)}
     tree = config.to_dict()
-    what = [(_name(path), show_value(v), others.get(path, "")) for path, v in leaves(config.experiment()).items()]
-    how = [
-        (_name(path), show_value(v), "") for part in ("execution", "output") for path, v in leaves(tree[part]).items()
-    ]
+    what = _shown(leaves(config.experiment()), others)
+    how = _shown(leaves(tree["execution"]) | leaves(tree["output"]))
     left = f"<div><h3>What is computed</h3>{keys([*what, ('digest', config.digest, 'of all this')])}</div>"
     return section(
         "Configuration", f'<div class="pair">{left}<div><h3>How it runs, what is kept</h3>{keys(how)}</div></div>'
     )
 
 
-def _name(path: str) -> str:
-    return path.rpartition(".")[2].replace("_", " ")
+def _shown(values: Mapping[str, Any], remarks: Mapping[str, str] | None = None) -> list[tuple[str, str, str]]:
+    """Lines for `keys`; remarks by path."""
+    return [(show_key(path), show_value(path, value), (remarks or {}).get(path, "")) for path, value in values.items()]
 
 
 def _remark(difference: Difference) -> str:
-    default = show_value(difference.default)
+    default = show_value(difference.path, difference.default)
     return f"our default: {default}; the paper is silent" if difference.is_open else f"the paper's recipe: {default}"
 
 
 def environment(subject: Subject) -> str:
     """The data, the machine, the versions."""
-    if not subject.environment:
+    folder = subject.run.folder
+    first, *resumed = folder.environments() or [{}]
+    if not first:
         return section("Data and environment", note("environment.json is missing or cannot be read."))
-    data = [(name.replace("_", " "), _plain(value), "") for name, value in subject.data.items()]
-    machine = [
-        (name.replace("_", " "), _plain(value), "")
-        for name, value in subject.environment.items()
-        if name not in ("data", "resumed") and value is not None
-    ]
-    for one in subject.run.folder.environments()[1:]:
-        changed = [
-            f"{key.replace('_', ' ')} {_plain(value)}"
-            for key, value in one.items()
-            if key not in ("data", "step") and value is not None and value != subject.environment.get(key)
-        ]
-        machine.append(("resumed", f"at step {_plain(one.get('step'))}", ", ".join(changed)))
+    yes_no = {True: "yes", False: "no"}  # of facts, where switches are on or off
+    data = _shown({key: yes_no[v] if isinstance(v, bool) else v for key, v in folder.data().items() if v is not None})
+    machine = _shown(_of_machine(first))
+    for one in resumed:
+        changed = {key: value for key, value in _of_machine(one).items() if value != first.get(key)}
+        said = ", ".join(f"{name} {value}" for name, value, _ in _shown(changed))
+        machine.append(("resumed", f"at step {number(one.get('step'))}", said))
     left = f"<div><h3>Data</h3>{keys(data) if data else note('Not recorded.')}</div>"
     return section(
         "Data and environment", f'<div class="pair">{left}<div><h3>Environment</h3>{keys(machine)}</div></div>'
     )
 
 
-def _plain(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _of_machine(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What an environment has beside the data set, as far as it is known."""
+    return {k: v for k, v in environment.items() if k not in ("data", "resumed", "step") and v is not None}
 
 
 AFTER_MISTAKES: tuple[Callable[[Subject], str], ...] = (responses, clocks, configuration, environment)
@@ -298,6 +266,6 @@ def headline(config: RunConfig) -> str:
     return f"{config.name} on {DATASETS[config.data.dataset]}, seed {config.seed}"
 
 
-def banners(messages: list[str]) -> str:
+def banners(messages: Iterable[str]) -> str:
     """Each once."""
     return "".join(map(mark, dict.fromkeys(messages)))

@@ -19,11 +19,10 @@ from rich.table import Table
 
 from fastres.errors import InputError, OutsideTolerance
 from fastres.files import write_json, write_text
-from fastres.reproduce.networks import Network, by_network
+from fastres.reproduce.networks import Network, by_network, sentence
 from fastres.reproduce.paper import TABLE_6, TOLERANCE, differences
 from fastres.result import RunResult, result_of
 from fastres.rundir import RunDir
-from fastres.sweep import status
 
 FEW = 3  # runs from which on a mean is judged, and has an interval: of two it would reach below zero
 
@@ -83,14 +82,14 @@ def _row(network: Network) -> Row:
     results: dict[int, RunResult] = {}  # by seed
     machines, damaged = set[str](), 0
     for seed, run in network.runs:
-        if status(run.path) == "finished":
+        if run.status == "finished":
             try:
                 results[seed] = result_of(run)
             except InputError:
                 damaged += 1
             else:
                 machines |= _machines(run)
-    diverged = sum(status(run.path) == "diverged" for _, run in network.runs)
+    diverged = sum(run.status == "diverged" for _, run in network.runs)
     errors = [result.test_error for result in results.values()]
     published = TABLE_6.get((network.config.model.arch, network.config.model.depth))
     paper = published.error if published else None
@@ -295,7 +294,7 @@ def terminal(rows: Sequence[Row]) -> Table:
 
 def markdown(rows: Sequence[Row], *, note: str) -> str:
     """The table as Markdown, with links to its run folders."""
-    lines = [f"**{note[0].upper()}{note[1:]}.**", ""] if note else []
+    lines = [f"**{sentence(note)}**", ""] if note else []
     lines += [f"| {' | '.join(heads(rows))} |", f"| --- |{' ---: |' * 7} --- | ---: | ---: |"]
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
     lines += ["", LEGEND, ""]
