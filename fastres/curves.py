@@ -98,8 +98,9 @@ def figure_of(
     axes, below = figure.subplots(2, height_ratios=(AXES_HEIGHT - 0.7, room))
     for number, curve in enumerate(curves):
         _draw_curve(axes, curve, number, scale)
-        if curve.warmup_end is not None and len(curves) == 1:
-            axes.axvline(curve.warmup_end / scale, color="0.55", linewidth=0.9, linestyle=":", zorder=1)
+        if len(curves) == 1:
+            for place in (*([] if curve.warmup_end is None else [curve.warmup_end]), *curve.lr_falls):
+                axes.axvline(place / scale, color="0.55", linewidth=0.9, linestyle=":", zorder=1)
     axes.set_title(title, parse_math=False, fontsize=11)
     axes.set(xlabel=f"{unit} of training" if x == "time" else unit, ylabel=Y_LABELS[what])
     axes.set_xlim(0, 1.015 * farthest / scale or 1)  # a little room for the last marker
@@ -154,6 +155,12 @@ def _draw_curve(axes: "Axes", curve: Curve, number: int, scale: float) -> None:
             axes.plot(
                 x[-1:], line.smooth[-1:], "o", color=color, markerfacecolor="white", markersize=6, zorder=front + 2
             )
+
+
+def changes_of_lr(curve: Curve) -> str:
+    """What the dotted lines of a figure mean: "warm-up ends, lr falls"."""
+    ends, falls = curve.warmup_end is not None, bool(curve.lr_falls)
+    return ", ".join([*(["warm-up ends"] if ends else []), *(["lr falls"] if falls else [])])
 
 
 def _columns(entries: Sequence[Entry]) -> int:
@@ -229,8 +236,8 @@ def _key_of_legend(curves: Sequence[Curve], what: What) -> list[Entry]:
         key.append((Line2D([], [], color=color, linewidth=1.0, alpha=0.35), "as logged"))
     if any(line.low is not None for line in lines):
         key.append((Patch(color=color, alpha=0.25), "one standard deviation"))
-    if one and curves[0].warmup_end is not None:
-        key.append((Line2D([], [], color="0.55", linewidth=0.9, linestyle=":"), "warm-up ends"))
+    if one and (changes := changes_of_lr(curves[0])):
+        key.append((Line2D([], [], color="0.55", linewidth=0.9, linestyle=":"), changes))
     if any(curve.unfinished for curve in curves):
         ring = Line2D([], [], color=color, marker="o", markerfacecolor="white", linestyle="none")
         key.append((ring, "unfinished"))

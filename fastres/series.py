@@ -42,6 +42,7 @@ class Curve:
     test: Line | None
     unfinished: bool = False
     warmup_end: float | None = None  # on the x axis
+    lr_falls: tuple[float, ...] = ()  # places on the x axis from which on the learning rate is half or less
     held_out: str = "test"  # the images of the second line: "test" or "validation"
 
     @property
@@ -70,23 +71,24 @@ def curve_of(
         x: Steps, epochs, or seconds of the training clock (tests: the clock as interpolated between log steps).
         epochs_per_step: Needed for "epoch".
         smooth: Logged training points that are averaged, 1 for none; an even number counts as the next odd one. Test
-            points are averaged over as many steps. Default: a fortieth of the run.
+            points are averaged over as many steps. Default: a fortieth of the run. Never across a step at which the
+            learning rate doubles or halves: a curve's cliff stays one.
         unfinished: Marks the curve's end.
         held_out: What the images are called that tests are on.
     """
     points = {kind: _points(records, kind, what) for kind in ("train", "test")}
     place = _axis(records, x, epochs_per_step)
-    reach = _reach(points["train"][0], smooth)
+    reach, jumps, falls = _reach(points["train"][0], smooth), *_jumps_of_lr(records)
 
     def line(kind: str) -> Line | None:
         steps, values = points[kind]
         if not len(steps):
             return None
-        return Line(steps, place(steps), values, values if what == "lr" else _averaged(steps, values, reach))
+        return Line(steps, place(steps), values, values if what == "lr" else _averaged(steps, values, reach, jumps))
 
     ends = [record["step"] for record in records if record.get("kind") == "warmup_end"]
     end = float(place(np.array([ends[-1]], np.float64))[0]) if ends else None
-    return Curve(label, line("train"), line("test"), unfinished, end, held_out)
+    return Curve(label, line("train"), line("test"), unfinished, end, tuple(place(falls).tolist()), held_out)
 
 
 def mean_curve(curves: Sequence[Curve], label: str) -> Curve:
@@ -160,9 +162,23 @@ def _reach(steps: Float64Array, smooth: int | None) -> float:
     return float(points // 2 * np.median(np.diff(steps)))
 
 
-def _averaged(x: Float64Array, y: Float64Array, reach: float) -> Float64Array:
-    """Means over centred windows. Towards the ends a window shrinks on both sides: the last value stays as logged."""
-    reaches = np.minimum(reach, np.minimum(x - x[0], x[-1] - x))
+def _jumps_of_lr(records: Iterable[dict[str, Any]]) -> tuple[Float64Array, Float64Array]:
+    """The last logged steps before a constant learning rate at least doubles or halves, and those where it falls."""
+    steps, rates = _points(records, "train", "lr")
+    before, after, constant = rates[:-1], rates[1:], np.diff(rates, prepend=rates[:1])[:-1] == 0
+    rises, falls = constant & (after >= 2 * before), constant & (after <= before / 2)
+    return steps[:-1][rises | falls], steps[:-1][falls]
+
+
+def _averaged(x: Float64Array, y: Float64Array, reach: float, jumps: Float64Array) -> Float64Array:
+    """Means over centred windows.
+
+    Towards the ends of the run, and of a stretch between two jumps, a window shrinks on both sides: the values there
+    stay as logged.
+    """
+    stretch = np.searchsorted(jumps, x)  # a point at the jump is of the stretch before it
+    begin, end = x[np.searchsorted(stretch, stretch, "left")], x[np.searchsorted(stretch, stretch, "right") - 1]
+    reaches = np.minimum(reach, np.minimum(x - begin, end - x))
     first, last = np.searchsorted(x, x - reaches, "left"), np.searchsorted(x, x + reaches, "right")
     if np.array_equal(last - first, np.ones_like(first)):
         return y

@@ -73,6 +73,23 @@ def test_smoothing_averages_a_centred_window_and_leaves_the_last_value() -> None
     assert line.smooth[[0, -1]] == pytest.approx(raw[[0, -1]])
 
 
+def test_smoothing_does_not_cross_a_jump_of_the_learning_rate() -> None:
+    """The paper's cliffs stay cliffs, and a linear schedule has none."""
+    steps = range(10, 410, 10)
+    rates = [0.01 if step <= 50 else 0.1 if step <= 200 else 0.01 for step in steps]
+    errors = [0.9 if step <= 50 else 0.5 if step <= 200 else 0.1 for step in steps]
+    records = [record("train", s, error, lr=lr) for s, error, lr in zip(steps, errors, rates, strict=True)]
+    curve = curve_of(records, "", smooth=9)
+    assert curve.train is not None
+    np.testing.assert_allclose(curve.train.smooth, curve.train.y)
+    assert curve.lr_falls == (200.0,)
+    linear = [record("train", s, error, lr=0.1 * (400 - s) / 400) for s, error in zip(steps, errors, strict=True)]
+    curve = curve_of(linear, "", smooth=9)
+    assert curve.lr_falls == ()
+    assert curve.train is not None
+    assert curve.train.smoothed
+
+
 def test_tests_are_averaged_over_as_many_steps_as_training() -> None:
     curve = curve_of(falling(), "", smooth=21)
     assert curve.test is not None

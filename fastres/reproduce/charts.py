@@ -59,8 +59,9 @@ def line_chart(
     parts = [f'<path class="grid" d="{grid}"/>']
     for n, curve in enumerate(curves):
         parts += [_line(line, kind, n, across, down, points) for line, kind in _kinds(curve)]
-        if curve.warmup_end is not None and len(curves) == 1:
-            parts.append(f'<path class="aside" d="M{across(curve.warmup_end)} 0v{SIDE}"/>')
+        if len(curves) == 1:
+            for place in (*([] if curve.warmup_end is None else [curve.warmup_end]), *curve.lr_falls):
+                parts.append(f'<path class="aside" d="M{across(place)} 0v{SIDE}"/>')
     y_step, x_step = (spacing[1] - spacing[0] if len(spacing) > 1 else 1 for spacing in (y_ticks, x_ticks))
     labels = [f'<span class="y" style="bottom:{_percent(y / top)}">{_tick(y, y_step)}</span>' for y in y_ticks]
     labels += [

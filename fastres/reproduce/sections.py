@@ -9,7 +9,7 @@ import numpy as np
 from fastres.config import RunConfig
 from fastres.configtree import leaves, show_key, show_value
 from fastres.console import duration, percent
-from fastres.curves import time_unit
+from fastres.curves import changes_of_lr, time_unit
 from fastres.plot import Run
 from fastres.reproduce.answers import Answers, Mistake
 from fastres.reproduce.charts import bars, line_chart, matrix, stacked
@@ -124,8 +124,8 @@ def error_chart(curves: list[Curve], what: str, points: int = 300) -> str:
         key.append(("pale", "as logged, where a smoothed line stands in front of it"))
     if any(line.low is not None for curve in curves for line in curve.lines):
         key.append(("box band", "band: one standard deviation over the seeds"))
-    if len(curves) == 1 and curves[0].warmup_end is not None:
-        key.append(("thin dash", "warm-up ends (dotted)"))
+    if len(curves) == 1 and (changes := changes_of_lr(curves[0])):
+        key.append(("thin dash", f"{changes} (dotted)"))
     return line_chart(
         curves, x_label="steps", y_label="error, %", describe=f"Error over steps: {what}", key=key, points=points
     )
