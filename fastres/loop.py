@@ -124,7 +124,7 @@ def train_together(
         for note in runtime.notes:
             console.say_once(note)
         with clocks("data"):
-            images = load_images(config.data, config.execution, say=console.say, progress=console.download)
+            images = load_images(config.data, config.execution, say=console.say_once, progress=console.download)
         begun = [(path / CONFIG).exists() and not overwrite for path in folders]
         runs = [
             RunDir.open(path) if old else RunDir.create(path, overwrite=overwrite)
@@ -185,8 +185,12 @@ def _run(
         for member in members:
             member.set_lrs(schedule)
         clocks.add(members[0].state.seconds)
-        for line in _introduction(config, members, images, runtime):
-            console.say(line)
+        if first:
+            console.say(f"resuming from step {first:,} of {', '.join(str(run.path) for run in runs)}")
+        first_line, *notes = _introduction(config, members, images, runtime)
+        console.say(first_line)
+        for note in notes:
+            console.say_once(note)
         progress = Progress(first, recipe.steps, config.data.num_train / recipe.batch_size, runs=len(runs))
         progress.elapsed, progress.held_out = clocks.total(), config.data.held_out
         console.show(progress)
@@ -320,8 +324,6 @@ def check_loader(config: RunConfig) -> None:
 def _introduction(config: RunConfig, members: Sequence[Member], images: ImageSet, runtime: Runtime) -> Iterator[str]:
     """What is about to be trained, and what may not be meant so."""
     recipe, replica, where = config.recipe, members[0].replica, ", ".join(str(member.run.path) for member in members)
-    if begun_at := members[0].state.step:
-        yield f"resuming from step {begun_at:,} of {where}"
     together = f"{len(members)} runs side by side; " if len(members) > 1 else ""
     yield (
         f"{config.name}, {num_parameters(replica.net):,} parameters; {images.name}, {replica.loader.name} loader; "

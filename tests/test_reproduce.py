@@ -49,7 +49,8 @@ def test_again_nothing_is_trained(whole: Path, capsys: pytest.CaptureFixture[str
 def test_dry_run_lists_what_is_needed_and_does_nothing(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(whole.rglob("*"))
     assert run([*REPRODUCE, "--runs", str(whole), "--seeds", "3", "--dry-run"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    *lines, total = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert total == ["4", "runs,", "3", "of", "them", "finished"]
     assert [(name, state) for name, state, _ in lines] == [
         ("ResNet8", "finished"), ("ResNet8", "finished"), ("ResNet8", "missing"), ("PlainNet8", "finished"),
     ]  # fmt: skip
@@ -110,10 +111,10 @@ def test_an_ablation_has_a_folder_of_its_own(whole: Path, tmp_path: Path, capsys
     flags = ["--shortcut", "B", "--norm-batch", "64", "--lr-in-velocity", "--init", "fan_in", "--warmup", "none"]
     assert run([*line, *flags]) == 0
     folder = whole / "shortcut-B-norm-batch-64-warmup-none-lr-in-velocity"
-    places = [text.split()[-1] for text in capsys.readouterr().out.splitlines()]
+    places = [text.split()[-1] for text in capsys.readouterr().out.splitlines()[:-1]]
     assert places == [str(folder / name) for name in ("resnet8/seed0", "resnet8/seed1", "plainnet8/seed0")]
     assert run([*line, "--shortcut", "B"]) == 0  # plain nets have none: theirs are the runs that are there
-    assert capsys.readouterr().out.split()[-1] == str(whole / "plainnet8/seed0")
+    assert capsys.readouterr().out.splitlines()[-2].split()[-1] == str(whole / "plainnet8/seed0")
     assert run([*line, "--warmup", "error"]) == 0  # of ResNet-110 and deeper
     assert "missing" not in capsys.readouterr().out
 
@@ -142,8 +143,9 @@ def test_depths_bring_the_plain_nets_that_the_paper_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], depths: str, nets: list[str]
 ) -> None:
     assert run(["reproduce", "all", "--depths", depths, "--runs", str(tmp_path), "--dry-run", "--seeds", "2"]) == 0
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert set(names) == set(nets)
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == set(nets)
+    assert len({line.split()[-1] for line in lines}) == len(lines) == int(total.split()[0])  # each run once
 
 
 def test_its_folder_can_be_plotted_and_reported(whole: Path, tmp_path: Path) -> None:
@@ -216,7 +218,7 @@ def test_without_runs_each_length_has_its_own_folder(
         (["--steps", "100"], "reproduce-100steps"),
     ):
         assert run(["reproduce", "all", "--nets", "ResNet8", "--seeds", "1", "--dry-run", *flags]) == 0
-        assert capsys.readouterr().out.split()[-1] == f"runs/{folder}/resnet8/seed0"
+        assert capsys.readouterr().out.splitlines()[0].split()[-1] == f"runs/{folder}/resnet8/seed0"
 
 
 def test_a_run_of_another_recipe_in_the_way(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

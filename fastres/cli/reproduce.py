@@ -207,9 +207,11 @@ def reproduce(
     variant = _variant(ablations)
     stages = needs(wanted, runs, preset, changes, variant=variant)
     if dry_run:
-        for stage in stages:
-            for path in stage.folders:
-                print(f"{stage.name:<12} {RunDir(path).status:<9} {path}")
+        listed = {path: stage.name for stage in stages for path in stage.folders}  # a figure's runs are also a table's
+        for path, name in listed.items():
+            print(f"{name:<12} {RunDir(path).status:<9} {path}")
+        num_finished = sum(RunDir(path).status == "finished" for path in listed)
+        print(f"{len(listed)} runs, {num_finished} of them finished")
         return
     folder = out or runs / variant
     if train:

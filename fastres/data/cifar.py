@@ -86,8 +86,8 @@ def load_cifar10(
         read = _read_archive(source, names)
     images = _decode(read, source, names)
     if not images.official:
-        of = "its digest" if train else "the digest of its test images"
-        say(f"{source}: not the official CIFAR-10 ({of} is {images.digest}): used, and named in the results")
+        what = f"not the official CIFAR-10 (its digest is {images.digest})" if train else "not the official test images"
+        say(f"{source}: {what}: used, and named in the results")
     return images
 
 

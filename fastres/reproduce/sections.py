@@ -103,7 +103,7 @@ def summary(subject: Subject) -> str:
             (
                 "Images a second",
                 number(result.images_per_second),
-                f"{together} runs side by side" if together != 1 else "training clock alone",
+                f"one of {together} runs side by side" if together != 1 else "training clock alone",
             ),
             ("A step", number(step.get("p50"), ".3g", " ms"), f"99 % below {number(step.get('p99'), '.3g', ' ms')}"),
             ("Memory", f"{result.peak_memory / 1e9:.2f} GB", "at most"),

@@ -235,7 +235,8 @@ LEGEND = (
     "Error of the last step: mean and standard deviation over the runs, and the 95 % interval of the mean by Student's "
     f"t. The verdict allows {100 * TOLERANCE:.1f} points, about what separates single runs, and wants {FEW} runs; a "
     "mean farther off is better or worse if all of its interval is. The best seed was chosen on the images it was "
-    "tested on, so it is no result. Seconds are of the training clock alone."
+    "tested on, so it is no result. Seconds are of the training clock alone; of runs side by side they are a run's "
+    "share, and img/s is their sum."
 )
 HEADS = (
     "network",
