@@ -150,7 +150,9 @@ def _draw_curve(axes: "Axes", curve: Curve, number: int, scale: float) -> None:
         elif line.smoothed:
             axes.plot(x, line.y, color=color, linewidth=0.7 * width, alpha=0.25, zorder=2)
         look: dict[str, Any] = {"color": color, "linewidth": width, "linestyle": dash, "markersize": 3.5}
-        axes.plot(x, line.smooth, marker="o" if len(x) < FEW_POINTS else None, zorder=front, **look)
+        inside = color if line is curve.test else "white"  # of few points: one of training and one of test differ
+        marks: dict[str, Any] = {"marker": "o", "markerfacecolor": inside} if len(x) < FEW_POINTS else {}
+        axes.plot(x, line.smooth, zorder=front, **marks, **look)
         if curve.unfinished:  # an open ring where it stands
             axes.plot(
                 x[-1:], line.smooth[-1:], "o", color=color, markerfacecolor="white", markersize=6, zorder=front + 2

@@ -181,7 +181,7 @@ def _caption(networks: Sequence[Network], clean: bool, ylim: float) -> str:
     held_out = " or ".join(sorted({d.held_out for d in data})) or "test"
     parts = [f"thin, dashed: training error, {how}", f"bold: {held_out} error"]
     if any(len(network.runs) > 1 for network in networks):
-        parts.append("lines: means of n seeds as far as all got, bands: lowest to highest")
+        parts.append("lines: mean over n seeds, up to the last step that all reached; bands: lowest to highest")
     if any(_lr_drops(network) for network in networks):
         parts.append("dotted: lr drops")
     if ylim != PAPER_YLIM:

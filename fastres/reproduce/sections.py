@@ -101,12 +101,16 @@ def summary(subject: Subject) -> str:
             steps,
             ("Training time", training_time(result), "training clock alone"),
             (
-                "Images a second",
+                "Images per second",
                 number(result.images_per_second),
                 f"one of {together} runs side by side" if together != 1 else "training clock alone",
             ),
-            ("A step", number(step.get("p50"), ".3g", " ms"), f"99 % below {number(step.get('p99'), '.3g', ' ms')}"),
-            ("Memory", f"{result.peak_memory / 1e9:.2f} GB", "at most"),
+            (
+                "Step time",
+                number(step.get("p50"), ".3g", " ms"),
+                f"p99: {number(step.get('p99'), '.3g', ' ms')}",
+            ),
+            ("Peak memory", f"{result.peak_memory / 1e9:.2f} GB", "held at once"),
         ]
     )
 
@@ -150,7 +154,7 @@ def classes(subject: Subject) -> str:
     rows = [(name, error, percent(error)) for name, error in by_class if error is not None]
     left = f"<div><h3>Error by class</h3>{bars(rows)}</div>"
     shown = matrix(evaluation.confusion, answers.class_names)
-    right = f"<div><h3>True class (rows) and answer (columns)</h3>{shown}</div>"
+    right = f"<div><h3>Confusion matrix: true class (rows), prediction (columns)</h3>{shown}</div>"
     return section("By class", f'{marks}{note(again + found)}<div class="pair uneven">{left}{right}</div>')
 
 
