@@ -199,7 +199,7 @@ def inference_of(net: nn.Module, runtime: Runtime) -> Inference | LayerInference
 def build_evaluator(
     net: nn.Module, config: RunConfig, images: ImageSet, mean: Float32Array, runtime: Runtime
 ) -> Evaluator:
-    """The same for one network."""
+    """`build_evaluators` for one network."""
     return build_evaluators([net], config, images, mean, runtime)[0]
 
 

@@ -164,7 +164,7 @@ class RunConfig:
         return self.recipe.steps * self.recipe.batch_size / self.data.num_train
 
     def experiment(self) -> dict[str, Any]:
-        """The half that says what is computed, as JSON-ready values; those without effect are the defaults."""
+        """The half that says what is computed, JSON-ready; values without effect are replaced by the defaults."""
         tree = self.to_dict()
         for section, keys in _without_effect(self).items():
             default = dataclasses.asdict(Model() if section == "model" else Recipe())

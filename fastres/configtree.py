@@ -1,6 +1,6 @@
 """Trees of values for config dataclasses: laying one over another, comparing, showing, and building them strictly.
 
-A tree is nested mappings, as TOML and JSON give them. Knows nothing of what the values mean.
+A tree is nested mappings, as TOML and JSON give them. Knows little of what the values mean.
 """
 
 import dataclasses

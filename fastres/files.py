@@ -47,12 +47,12 @@ def write_bytes(path: Path, content: bytes, *, keep: Path | None = None) -> None
 
 
 def write_text(path: Path, text: str) -> None:
-    """The same of a text, in UTF-8."""
+    """Write a text, in UTF-8, whole or not at all."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """The same of a JSON object."""
+    """Write a JSON object whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 

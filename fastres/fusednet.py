@@ -170,7 +170,7 @@ class FusedNet:
         return self.weight_grads, self.norm_grads
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean cross-entropy, float32, and the number of wrong answers, int32: both `()`; as `LayerNet.forward`."""
+        """The mean cross-entropy, float32, and the number of wrong answers, int32: both `()`."""
         self._maps = self.maps_of(images).permute(0, 2, 3, 1).requires_grad_()
         return self._predict(self._maps, self._fc.weight, self._fc.bias, labels)
 

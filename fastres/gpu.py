@@ -75,7 +75,7 @@ def driver_too_old() -> bool:
 
 
 def has_kernels(capability: Capability) -> bool:
-    """Whether torch was built for a GPU: its major version and no later minor, or PTX, which later GPUs take."""
+    """Whether this torch has code for a compute capability: of its major and no newer minor version, or older PTX."""
     built_for = list(_built_for())
     return not built_for or any(
         of <= capability if kind == "compute" else (of[0] == capability[0] and of[1] <= capability[1])

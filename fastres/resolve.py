@@ -58,7 +58,7 @@ def runtime_of(config: RunConfig, say: Callable[[str], None] | None = None) -> R
 
 
 def suiting(config: RunConfig) -> Runtime:
-    """The same with all kernels that network and batch allow, nothing checked or compiled."""
+    """`runtime_of` without the check: all kernels that network and batch allow, nothing compiled."""
     runtime, batch_size = prepare(config.execution, depth=config.model.depth), config.recipe.batch_size
     wanted = config.execution.layer_kernels
     if wanted or (wanted is None and layernet.BY_DEFAULT and runtime.native and runtime.device.type == "cuda"):
@@ -140,7 +140,7 @@ def check_kernels(runtime: Runtime, model: Model, batch_size: int, say: Callable
 
 
 def _compare(runtime: Runtime, model: Model, batch_size: int) -> Verdict:
-    """As `check_kernels`."""
+    """`check_kernels` without its cache."""
     torchs = replace(runtime, native=False, layer_kernels=False)
     exact = replace(torchs, precision="fp32", shadow_weights=False)
     try:

@@ -28,7 +28,7 @@ SPARE = WARM_UP_CALLS * MAX_GRAPH_STEPS  # places behind the last step in tables
 
 
 class Loader(Protocol):
-    """What yields batches: resident, dali and torchvision loaders.
+    """What yields batches: the loaders of `fastres.data`.
 
     Attributes:
         name: As in the config.

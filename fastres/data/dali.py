@@ -113,7 +113,7 @@ class DaliLoader:
         self._run = -1  # the run that is being used
 
     def prepare(self, step: int) -> None:
-        """Where 0-based step `step` begins a run: have it and the next in the ring, and DALI at those after them.
+        """Where 0-based step `step` begins a run of DALI: copy it and the next two into the ring, and ask for more.
 
         Waits for no device; for DALI's host threads only where they are slower than the training. Any step may be asked
         for; steps in order are what is quick. Up to a run's steps may be prepared before the first is launched.
@@ -141,7 +141,7 @@ class DaliLoader:
         return self.load_of(0, counter)
 
     def load_of(self, place: int, counter: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for the plan at `place` among all plans."""
+        """`load` for the plan at `place` among all plans."""
         batch, labels = self._from_ring(self._rings[place], self._codes[place].codes, self._labels, counter)
         return (batch if self.channels_last else batch.contiguous()), labels
 
@@ -259,7 +259,7 @@ class Seat:
 
 
 def _explained(what: str, error: Exception) -> Exception:
-    """The error to raise: `what` and why; where memory ran out DALI's own, which others explain.
+    """The error to raise: `what` and why. One for lack of memory is returned as it is; `guards` explains it.
 
     DALI names the operator, prints where the pipeline made it, and says why after "encountered:".
     """

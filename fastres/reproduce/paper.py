@@ -75,7 +75,7 @@ class Difference:
 
 
 def differences(config: RunConfig) -> list[Difference]:
-    """In what a run is not as the paper has its network; seeds and keys without effect are left out."""
+    """The settings in which a run differs from the paper's, but for the seed and for keys without effect."""
     model, recipe = config.model, config.recipe
     paper = make_config("paper", model={"arch": model.arch, "depth": model.depth})
     unused = {"seed"}
