@@ -237,6 +237,13 @@ def test_differences_name_the_keys() -> None:
     assert differences(ours, theirs) == ["recipe.lr: 0.1 -> 0.2", "seed: 0 -> 1"]
 
 
+def test_configs_differ_in_what_they_compute_and_in_the_seed_where_it_counts() -> None:
+    ours, theirs = make_config(), make_config(recipe={"lr": 0.2}, seed=1, execution={"threads": 3})
+    assert ours.differs_from(theirs) == ["recipe.lr: 0.1 -> 0.2", "seed: 0 -> 1"]
+    assert ours.differs_from(theirs, but_seed=True) == ["recipe.lr: 0.1 -> 0.2"]
+    assert make_config(seed=1).differs_from(make_config(seed=2), but_seed=True) == []
+
+
 @pytest.mark.parametrize(
     ("path", "value", "shown"),
     [

@@ -309,6 +309,13 @@ def test_several_runs_are_a_table_with_a_section_each(sweep: Path) -> None:
     assert unfinished.index("Synthetic data") < unfinished.index("Results")
 
 
+def test_a_mean_is_of_all_finished_runs_or_not_given(sweep: Path) -> None:
+    changed(sweep / "seed1", RESULT, test_error="nan")
+    text = reported(sweep).text
+    assert "ResNet8, mean of 3 \N{EN DASH} \N{EN DASH} \N{EN DASH}" in text
+    assert "result.json is damaged" in text
+
+
 def test_hundreds_of_runs_have_a_row_each_and_sections_as_far_as_they_fit(sweep: Path) -> None:
     common, runs = read_runs([sweep / "seed0"])
     subjects = [Subject(runs[0], result_of(runs[0].folder), "--no-eval was given.")] * 700
