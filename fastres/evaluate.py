@@ -133,6 +133,8 @@ def load_trained(
     """
     if not target.exists():
         raise InputError(f"{target} does not exist; give a run folder or a weights file")
+    if arch not in (None, "resnet", "plain", "imagenet"):
+        raise InputError(f"--arch is {arch!r}; it must be one of resnet, plain, imagenet")
     saved = read_checkpoint(target, say)
     if saved and (mean or std):
         raise InputError(f"{target} brings its own mean image; leave out --mean and --std")

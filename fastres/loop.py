@@ -25,7 +25,7 @@ from fastres.resolve import runtime_of
 from fastres.result import RunResult, result_of, summary
 from fastres.rundir import CONFIG, DIVERGED, RunDir, default_path, found_again, remove_empty, resume_with
 from fastres.runstate import RunState, load_states, record_environment, record_loader
-from fastres.runtime import Runtime, peak_memory, synchronize
+from fastres.runtime import Runtime, peak_memory, synchronize, usual_torch
 from fastres.step import TrainStep
 from fastres.steptimer import StepTimer, milliseconds
 
@@ -117,7 +117,7 @@ def train_together(
     """
     clocks, config = clocks or Clocks(), next(iter(folders.values()))
     check_loader(config)
-    with clocks("other"), contextlib.closing(console), contextlib.ExitStack() as stack:
+    with usual_torch(), clocks("other"), contextlib.closing(console), contextlib.ExitStack() as stack:
         with clocks("compile"):
             runtime = runtime_of(config, console.say)
         check_memory(config, runtime, num_replicas=len(folders))
@@ -246,7 +246,7 @@ def _run(
                         member.log(measured)
                     if tests_now:
                         member.evaluate(clocks)
-                    if saves:
+                    if saves and not member.diverged:
                         member.save(images, mean, clocks)
                 for member in alive:
                     if member.diverged and len(members) > 1:

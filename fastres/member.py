@@ -126,6 +126,12 @@ class Member:
         with clocks("evaluate"):
             self.tested = self.test()
             clean = self.clean() if self.clean and record else None
+        if not math.isfinite(self.tested.loss):
+            self._give_up(
+                f"the test loss is {self.tested.loss} at step {done:,}; {last_good(self.run)}. "
+                "Try a lower --lr, a --warmup, or --precision fp32"
+            )
+            return
         if not record:
             return
         self.state.record_evaluation(self.tested, done)

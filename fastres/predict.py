@@ -14,7 +14,7 @@ from fastres.data.resident import evaluation_batches
 from fastres.errors import InputError
 from fastres.evaluate import here, read_checkpoint
 from fastres.models.imagenet import Network
-from fastres.runtime import Runtime, autocast, prepare
+from fastres.runtime import Runtime, autocast, prepare, usual_torch
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Predictor:
     step: int
     runtime: Runtime
 
+    @usual_torch()
     @torch.no_grad()
     def __call__(self, images: Bytes) -> Float32Array:
         """The logits, float32 `(num, classes)`.
@@ -68,6 +69,7 @@ class Predictor:
         return np.concatenate([*logits, np.zeros((0, len(self.class_names)), np.float32)])
 
 
+@usual_torch()
 def load(
     run: str | Path, *, device: str = "auto", precision: str | None = None, say: Callable[[str], None] = print
 ) -> Predictor:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import filelock
 
 from fastres.config import RunConfig
-from fastres.errors import InputError
+from fastres.errors import InputError, MachineError
 from fastres.files import disk_error, write_json, write_text
 
 CONFIG, ENVIRONMENT, METRICS, RESULT, DIVERGED, CONSOLE = (
@@ -45,6 +45,7 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held: tuple[int, int] | None = None  # the lock that this process holds
 
     @staticmethod
     def create(path: Path, *, overwrite: bool = False) -> "RunDir":
@@ -126,10 +127,22 @@ class RunDir:
             ) from error
         except OSError as error:
             raise disk_error(error, self.path, 0) from error
+        self._held = _identity(self.path / LOCK)
         try:
             yield
         finally:
+            self._held = None
             lock.release()
+
+    def check_held(self) -> None:
+        """Raise MachineError where the folder that this process has locked is another one now, or gone.
+
+        Else a run whose folder was moved would go on in the folder of the same name that came after it.
+        """
+        if self._held is not None and _identity(self.path / LOCK) != self._held:
+            raise MachineError(
+                f"{self.path} was moved, replaced or deleted while its run was in training; the run stops here"
+            )
 
     def config(self) -> RunConfig:
         """The config that the run was started with. Raises InputError where it cannot be read."""
@@ -151,6 +164,7 @@ class RunDir:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write one of the folder's JSON files, whole or not at all."""
+        self.check_held()
         write_json(self.path / name, value)
 
     def remove(self, name: str) -> None:
@@ -218,11 +232,21 @@ class RunDir:
         self._append(CONSOLE, text + "\n")
 
     def _append(self, name: str, text: str) -> None:
+        self.check_held()
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             raise disk_error(error, self.path, len(text)) from error
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file a path names: its device and inode; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def find_runs(paths: Iterable[Path]) -> list[RunDir]:

@@ -86,6 +86,7 @@ class RunState:
             "clock": dict(seconds),
         }
         run.sync_metrics()
+        run.check_held()
         checkpoint.save(run.path, tensors, meta)
 
     @staticmethod

@@ -86,6 +86,7 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
     if threads > MAX_THREADS * cores:
         raise InputError(f"--threads is {threads:,}, and this machine has {cores:,} cores; 0 means one per core")
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest")  # on a CPU; a GPU's is set below
     scope, note = _compile_scope(execution, device, depth)
     notes += [note] if note else []
     if execution.cuda_graph and device.type != "cuda":
@@ -158,6 +159,31 @@ def allow_recompilations() -> None:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Autocast to `dtype`, or nothing at all in fp32. Weights stay in fp32 and are cast anew each step."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def usual_torch() -> Iterator[None]:
+    """Torch as a process finds it, whatever the caller of the library has set: gradients, float32, the CPU by default.
+
+    Raises:
+        InputError: Inside `torch.autocast`, which keeps weights that it has cast until its outermost block ends.
+    """
+    if around := [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]:
+        raise InputError(
+            f"this was called inside torch.autocast({around[0]!r}), which changes what is computed; call it outside, "
+            "and choose the precision in the config"
+        )
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    if device.type != "cpu":
+        torch.set_default_device(None)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if device.type != "cpu":
+            torch.set_default_device(device)
 
 
 def seeded_generator(seed: int) -> torch.Generator:

@@ -444,3 +444,31 @@ def test_help_is_quick_and_does_not_import_torch() -> None:
         assert done.returncode == 0
         assert "train" in done.stdout
     assert statistics.median(seconds) <= 0.3, f"fastres --help took {seconds}"
+
+
+def test_a_name_that_the_terminals_encoding_lacks(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "fastres", "eval", str(tmp_path / "\u65e5\u672c")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 2
+    assert "\\u65e5\\u672c does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_architecture_that_is_none_is_not_taken_for_resnet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["eval", str(tmp_path), "--arch", "plian"]) == 2
+    assert "--arch is 'plian'; it must be one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["reproduce", "table6", "--dry-run", "--seeds", "1000000000"], "--seeds is 1000000000"),
+        (["bench", "--rounds", "99999999999999999999"], "at most 100,000"),
+    ],
+)
+def test_more_than_anybody_means_is_refused(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(argv) == 2
+    assert words in capsys.readouterr().err

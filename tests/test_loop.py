@@ -20,6 +20,7 @@ from fastres import build, checkpoint, loop, member, pace
 from fastres.clock import Clocks
 from fastres.data import synthetic
 from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfMemory
+from fastres.evaluator import Evaluator
 from fastres.models.depth import IMAGENET_BLOCKS
 from fastres.rundir import RunDir
 from fastres.step import Replica, TrainStep
@@ -96,6 +97,54 @@ def test_equal_seeds_equal_runs_and_other_seeds_not(whole: Path, tmp_path: Path)
     assert_same_run(whole, tmp_path / "same")
     fastres.train(tiny(tmp_path / "other", seed=1), verbosity="quiet")
     assert timeless_metrics(tmp_path / "other") != timeless_metrics(whole)
+
+
+def test_what_the_caller_has_set_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        torch.set_float32_matmul_precision("medium")
+        with torch.inference_mode():
+            fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
+            fastres.load(tmp_path / "run", device="cpu")(np.zeros((1, 32, 32, 3), np.uint8))
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+        torch.set_float32_matmul_precision(precision)
+    assert_same_run(whole, tmp_path / "run")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match=r"inside torch\.autocast"):
+        fastres.train(tiny(tmp_path / "cast"), verbosity="quiet")
+
+
+@pytest.mark.parametrize("then", ["deleted", "replaced"])
+def test_a_run_whose_folder_was_moved_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str) -> None:
+    """It would write into the folder that has its name now."""
+    out, take = tmp_path / "run", TrainStep.__call__
+
+    def moved(self: TrainStep, step: int, stop: int | None = None) -> int:
+        if step == 7:
+            out.rename(tmp_path / "elsewhere")
+            if then == "replaced":
+                shutil.copytree(tmp_path / "elsewhere", out)
+        return take(self, step, stop)
+
+    monkeypatch.setattr(TrainStep, "__call__", moved)
+    with pytest.raises(MachineError, match="was moved, replaced or deleted"):
+        fastres.train(tiny(out), verbosity="quiet")
+    assert out.exists() == (then == "replaced")
+    if then == "replaced":
+        assert (out / "metrics.jsonl").read_bytes() == (tmp_path / "elsewhere/metrics.jsonl").read_bytes()
+
+
+def test_a_test_loss_of_nan_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = Evaluator.__call__
+    monkeypatch.setattr(Evaluator, "__call__", lambda self: replace(test(self), loss=math.nan))
+    with pytest.raises(Diverged, match="the test loss is nan at step 12"):
+        fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
+    assert not (tmp_path / "run/result.json").exists()
 
 
 @pytest.mark.parametrize(

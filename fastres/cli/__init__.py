@@ -1,7 +1,9 @@
 """The command line: one module a command, one call, an exit code. torch is imported only inside commands."""
 
+import contextlib
 import difflib
 import errno
+import io
 import os
 import signal
 import sys
@@ -39,6 +41,9 @@ CLOSED_PIPE = 128 + 13  # SIGPIPE's, which Python ignores
 def main() -> None:
     """Run the command line and exit with its code (`fastres.errors` lists them)."""
     signal.signal(signal.SIGTERM, _stop)  # until a training loop puts its own in place
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the encoding of the terminal lacks
     try:
         code = run(sys.argv[1:])
         if sys.stdout is not None:  # as `>&-` leaves it
@@ -48,7 +53,7 @@ def main() -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
-        print("fastres: no room on the disk for what is printed; free some, or print elsewhere", file=sys.stderr)
+        _tell("fastres: no room on the disk for what is printed; free some, or print elsewhere")
         code = _unwritten(3)
     sys.exit(code)
 
@@ -57,6 +62,12 @@ def _unwritten(code: int) -> int:
     """The exit code where stdout takes nothing more; Python would try to flush it once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+
+def _tell(text: str) -> None:
+    """Say something on stderr, where somebody still reads it: a terminal may be closed, a disk full."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _stop(signum: int, _frame: FrameType | None) -> NoReturn:
@@ -74,18 +85,18 @@ def run(argv: list[str]) -> int:
     except FastresError as error:
         if debug:
             raise
-        print(f"fastres: {error}", file=sys.stderr)
+        _tell(f"fastres: {error}")
         return error.exit_code
     except typer.TyperException as error:  # usage: an unknown flag, a value of the wrong type
-        print(f"fastres: {_usage(error)}", file=sys.stderr)
+        _tell(f"fastres: {_usage(error)}")
         return error.exit_code
     except (RuntimeError, MemoryError) as error:  # where no other batch size would help: a test, a benchmark's products
         if debug or not (isinstance(error, MemoryError) or says_out_of_memory(error)):
             raise
-        print(f"fastres: out of memory: {first_line(error)}; free some, or use another --device", file=sys.stderr)
+        _tell(f"fastres: out of memory: {first_line(error)}; free some, or use another --device")
         return OutOfMemory.exit_code
     except Stop as stop:
-        print(f"fastres: {stop}", file=sys.stderr)
+        _tell(f"fastres: {stop}")
         return 128 + stop.signum
     except SystemExit:  # typer's own end after EPIPE, for which it puts a wrapper around stdout
         if type(sys.stdout).__name__ != "PacifyFlushWrapper":
@@ -94,7 +105,7 @@ def run(argv: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:  # so typer returns where Ctrl-C came before there was a state to save
-        print("fastres: stopped", file=sys.stderr)
+        _tell("fastres: stopped")
     return code if isinstance(code, int) else 0
 
 

@@ -99,8 +99,8 @@ def bench(
 ) -> None:
     """Time the step and the loaders that `train` uses. Without options: a useful table in under three minutes."""
     rounds = (COMPARED_ROUNDS if compare else ROUNDS) if rounds is None else rounds
-    if rounds < 1:
-        raise InputError(f"--rounds is {rounds}; it must be at least 1")
+    if not 1 <= rounds <= 100_000:
+        raise InputError(f"--rounds is {rounds}; it must be at least 1, and at most 100,000")
     if not 0 < seconds < 1e6:
         raise InputError(f"--seconds is {seconds}; it must be a number above 0")
     if plot is not None:

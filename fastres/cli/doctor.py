@@ -32,7 +32,7 @@ def doctor(
     found = examine(data_dir)
     if as_json:
         print(json.dumps(found.to_dict()))
-    elif sys.stdout.isatty():
+    elif sys.stdout is not None and sys.stdout.isatty():
         Console(highlight=False).print(table(found))
     else:
         print(plain(found))

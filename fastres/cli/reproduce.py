@@ -10,6 +10,7 @@ import typer
 from fastres.cli.flags import (
     DATA_DIR,
     DEVICES,
+    MAX_SEEDS,
     MIRROR,
     PRECISIONS,
     THREADS,
@@ -281,8 +282,8 @@ def _networks(
     from fastres.reproduce.plan import stages_of
 
     for flag, number in (("--seeds", seeds), ("--plain-seeds", plain_seeds)):
-        if number < 1:
-            raise InputError(f"{flag} is {number}; it must be at least 1")
+        if not 1 <= number <= MAX_SEEDS:
+            raise InputError(f"{flag} is {number}; it must be at least 1, and at most {MAX_SEEDS:,}")
     if nets is not None:
         chosen = [parse_model(word) for word in parse_list("--nets", nets, str)]
     elif depths is not None:
