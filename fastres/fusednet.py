@@ -160,6 +160,7 @@ class FusedNet:
             start, place = sum(counts[:k]), sum(sizes[:k])
             rows += [[start, layer.weights.programs, size, at, place] for at in range(0, size, ADD_UP.block)]
         self._table = torch.tensor(rows, dtype=torch.int32).to(device)
+        self._one = torch.ones((), device=device)  # the loss's own gradient, which autograd would fill anew each step
         self._images: Tensor | None = None
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of each layer: maps, result, statistics
         self._maps: Tensor | None = None  # of the last forward, `(batch, h, w, channels)`
@@ -176,7 +177,7 @@ class FusedNet:
 
     def backward(self, loss: Tensor) -> None:
         """All gradients; `loss` is what `forward` gave, which must be the last call."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(self._one)  # type: ignore[no-untyped-call]
         assert self._maps is not None
         assert self._maps.grad is not None
         self.backward_from(self._maps.grad.permute(0, 3, 1, 2))

@@ -65,8 +65,13 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
     before = {signum: signal.signal(signum, note) for signum in signals}
     try:
         yield
-    except Stop as stop:
-        raise Interrupted(str(stop), stop.signum) from None
+    except (Stop, RuntimeError) as error:
+        behind: BaseException | None = error
+        while behind is not None and not isinstance(behind, Stop):
+            behind = behind.__context__  # a capture that is left by Stop raises an error of its own on the way
+        if behind is None:
+            raise
+        raise Interrupted(str(behind), behind.signum) from None
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

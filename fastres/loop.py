@@ -141,7 +141,7 @@ def train_together(
             if checkpoint is None:
                 run.write_json(CONFIG, own.to_dict())
             run.remove(DIVERGED)
-            record_environment(run, config, runtime, images, checkpoint)
+            record_environment(run, config, runtime, images, checkpoint, console.say)
         return _run(list(folders.values()), runs, runtime, images, saved, console, clocks, interrupt, brief=brief)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +13,15 @@ from fastres.clock import Clocks
 from fastres.config import RunConfig
 from fastres.curves import draw_curves
 from fastres.data.imageset import Float32Array, ImageSet
-from fastres.errors import Diverged
+from fastres.errors import Diverged, InputError
 from fastres.evaluator import Evaluation, Evaluator
 from fastres.models.cifar import num_parameters
 from fastres.optim import LrSchedule
 from fastres.result import RunResult
-from fastres.rundir import DIVERGED, RESULT, RunDir
+from fastres.rundir import DIVERGED, METRICS, RESULT, RunDir
 from fastres.runstate import RunState, data_note, last_good
 from fastres.runtime import Runtime
+from fastres.series import is_number
 from fastres.step import Replica, Window
 
 # Steps that the training error at a run's end is over: an epoch of 50,000 images in batches of 128, but no more than a
@@ -168,6 +170,12 @@ class Member:
                 "More --steps, or --warmup constant"
             )
         records = self.run.metrics()
+        if not any(_is_training(record) for record in records):
+            path = self.run.path
+            raise InputError(
+                f"{path / METRICS} has no record of the training, which the result needs. The weights are whole: "
+                f"fastres eval {shlex.quote(str(path))}; for a result train anew, with another --out"
+            )
         result = RunResult(
             run=self.run.path,
             test_error=self.tested.error,
@@ -198,9 +206,13 @@ class Member:
         return self.diverged
 
 
+def _is_training(record: Mapping[str, Any]) -> bool:
+    return record["kind"] == "train" and is_number(record.get("error"))
+
+
 def _last_train_error(records: Sequence[Mapping[str, Any]], num_steps: int) -> float:
     """Over the last log windows that have so many steps together, or over all."""
-    train = [record for record in records if record["kind"] == "train"]
+    train = [record for record in records if _is_training(record)]
     wrong, steps, end = 0.0, 0, train[-1]["step"]
     for k in range(len(train) - 1, -1, -1):
         begin = train[k - 1]["step"] if k else 0

@@ -16,7 +16,7 @@ from fastres import layernet
 from fastres.build import EVALUATION_BATCH, build_net, build_optimizer, inference_of
 from fastres.config import Model, RunConfig, make_config
 from fastres.data.frozen import FrozenLoader
-from fastres.errors import FastresError, InputError, MachineError, first_line, says_out_of_memory
+from fastres.errors import FastresError, InputError, MachineError, OutOfMemory, first_line, says_out_of_memory
 from fastres.fusednet import is_paper_net, supports
 from fastres.optim import momentum_buffers
 from fastres.runtime import Runtime, autocast, prepare
@@ -124,6 +124,7 @@ def check_kernels(runtime: Runtime, model: Model, batch_size: int, say: Callable
 
     Raises:
         MachineError: The GPU is in a state in which this process can use it no more.
+        OutOfMemory: It has no room at all.
     """
     key = runtime, model, batch_size
     if key not in _VERDICTS:
@@ -171,7 +172,9 @@ def _check_usable(device: torch.device, error: Exception) -> None:
     """Raise MachineError after an error that CUDA does not recover from."""
     try:
         torch.zeros(1, device=device).item()
-    except RuntimeError:
+    except RuntimeError as second:
+        if says_out_of_memory(second):
+            raise OutOfMemory(f"{device} is full: other processes hold its memory (nvidia-smi lists them)") from second
         said = f"{device} failed while fastres' own kernels were checked ({first_line(error)})"
         raise MachineError(f"{said}; try --no-native") from error
 
@@ -200,8 +203,9 @@ def _results(runtime: Runtime, model: Model, batch_size: int) -> dict[str, Tenso
         for some in (labels, test_labels)
     )
     loader, optimizer = FrozenLoader(train_images, labels.to(device)), build_optimizer(net, config.recipe)
-    # no timed search for cuDNN's kernels, which would take longer than all else here
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+    # No timed search for cuDNN's kernels, which would take longer than all else here. Deterministic, since torch keeps
+    # what was chosen for a shape, and training, which searches, must not find this: the key has that flag alone.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         replica = Replica(net, optimizer, loader, runtime, num_steps=1)
         replica.step()  # its learning rate is 0, so the velocities are the gradients
         net.eval()

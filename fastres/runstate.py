@@ -170,6 +170,10 @@ def _choices(run: RunDir, say: Callable[[str], None]) -> list[Checkpoint]:
     return whole
 
 
+# Of environment.json: where one differs, sums are taken in another order or rounded otherwise.
+ROUNDING = ("device", "gpu", "cpu", "threads", "precision", "native", "layer_kernels", "compile", "torch")
+
+
 def data_note(images: ImageSet) -> dict[str, Any]:
     """The data set, as environment.json and result.json record it."""
     return {
@@ -181,17 +185,29 @@ def data_note(images: ImageSet) -> dict[str, Any]:
 
 
 def record_environment(
-    run: RunDir, config: RunConfig, runtime: Runtime, images: ImageSet, saved: Checkpoint | None
+    run: RunDir,
+    config: RunConfig,
+    runtime: Runtime,
+    images: ImageSet,
+    saved: Checkpoint | None,
+    say: Callable[[str], None],
 ) -> None:
-    """Write environment.json; a resumed run keeps the first process's and lists its own under "resumed"."""
+    """Write environment.json; a resumed run keeps the first process's and lists its own under "resumed".
+
+    `say` is told where the two do not compute to the same bit.
+    """
     loader = loader_kind(config.execution, runtime)
     now = {**environment(runtime), "loader": loader, "data": data_note(images)}
     if saved is None or not (run.path / ENVIRONMENT).exists():
         run.write_json(ENVIRONMENT, now)
         return
     first = run.read_json(ENVIRONMENT)
-    resumed = [*first.get("resumed", []), {"step": saved.meta["step"], **now}]
+    before = first.get("resumed")
+    resumed = [*(before if isinstance(before, list) else []), {"step": saved.meta["step"], **now}]
     run.write_json(ENVIRONMENT, {**first, "resumed": resumed})
+    others = [f"{key} {first.get(key)} -> {now[key]}" for key in ROUNDING if first.get(key, now[key]) != now[key]]
+    if others:
+        say(f"begun with other arithmetic ({'; '.join(others)}): from here on numbers may differ in rounding")
 
 
 def record_loader(runs: Sequence[RunDir], name: str) -> None:

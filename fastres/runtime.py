@@ -130,6 +130,7 @@ def _set_up_cuda(device: torch.device, precision: str, *, deterministic: bool) -
             raise OutOfMemory(f"{device} is full: other processes hold its memory (nvidia-smi lists them)") from error
         raise MachineError(f"{device} cannot be used: {first_line(error)}; nvidia-smi may say more") from error
     os.environ.setdefault("TRITON_CACHE_DIR", str(host.triton_cache_dir()))  # else it depends on who comes first
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # its default so far; Triton 3.9 warns where nothing says so
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     # One shape for the whole run, so the timed search for cuDNN's kernels pays; it may choose another one each time.
     torch.backends.cudnn.benchmark = not deterministic

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -208,3 +208,26 @@ def test_a_second_signal_stops_at_once_and_says_what_is_left(signum: signal.Sign
     with pytest.raises(Interrupted, match=at_once) as caught, interrupts(interrupt):
         work()
     assert caught.value.exit_code == code
+
+
+def test_a_second_signal_is_told_through_the_error_that_it_causes() -> None:
+    """A capture of several branches that an exception ends raises one of its own: streams have not joined."""
+
+    def left() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            failing(RuntimeError("operation would result in a merge of separate capture sequences"))()
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at once"), interrupts(Interrupt("resume")):
+        left()
+    with pytest.raises(RuntimeError, match="another"), interrupts(Interrupt("resume")):
+        failing(RuntimeError("another"))()
+
+
+def failing(error: Exception) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail

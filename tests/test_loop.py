@@ -119,6 +119,27 @@ def test_what_the_caller_has_set_changes_nothing(whole: Path, tmp_path: Path) ->
         fastres.train(tiny(tmp_path / "cast"), verbosity="quiet")
 
 
+def test_a_resume_with_other_arithmetic_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 9)
+        with pytest.raises(Interrupted):
+            fastres.train(tiny(out), verbosity="quiet")
+    environment = json.loads((out / "environment.json").read_text())
+    (out / "environment.json").write_text(json.dumps({**environment, "threads": 77, "resumed": 5}))
+    fastres.train(resume=out, verbosity="quiet")
+    said = (out / "console.log").read_text()
+    assert f"begun with other arithmetic (threads 77 -> {environment['threads']}): from here on" in said
+
+
+def test_a_result_needs_a_record_of_the_training(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/result.json").unlink()
+    (tmp_path / "run/metrics.jsonl").write_text("rubbish\n")
+    with pytest.raises(InputError, match=r"no record of the training.*fastres eval"):
+        fastres.train(resume=tmp_path / "run", verbosity="quiet")
+
+
 @pytest.mark.parametrize("then", ["deleted", "replaced"])
 def test_a_run_whose_folder_was_moved_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str) -> None:
     """It would write into the folder that has its name now."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastres import fusednet, resolve, step
 from fastres.build import build_net
 from fastres.config import Model, make_config
-from fastres.errors import MachineError, Stop
+from fastres.errors import MachineError, OutOfMemory, Stop
 from fastres.fusednet import layers_of
 from fastres.layernet import LayerInference, LayerNet, kind_of
 from fastres.models.cifar import CifarNet
@@ -136,6 +136,30 @@ def test_a_gpu_that_is_lost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         MachineError, match=r"failed while .* were checked \(RuntimeError: CUDA error: an illegal.*; try --no-native"
     ):
         check_kernels(RUNTIME, SMALL, 8)
+
+
+def test_a_full_gpu_is_no_fault_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+    monkeypatch.setattr(resolve, "_results", failing(error))
+    monkeypatch.setattr(torch, "zeros", failing(error))
+    with pytest.raises(OutOfMemory, match="cpu is full"):
+        check_kernels(RUNTIME, SMALL, 8)
+
+
+def test_torch_does_not_keep_the_checks_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache of cuDNN's plans tells deterministic ones from others, and not searched ones from others."""
+    seen = []
+    take = step.Replica.step
+
+    def watched(self: step.Replica) -> None:
+        seen.append((torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark))
+        take(self)
+
+    monkeypatch.setattr(step.Replica, "step", watched)
+    before = torch.backends.cudnn.deterministic
+    check_kernels(RUNTIME, SMALL, 8)
+    assert set(seen) == {(True, False)}
+    assert torch.backends.cudnn.deterministic == before
 
 
 def test_what_cannot_be_compared_is_told_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
