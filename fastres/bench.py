@@ -24,7 +24,7 @@ from fastres.cudagraph import CapturedGraph
 from fastres.data.frozen import FrozenLoader
 from fastres.data.imageset import ImageSet
 from fastres.environment import environment
-from fastres.guards import explained_memory_errors
+from fastres.guards import explained_compilation, explained_memory_errors
 from fastres.parts import PARTS, Marks, marked
 from fastres.resolve import runtime_of, suiting
 from fastres.roofline import Ceilings, Work, measure_ceilings, work_of
@@ -108,7 +108,8 @@ class Bench:
             self.step, self.done = TrainStep(self.replicas), 0
             start = perf_counter()
             if self.runtime.needs_warm_up:
-                self.step.warm_up(self._capture, graph_steps=config.execution.graph_steps)
+                with explained_compilation():
+                    self.step.warm_up(self._capture, graph_steps=config.execution.graph_steps)
                 synchronize(device)
             self.compile_seconds = resolve_seconds + perf_counter() - start
             self.run(FIRST_STEPS)

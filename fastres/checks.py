@@ -258,8 +258,7 @@ def compile_cache() -> Iterable[Finding]:
     """Where compiled code is kept between runs: torch's, and on a GPU Triton's."""
     import torch
 
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _default_compile_cache())
-    yield _cache("compile cache", folder, "TORCHINDUCTOR_CACHE_DIR")
+    yield _cache("compile cache", host.inductor_cache_dir(), "TORCHINDUCTOR_CACHE_DIR")
     if torch.cuda.is_available():
         yield _cache("Triton cache", host.triton_cache_dir(), "TRITON_CACHE_DIR")
 
@@ -269,12 +268,6 @@ def _cache(what: str, folder: Path, variable: str) -> Finding:
         return Finding("error", what, f"{folder} cannot be written", f"export {variable}=FOLDER")
     lasts = ", until that folder is emptied" if folder.is_relative_to(tempfile.gettempdir()) else ""
     return Finding("ok", what, f"{folder}{lasts}")
-
-
-def _default_compile_cache() -> str:
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    return default_cache_dir()
 
 
 def _pip() -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastres.build import empty_net
 from fastres.config import RunConfig
 from fastres.data.imageset import IMAGE_SIZE
-from fastres.errors import Interrupted, OutOfMemory, OutOfTime, Stop, says_out_of_memory
+from fastres.errors import Interrupted, MachineError, OutOfMemory, OutOfTime, Stop, first_line, says_out_of_memory
 from fastres.models.cifar import num_parameters
 from fastres.runtime import Runtime, usable_memory
 
@@ -40,11 +40,14 @@ class Interrupt:
     way_on: str  # how to resume
     deadline: float = math.inf  # on the clock of `time.perf_counter`
     signum: int | None = None
+    training: bool = False  # else there is nothing to save: the first signal stops at once, a minute's compiling too
 
 
 @contextlib.contextmanager
 def interrupts(interrupt: Interrupt) -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGHUP into a flag that the loop reads after each step; a second signal stops at once.
+
+    So does the first one before `interrupt.training`, which is false until somebody sets it inside the block.
 
     A SIGHUP that is ignored, as under nohup, stays ignored.
     Only the main thread may set handlers; elsewhere the flag stays unset.
@@ -54,10 +57,13 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
         return
 
     def note(signum: int, _frame: FrameType | None) -> None:
-        if interrupt.signum is not None:
-            name = signal.Signals(signum).name
-            raise Stop(f"stopped by {name} at once, where the newest checkpoint is; {interrupt.way_on}", signum)
-        interrupt.signum = signum
+        first, interrupt.signum = interrupt.signum is None, signum
+        if first and interrupt.training:
+            return
+        where = "at once, where the newest checkpoint is" if interrupt.training else "before the first step"
+        raise Stop(f"stopped by {signal.Signals(signum).name} {where}; {interrupt.way_on}", signum)
+
+    interrupt.training = False
 
     signals = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -95,6 +101,20 @@ def explained_memory_errors(config: RunConfig, runtime: Runtime, *, num_replicas
             raise
         traceback.clear_frames(error.__traceback__)  # their variables hold what the step had got so far
         raise OutOfMemory(_way_out(config, runtime, num_replicas, str(error))) from error
+
+
+@contextlib.contextmanager
+def explained_compilation() -> Iterator[None]:
+    """Turn what torch.compile raises where its compiler or its cache does not work into MachineError with a way out."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        of_torch = any(part in type(error).__module__ for part in ("torch._dynamo", "torch._inductor", "triton"))
+        if not (of_torch or isinstance(error, OSError)) or _is_out_of_memory(error):
+            raise
+        raise MachineError(
+            f"torch.compile does not work here: {first_line(error)}; use --no-compile (--debug shows all)"
+        ) from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -2,15 +2,17 @@
 
 import contextlib
 import functools
+import getpass
 import os
 import platform
+import re
 import shutil
 import sysconfig
 import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from fastres.errors import MachineError
+from fastres.errors import MachineError, first_line
 
 
 def num_cores() -> int:
@@ -101,6 +103,31 @@ def writable(folder: Path) -> bool:
     """Whether a folder that need not be there yet can be written."""
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110 (False where it may not look)
     return os.access(there, os.W_OK)
+
+
+def inductor_cache_dir() -> Path:
+    """Where torch keeps what it compiled: `$TORCHINDUCTOR_CACHE_DIR`, or the temporary folder that it names by default.
+
+    Before torch 2.15 it fails where the user has no name, as in many containers.
+    """
+    if asked := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(asked)
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
+    return Path(tempfile.gettempdir()) / ("torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+
+
+def make_inductor_cache() -> Path:
+    """Make it; torch needs the folder even where nothing is compiled. Raises MachineError."""
+    folder = inductor_cache_dir().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        wanted = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
+        raise MachineError(f"torch's cache cannot be made: {first_line(error)}; {wanted}") from error
+    return folder
 
 
 def triton_cache_dir() -> Path:

@@ -16,7 +16,7 @@ from fastres.console import Console, Progress, Verbosity
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
 from fastres.errors import Diverged, InputError
-from fastres.guards import Interrupt, check_memory, explained_memory_errors, interrupts, stopped
+from fastres.guards import Interrupt, check_memory, explained_compilation, explained_memory_errors, interrupts, stopped
 from fastres.member import Member, make_members
 from fastres.models.cifar import num_parameters
 from fastres.models.depth import IMAGENET_BLOCKS
@@ -170,7 +170,7 @@ def _run(
         train_step = TrainStep([member.replica for member in members])
         if runtime.needs_warm_up:
             console.say("compiling (later runs of the same model find the result in the compiler's cache)")
-            with clocks("compile"):
+            with clocks("compile"), explained_compilation():
                 capture = CapturedGraph if runtime.cuda_graph else None
                 train_step.warm_up(capture, graph_steps=config.execution.graph_steps)
                 for member in members:
@@ -198,7 +198,7 @@ def _run(
         epoch_shown = int(progress.epochs)
         began = saved_at = perf_counter()
         timer, step_seconds, since_log = StepTimer(runtime.device), list[float](), list[float]()
-        alive = members
+        alive, interrupt.training = members, True
 
         with clocks("train"):
             timer.begin()

@@ -11,11 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from fastres import guards, runtime
 from fastres.config import RunConfig, make_config
-from fastres.errors import Interrupted, OutOfMemory
-from fastres.guards import Interrupt, check_memory, explained_memory_errors, interrupts, memory_of_a_step
+from fastres.errors import Interrupted, MachineError, OutOfMemory
+from fastres.guards import (
+    Interrupt,
+    check_memory,
+    explained_compilation,
+    explained_memory_errors,
+    interrupts,
+    memory_of_a_step,
+)
 from fastres.runtime import Runtime
 
 SAID = (
@@ -197,6 +205,7 @@ def test_a_second_signal_stops_at_once_and_says_what_is_left(signum: signal.Sign
     interrupt = Interrupt("resume with: fastres train --resume x")
 
     def work() -> None:
+        interrupt.training = True
         try:
             os.kill(os.getpid(), signum)
             assert interrupt.signum == signum
@@ -213,17 +222,39 @@ def test_a_second_signal_stops_at_once_and_says_what_is_left(signum: signal.Sign
 def test_a_second_signal_is_told_through_the_error_that_it_causes() -> None:
     """A capture of several branches that an exception ends raises one of its own: streams have not joined."""
 
+    interrupt = Interrupt("resume")
+
     def left() -> None:
+        interrupt.training = True
         signal.raise_signal(signal.SIGTERM)
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
             failing(RuntimeError("operation would result in a merge of separate capture sequences"))()
 
-    with pytest.raises(Interrupted, match="stopped by SIGTERM at once"), interrupts(Interrupt("resume")):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at once"), interrupts(interrupt):
         left()
     with pytest.raises(RuntimeError, match="another"), interrupts(Interrupt("resume")):
         failing(RuntimeError("another"))()
+
+
+def test_before_training_the_first_signal_stops_at_once() -> None:
+    """A network of 110 layers compiles for a minute, and there is nothing yet to save."""
+    interrupt = Interrupt("resume with: fastres train --resume x", training=True)  # of the runs before
+    stopped = "^stopped by SIGINT before the first step; resume with: fastres train --resume x$"
+    with pytest.raises(Interrupted, match=stopped) as caught, interrupts(interrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert caught.value.exit_code == 130
+
+
+def test_a_compiler_that_does_not_work_is_explained() -> None:
+    for error in (InvalidCxxCompiler(), InductorError(OSError("no g++"), Exception), OSError(28, "No space left")):
+        explained = pytest.raises(MachineError, match=r"torch.compile does not work here: .*; use --no-compile")
+        with explained, explained_compilation():
+            raise error
+    for error in (torch.OutOfMemoryError(SAID), RuntimeError("a bug"), InductorError(MemoryError(SAID), Exception)):
+        with pytest.raises(type(error)), explained_compilation():
+            raise error
 
 
 def failing(error: Exception) -> Callable[[], None]:

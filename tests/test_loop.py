@@ -189,6 +189,18 @@ def test_interrupted_and_resumed_is_uninterrupted(
     assert taken == pytest.approx(first["step"] - (step + 1))  # steps of this process
 
 
+def test_stopped_while_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny(tmp_path / "run", execution={"compile": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "warm_up", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted, match="before the first step; resume with: fastres train --resume"):
+            fastres.train(run, verbosity="quiet")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "warm_up", lambda *_, **__: Path("/dev/null/cache").mkdir())
+        with pytest.raises(MachineError, match=r"torch.compile does not work here: NotADirectoryError.*--no-compile"):
+            fastres.train(resume=tmp_path / "run", verbosity="quiet")
+
+
 def test_the_result_does_not_depend_on_a_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(member, "draw_curves", lambda *_, **__: pytest.fail("drawn"))

@@ -1,17 +1,20 @@
 """runtime.py: what "auto" means on a machine, and what is refused by name."""
 
+import getpass
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from fastres import driver, gpu, host, runtime
 from fastres.cli.flags import parse_channels
@@ -214,6 +217,25 @@ def test_a_home_that_may_not_be_looked_into(monkeypatch: pytest.MonkeyPatch, tmp
     assert host.writable(tmp_path / "a" / "b")
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert not host.writable(tmp_path / "a" / "b")
+
+
+def test_torchs_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Torch makes it when it is imported further, with a traceback; torch 2.11 also where the user has no name."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(MachineError, match=r"torch's cache cannot be made: .*; set TORCHINDUCTOR_CACHE_DIR"):
+        prepare(Execution(device="cpu", threads=1))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert host.inductor_cache_dir() == Path(default_cache_dir())
+
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    prepare(Execution(device="cpu", threads=1))
+    assert (tmp_path / f"torchinductor_uid_{os.getuid()}").is_dir()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / f"torchinductor_uid_{os.getuid()}")
 
 
 def test_a_gpu_too_old_for_triton_is_not_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
