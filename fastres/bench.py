@@ -70,14 +70,16 @@ class Timing:
 
 
 class Bench:
-    """A cell that is alive: `train`'s own step, warmed up.
+    """A cell that is alive: `train`'s own step, warmed up. `say` is told where another loader takes DALI's place.
 
     Raises:
         OutOfMemory: The batch does not fit.
         MachineError: GPU, DALI or compiler are not there.
     """
 
-    def __init__(self, cell: Cell, images: ImageSet, num_steps: int = MAX_STEPS) -> None:
+    def __init__(
+        self, cell: Cell, images: ImageSet, num_steps: int = MAX_STEPS, say: Callable[[str], None] | None = None
+    ) -> None:
         self.cell, self._num_steps, config = cell, num_steps, cell.config
         start = perf_counter()
         self.runtime = runtime_of(config)
@@ -90,7 +92,7 @@ class Bench:
         memory = explained_memory_errors(config, self.runtime, num_replicas=cell.num_replicas)
         with memory, contextlib.ExitStack() as failed:
             configs = [dataclasses.replace(config, seed=config.seed + k) for k in range(cell.num_replicas)]
-            loaders = build_loaders(configs, images, images.mean_image(), self.runtime)
+            loaders = build_loaders(configs, images, images.mean_image(), self.runtime, say)
             for loader in loaders:
                 failed.callback(loader.close)
             if cell.frozen:
@@ -314,7 +316,7 @@ def _alive(cells: Sequence[Cell], stack: contextlib.ExitStack, say: Callable[[st
         if key not in images:
             images[key] = load_images(cell.config.data, cell.config.execution, say=say)
         say(f"warming up {cell.label}")
-        yield stack.enter_context(contextlib.closing(Bench(cell, images[key])))
+        yield stack.enter_context(contextlib.closing(Bench(cell, images[key], say=say)))
 
 
 def _frozen(loader: Loader, device: torch.device) -> FrozenLoader:

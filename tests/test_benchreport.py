@@ -1,5 +1,6 @@
 """benchreport.py, profiling.py, scaling.py and `fastres bench`: what is printed, written, compared and refused."""
 
+import contextlib
 import copy
 import errno
 import json
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from fastres import bench, scaling
-from fastres.bench import SCHEMA
+from fastres.bench import SCHEMA, Bench
 from fastres.benchreport import (
     check_place,
     compare,
@@ -25,6 +26,8 @@ from fastres.benchreport import (
 )  # fmt: skip
 from fastres.cells import Cell
 from fastres.cli import run
+from fastres.config import make_config
+from fastres.data.synthetic import make_synthetic
 from fastres.errors import InputError, MachineError, OutOfMemory
 from fastres.parts import PARTS
 from fastres.profiling import STEPS, Kernel, Name, idle_between, idle_share, kernel_table, profile_cell
@@ -430,6 +433,28 @@ def test_no_gpu_asked_for_by_name(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert run(["bench", "--device", "cuda"]) == 3
     assert "finds no CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_dali_that_does_not_start_is_left_out_unless_it_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ImportError("libdali.so: undefined symbol")
+
+    monkeypatch.setattr("fastres.data.dali.dali_available", lambda: True)
+    monkeypatch.setattr("fastres.data.dali._pipeline", fails)
+    assert run(["bench", *TINY, "--loader", "dali"]) == 3
+    assert "DALI does not start: libdali.so: undefined symbol" in capsys.readouterr().err
+    assert run(["bench", *TINY, "--json", str(tmp_path / "report.json")]) == 0
+    assert "leaving out the dali loader: DALI does not start" in capsys.readouterr().out
+    cells = json.loads((tmp_path / "report.json").read_text())["cells"]
+    assert [cell["label"] for cell in cells] == ["ResNet8 resident", "ResNet8 frozen batch"]
+    config = make_config(execution={"device": "cpu", "threads": 1}, model={"depth": 8})
+    monkeypatch.setattr("fastres.build.loader_kind", lambda *_: "dali")  # as "auto" is on a GPU
+    said: list[str] = []
+    with contextlib.closing(Bench(Cell("a", config), make_synthetic(), num_steps=20, say=said.append)) as bench:
+        assert bench.replica.loader.name == "resident"
+    assert said[0].startswith("taking the resident loader: DALI does not start")
 
 
 REPORT = '{"schema": 1, "environment": {}, "cells": %s}'

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ from fastres.cli import flags
 from fastres.cli.flags import given, one_of, parse_list, parse_percent, read_config, refuse_both
 from fastres.cli.help import panel
 from fastres.config import RunConfig, make_config
-from fastres.errors import InputError, OutsideTolerance
+from fastres.errors import InputError, MachineError, OutsideTolerance
 from fastres.files import check_figure
 
 if TYPE_CHECKING:
@@ -148,10 +148,13 @@ def bench(
         batch_sizes = switches.pop("batch_size") if _given(ctx, "batch_size") else None
         _scaling(_one_cell(base, switches, "--scaling"), depths, batch_sizes, json_, plot)
     else:
+        from fastres.console import Console
+
         pairs = deterministic == "both"  # the last switch, so that cells without and with it lie side by side
         exact = pairs or _given(ctx, "rounds")
         max_seconds = math.inf if exact else 1.5 * seconds
-        _measure(_cells(base, switches), rounds, seconds, json_, plot, pairs=pairs, max_seconds=max_seconds)
+        say = Console("auto", stderr=json_ == "-").say
+        _measure(_cells(base, switches, say), rounds, seconds, json_, plot, pairs=pairs, max_seconds=max_seconds)
 
 
 def _given(ctx: typer.Context, name: str) -> bool:
@@ -179,17 +182,25 @@ def _one_cell(base: RunConfig, switches: dict[str, Any], mode: str) -> "Cell":
     return next(matrix(base, given_switches))
 
 
-def _cells(base: RunConfig, switches: dict[str, Any]) -> "list[Cell]":
-    """The matrix, with what was left open filled in for this machine."""
+def _cells(base: RunConfig, switches: dict[str, Any], say: Callable[[str], None]) -> "list[Cell]":
+    """The matrix, with what was left open filled in for this machine; `say` is told what is not there."""
     from fastres import gpu
     from fastres.cells import matrix
-    from fastres.data.dali import dali_available
+    from fastres.data.dali import check_starts, dali_available
 
+    device, _ = gpu.choose(base.execution.device)
     if switches["loader"] is None:
-        switches["loader"] = [*(["dali"] if dali_available() else []), "resident", "none"]
+        loaders = ["resident", "none"]
+        try:
+            if dali_available():
+                check_starts(device)
+                loaders.insert(0, "dali")
+        except MachineError as error:
+            say(f"leaving out the dali loader: {error}")
+        switches["loader"] = loaders
     if switches["depth"] is None:
-        on_gpu = gpu.choose(base.execution.device)[0].type == "cuda"
-        switches["depth"] = [20, 56, 110] if on_gpu and base.model.arch != "imagenet" else [base.model.depth]
+        several = device.type == "cuda" and base.model.arch != "imagenet"
+        switches["depth"] = [20, 56, 110] if several else [base.model.depth]
     return list(matrix(base, switches))
 
 

@@ -31,6 +31,8 @@ RUNS_AHEAD = 2  # runs that are asked for before the first of them is taken
 RING_RUNS = 4  # in the ring: in use, next, being copied, and the one before, not all of whose steps may be launched
 FRAMES_PER_RUN = 4_096  # 50 MB in fp32; large enough that a run's fixed cost does not show
 
+START = "DALI does not start"
+
 
 def dali_available() -> bool:
     """Whether DALI is installed; does not import it (0.4 s)."""
@@ -38,6 +40,14 @@ def dali_available() -> bool:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # not even the nvidia namespace
         return False
+
+
+def check_starts(device: torch.device) -> None:
+    """Raise MachineError where DALI is installed and does not start."""
+    try:
+        _pipeline(device, 1)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise _explained(START, error) from error
 
 
 class DaliLoader:
@@ -103,7 +113,7 @@ class DaliLoader:
             self._pipeline: Any = _pipeline(device, num_threads)
             self._feed("data", self._data)
         except (ImportError, OSError, RuntimeError) as error:  # half installed, or not for this driver
-            raise _explained("DALI does not start", error) from error
+            raise _explained(START, error) from error
         self._next_run = 0  # the run that will be asked for next
         self._asked: list[int] = []  # runs under way, oldest first
         self._started = False
