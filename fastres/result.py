@@ -57,6 +57,8 @@ def result_of(run: RunDir) -> RunResult:
     for key, value in found.items():
         if not _fits(key, value):
             raise InputError(f"{run.path / RESULT} is damaged: {key} is {value!r}. {remedy}")
+    if found["steps"] != (wanted := run.config().recipe.steps):
+        raise InputError(f"{run.path / RESULT} is of {found['steps']:,} steps, and the run has {wanted:,}. {remedy}")
     return RunResult(run=run.path, **found)  # type: ignore[arg-type]  # checked above
 
 

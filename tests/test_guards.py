@@ -248,6 +248,7 @@ def test_before_training_the_first_signal_stops_at_once() -> None:
 
 
 def test_a_compiler_that_does_not_work_is_explained() -> None:
+    error: Exception
     for error in (InvalidCxxCompiler(), InductorError(OSError("no g++"), None), OSError(28, "No space left")):
         explained = pytest.raises(MachineError, match=r"torch.compile does not work here: .*; use --no-compile")
         with explained, explained_compilation():

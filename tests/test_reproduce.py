@@ -85,7 +85,9 @@ def test_how_far_all_is_and_how_long_it_takes(tmp_path: Path, capsys: pytest.Cap
     for path in paths[:2]:
         run = RunDir.create(path)
         run.write_json("config.json", stage.folders[path].to_dict())
-    RunDir(paths[0]).write_json("result.json", RESULT_VALUES | {"seconds": {"train": 60.0, "evaluate": 40.0}})
+    RunDir(paths[0]).write_json(
+        "result.json", RESULT_VALUES | {"steps": 100, "seconds": {"train": 60.0, "evaluate": 40.0}}
+    )
     RunDir(paths[1]).append_metrics({"kind": "train", "step": 50, "error": 0.5})
     whole = OverallProgress(stage.folders, clock=lambda: now)
     # one run of four and half of another; the finished one took 100 s, so the other two and a half take 250

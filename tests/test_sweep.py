@@ -303,6 +303,9 @@ def test_a_damaged_result_is_named_and_its_remedy_works(alone: Path, tmp_path: P
         (run / "result.json").write_text(json.dumps({**stored, key: value}))
         with pytest.raises(InputError, match=f"result.json is damaged: {key} is .*Remove that file"):
             sweep.outcome_of(run)
+    (run / "result.json").write_text(json.dumps({**stored, "steps": 23}))  # of a shorter run, copied here
+    with pytest.raises(InputError, match=r"result\.json is of 23 steps, and the run has 24\. Remove that file"):
+        sweep.outcome_of(run)
     (run / "result.json").unlink()
     fastres.train(resume=run, verbosity="quiet")
     assert json.loads((run / "result.json").read_text())["test_error"] == stored["test_error"]

@@ -22,7 +22,7 @@ ERRORS = (0.0860, 0.0880, 0.0870, 0.0850, 0.0890)  # mean 0.0870, std 0.00158
 
 RESULT_VALUES: dict[str, Any] = {
     "test_error": 0.08, "test_loss": 0.3, "best_test_error": 0.075, "best_step": 60_000, "train_error": 0.01,
-    "class_errors": [0.08] * 10, "steps": 64_000, "warmup_end": None, "num_parameters": 269_722,
+    "class_errors": [0.08] * 10, "warmup_end": None, "num_parameters": 269_722,
     "images_per_second": 100_000.0, "step_milliseconds": {}, "peak_memory": 1, "side_by_side": 1,
     "seconds": {"train": 80.0},
 }  # fmt: skip
@@ -40,7 +40,8 @@ def make_run(
     if diverged:
         run.write_json("diverged.json", {"step": 100, "why": "NaN"})
     if error is not None:
-        own = {"test_error": error, "best_test_error": error - 0.005, "class_errors": [error] * 10}
+        own: dict[str, Any] = {"test_error": error, "best_test_error": error - 0.005, "class_errors": [error] * 10}
+        own["steps"] = config.recipe.steps
         run.write_json("result.json", {**RESULT_VALUES, **own, **result})
     return run
 
