@@ -86,7 +86,9 @@ def build(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
         if key not in hints:
             homes = [home for home, kind in hints.items() if key in getattr(kind, "__dataclass_fields__", ())]
             place = f"; it is one of {homes[0]}'s: {path}{homes[0]}.{key}" if homes else ""
-            raise InputError(f"unknown key {path}{key}{place or nearest(key, hints) or '; keys: ' + ', '.join(hints)}")
+            raise InputError(
+                f"unknown key {path}{key}{place or nearest(str(key), hints) or '; keys: ' + ', '.join(hints)}"
+            )
         values[key] = _coerce(hints[key], value, f"{path}{key}")
     return cls(**values)
 

@@ -71,7 +71,7 @@ def train_seeds(
         As `fastres.train`, but for Diverged; InputError where the folder belongs to another sweep.
     """
     check_config(config)
-    seeds = range(seeds) if isinstance(seeds, int) else [int(seed) for seed in seeds]  # also those of numpy
+    seeds = _listed(seeds)
     folder = Path(resume) if resume is not None else None
     if folder is not None:
         stored = read_sweep(folder)
@@ -97,6 +97,16 @@ def train_seeds(
         raise
     console.say(f"{spread(config.name, outcomes)}; {folder}")
     return outcomes
+
+
+def _listed(seeds: Any) -> list[int]:
+    """A number of seeds, or some seeds, as a list. Raises InputError."""
+    seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds  # numpy's and torch's
+    if is_int(seeds):
+        return list(range(seeds))
+    if isinstance(seeds, Iterable) and all(map(is_int, listed := [*seeds])):
+        return [int(seed) for seed in listed]
+    raise InputError(f"seeds are {seeds!r}; give how many, or a list of whole numbers, as range(2, 5)")
 
 
 def seed_folders(folder: Path, config: RunConfig, seeds: Sequence[int]) -> dict[Path, RunConfig]:

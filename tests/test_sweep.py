@@ -10,6 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -265,6 +266,10 @@ def test_another_sweep_or_config_is_refused(tmp_path: Path) -> None:
     for seeds in ((), (1, 1)):
         with pytest.raises(InputError, match="give each of them once"):
             train_seeds(tiny(tmp_path / "none"), seeds, verbosity="quiet")
+    for wrong in ("0-3", [0.5], None, True, ["1"]):
+        with pytest.raises(InputError, match=r"seeds are .*; give how many, or a list"):
+            train_seeds(tiny(tmp_path / "none"), wrong, verbosity="quiet")  # type: ignore[arg-type]
+    assert sweep._listed(2) == sweep._listed(np.arange(2)) == sweep._listed([np.int64(0), 1]) == [0, 1]
 
 
 def test_find_runs(alone: Path, tmp_path: Path) -> None:
