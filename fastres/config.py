@@ -165,11 +165,27 @@ class RunConfig:
 
     def experiment(self) -> dict[str, Any]:
         """The half that says what is computed, JSON-ready; values without effect are replaced by the defaults."""
-        tree = self.to_dict()
-        for section, keys in _without_effect(self).items():
-            default = dataclasses.asdict(Model() if section == "model" else Recipe())
-            tree[section] |= json.loads(json.dumps({key: default[key] for key in keys}))
+        tree, defaults = self.to_dict(), RunConfig().to_dict()
+        for section, key in (path.split(".") for path in self.idle_keys()):
+            tree[section][key] = defaults[section][key]
         return {key: tree[key] for key in ("model", "data", "recipe", "seed")}
+
+    def idle_keys(self) -> set[str]:
+        """Keys of the experiment that do nothing beside the others, by their whole path."""
+        model, recipe, keys = self.model, self.recipe, set[str]()
+        if model.arch == "plain":
+            keys |= {"model.shortcut", "model.pad"}
+        if model.shortcut == "B":
+            keys |= {"model.pad"}
+        if recipe.schedule == "linear":
+            keys |= {"recipe.milestones", "recipe.lr_decay"}
+        if recipe.warmup in ("none", "error"):
+            keys |= {"recipe.warmup_steps"}
+        if recipe.warmup in ("none", "ramp"):
+            keys |= {"recipe.warmup_lr"}
+        if recipe.momentum == 0:
+            keys |= {"recipe.lr_in_velocity"}
+        return keys
 
     @property
     def digest(self) -> str:
@@ -281,24 +297,6 @@ def with_dependent_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     if deep_resnet and "warmup" not in recipe and recipe.get("schedule", "step") == "step":
         tree = merge(tree, {"recipe": {"warmup": "constant"}})
     return tree
-
-
-def _without_effect(config: RunConfig) -> dict[str, set[str]]:
-    """Keys, by section, that do nothing beside the others."""
-    model, recipe, keys = config.model, config.recipe, dict[str, set[str]](model=set(), recipe=set())
-    if model.arch == "plain":
-        keys["model"] |= {"shortcut", "pad"}
-    if model.shortcut == "B":
-        keys["model"] |= {"pad"}
-    if recipe.schedule == "linear":
-        keys["recipe"] |= {"milestones", "lr_decay"}
-    if recipe.warmup in ("none", "error"):
-        keys["recipe"] |= {"warmup_steps"}
-    if recipe.warmup in ("none", "ramp"):
-        keys["recipe"] |= {"warmup_lr"}
-    if recipe.momentum == 0:
-        keys["recipe"] |= {"lr_in_velocity"}
-    return keys
 
 
 def _validate(config: RunConfig) -> None:

@@ -99,7 +99,9 @@ def tell_apart(configs: Sequence[RunConfig], names: Sequence[str]) -> tuple[str,
     """
     whats = [{"name": config.name} | _flat(config.experiment(), leave_out=IN_NAME) for config in configs]
     common = [_words(key, whats[0][key]) for key in ("name", "dataset", "seed") if _same(whats, key)]
-    labels = _join(whats, [key for key in whats[0] if not _same(whats, key)])
+    idle = [{path.rpartition(".")[2] for path in config.idle_keys()} for config in configs]
+    shown = [{key: value for key, value in what.items() if key not in idle[k]} for k, what in enumerate(whats)]
+    labels = _join(shown, [key for key in whats[0] if not _same(whats, key)])
     if _twins(labels):
         hows = [_flat(config.to_dict()["execution"]) for config in configs]
         extra = _join(hows, [key for key in hows[0] if not _same(hows, key)])
@@ -126,7 +128,7 @@ def _same(trees: Sequence[dict[str, Any]], key: str) -> bool:
 
 
 def _join(trees: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
-    return [", ".join(_words(key, tree[key]) for key in keys) for tree in trees]
+    return [", ".join(_words(key, tree[key]) for key in keys if key in tree) for tree in trees]
 
 
 def _twins(labels: Sequence[str]) -> set[str]:

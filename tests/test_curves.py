@@ -164,6 +164,11 @@ def config(**changes: Any) -> RunConfig:
             "ResNet20, cifar10, seed 0",
             ["precision auto", "precision bf16"],
         ),
+        (
+            [config(), config(recipe={"warmup": "ramp"})],
+            "ResNet20, cifar10, seed 0",
+            ["warmup none", "warmup ramp, warmup steps 6,400"],
+        ),
         ([config(), config()], "ResNet20, cifar10, seed 0", ["a", "b"]),
         ([config(), config(), config(seed=1)], "ResNet20, cifar10", ["seed 0, a", "seed 0, b", "seed 1"]),
     ],

@@ -237,6 +237,8 @@ def test_an_unfinished_run_says_so(run: Path) -> None:
 def test_the_configuration_stands_beside_the_papers(run: Path) -> None:
     text = reported(run).text
     assert "batch size 16 the paper's recipe: 128" in text
+    assert "warmup steps 2 without effect here" not in text
+    assert re.search(r"warmup lr [\d.]+ without effect here", text)
     assert "weight decay 0.0001 momentum" not in text
     assert re.search(r"weight decay 0\.0001 (?!the paper)", text)
 

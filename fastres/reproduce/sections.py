@@ -219,6 +219,7 @@ def configuration(subject: Subject) -> str:
     """What was computed, with the paper's value where it differs, and how it ran."""
     config = subject.run.config
     others = {difference.path: _remark(difference) for difference in differences(config)}
+    others |= dict.fromkeys(config.idle_keys(), "without effect here")
     tree = config.to_dict()
     what = _shown(leaves(config.experiment()), others)
     how = _shown(leaves(tree["execution"]) | leaves(tree["output"]))

@@ -27,6 +27,7 @@ from fastres.rundir import RunDir
 FEW = 3  # runs from which on a mean is judged, and has an interval: of two it would reach below zero
 
 FEW_RUNS = "too few runs to say"
+UNKNOWN = "machine not recorded"
 DIGITS = 9  # of an error, a fraction: 0.0895 - 0.0875 is 0.002, not a little more
 
 # Student's t for a two-sided interval of 95 %, by degrees of freedom from 2 on
@@ -129,10 +130,10 @@ def _row(network: Network) -> Row:
 def _machines(run: RunDir) -> set[str]:
     """GPU, or else CPU, on which a run was trained, and in which precision; several where it was resumed elsewhere."""
     found = {
-        ", ".join(filter(None, (env.get("gpu") or env.get("cpu") or "machine not recorded", env.get("precision"))))
+        ", ".join(str(word) for word in (env.get("gpu") or env.get("cpu") or UNKNOWN, env.get("precision")) if word)
         for env in run.environments()
     }
-    return found or {"machine not recorded"}
+    return found or {UNKNOWN}
 
 
 def interval(errors: Sequence[float]) -> tuple[float, float] | None:
