@@ -79,6 +79,8 @@ def test_precisions_are_told_where_they_differ(tmp_path: Path) -> None:
     row, _ = table6.rows_of(runs)
     assert row.machines == ("GPU X, bf16", "GPU X, fp32")
     assert "GPU X, fp32" in table6.markdown([row], note="")
+    runs[0].write_json("environment.json", {**first, "gpu": None, "cpu": ["by hand"], "precision": 1.5})
+    assert "['by hand'], 1.5" in table6.rows_of(runs)[0].machines
 
 
 def test_the_last_step_is_the_result_not_the_best(tmp_path: Path) -> None:
