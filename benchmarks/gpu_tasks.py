@@ -178,8 +178,8 @@ def gpu_tests() -> dict[str, int]:
 
 def machine(setting: Setting) -> Result:
     """The machine that the default run would have. Raises MachineError where there is no GPU."""
-    from fastres import nvml
-    from fastres.environment import environment
+    from fastres.machine import nvml
+    from fastres.machine.environment import environment
     from fastres.runtime import prepare
 
     runtime = prepare(setting.config(20).execution)
@@ -188,7 +188,7 @@ def machine(setting: Setting) -> Result:
 
 def ceilings(setting: Setting) -> Result:
     """What the machine can do at best: copy, matrix product, a node of a graph, a replay."""
-    from fastres.roofline import measure_ceilings, replay_seconds
+    from fastres.bench.roofline import measure_ceilings, replay_seconds
     from fastres.runtime import DTYPES, prepare
 
     device = prepare(setting.config(20).execution).device
@@ -248,9 +248,9 @@ def memory(setting: Setting, depth: int) -> Result:
 
     import torch
 
-    from fastres.bench import Bench
+    from fastres.bench.cells import Cell
+    from fastres.bench.measure import Bench
     from fastres.build import load_images
-    from fastres.cells import Cell
     from fastres.errors import OutOfMemory
     from fastres.guards import memory_of_a_step
 

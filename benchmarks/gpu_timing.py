@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.gpu_files import ROOT, Result, Setting, TaskFailed
 
 if TYPE_CHECKING:
-    from fastres.bench import Bench
-    from fastres.cells import Cell
+    from fastres.bench.cells import Cell
+    from fastres.bench.measure import Bench
     from fastres.config import RunConfig
     from fastres.step import TrainStep
     from fastres.steptimer import StepTimer
@@ -88,9 +88,9 @@ def host(setting: Setting, depth: int) -> Result:
     step on a frozen batch is shorter; `idle`, the share of a profile's time in which the GPU ran nothing, and
     `idle_between_steps`, the part of it from step to step.
     """
-    from fastres.bench import Bench
+    from fastres.bench.measure import Bench
+    from fastres.bench.profiling import take_profile
     from fastres.build import load_images
-    from fastres.profiling import take_profile
     from fastres.steptimer import StepTimer
 
     config, rounds = setting.config(depth), 1 if setting.tiny else 10
@@ -171,9 +171,9 @@ def evaluation(setting: Setting, depth: int) -> Result:
     `share` is that of all evaluations of a run at the default interval in the time of all its steps; `warm_up` is what
     compiling and capturing takes before.
     """
-    from fastres.bench import FIRST_STEPS, Bench
+    from fastres.bench.cells import Cell
+    from fastres.bench.measure import FIRST_STEPS, Bench
     from fastres.build import build_evaluator, load_images
-    from fastres.cells import Cell
 
     config, rounds = setting.config(depth, data={"dataset": "cifar10"}), 1 if setting.tiny else 10
     images = load_images(config.data, config.execution, say=print)
@@ -252,8 +252,8 @@ def _first_step(setting: Setting, depth: int, run: Path, environment: dict[str, 
 
 def switched(setting: Setting, base: dict[str, Any], switches: dict[str, dict[str, Any]]) -> Result:
     """Each switch, on top of a base, against the base, in turns, with the interval of `fastres bench --compare`."""
-    from fastres.benchreport import compare
-    from fastres.cells import Cell
+    from fastres.bench.cells import Cell
+    from fastres.bench.report import compare
 
     cells = [Cell("default" if not base else "torch's kernels", setting.config(20, execution=base))]
     cells += [Cell(name, setting.config(20, execution={**base, **execution})) for name, execution in switches.items()]
@@ -268,8 +268,8 @@ def switched(setting: Setting, base: dict[str, Any], switches: dict[str, dict[st
 
 def profile(setting: Setting, depth: int) -> Result:
     """A step kernel by kernel; the trace lies beside the result."""
-    from fastres.cells import Cell
-    from fastres.profiling import STEPS, take_profile
+    from fastres.bench.cells import Cell
+    from fastres.bench.profiling import STEPS, take_profile
 
     config = setting.config(depth)
     trace = setting.out / "profile" / f"resnet{depth}.trace.json.gz"
@@ -280,7 +280,7 @@ def profile(setting: Setting, depth: int) -> Result:
 
 def scaling(setting: Setting, depth: int, batch_sizes: tuple[int, ...]) -> Result:
     """Speed over the batch size."""
-    from fastres.scaling import MAX_STEP_SECONDS, measure_scaling
+    from fastres.bench.scaling import MAX_STEP_SECONDS, measure_scaling
 
     sizes = batch_sizes[:1] if setting.tiny else batch_sizes
     config, rounds = setting.config(depth), 1 if setting.tiny else 3
@@ -289,7 +289,7 @@ def scaling(setting: Setting, depth: int, batch_sizes: tuple[int, ...]) -> Resul
 
 def seeds(setting: Setting, depth: int) -> Result:
     """Networks with seeds of their own side by side in one graph; images a second in sum."""
-    from fastres.cells import Cell
+    from fastres.bench.cells import Cell
 
     config = setting.config(depth)
     cells = [Cell(f"{config.name} x{n}", config, num_replicas=n) for n in REPLICAS[: 2 if setting.tiny else None]]
@@ -298,7 +298,7 @@ def seeds(setting: Setting, depth: int) -> Result:
 
 def _with_each_loader(config: "RunConfig") -> "list[Cell]":
     """A configuration with every loader that batches can come from, and last with a frozen batch."""
-    from fastres.cells import matrix
+    from fastres.bench.cells import matrix
     from fastres.data.dali import dali_available
 
     loaders = [*(["dali"] if dali_available() else []), "resident", "none"]
@@ -312,7 +312,7 @@ def _held_to(found: float, target: float) -> Result:
 
 def _measured(setting: Setting, cells: "list[Cell]", *, rounds: int = 10, chunk_seconds: float = 0.5) -> Result:
     """The report of `bench.measure`."""
-    from fastres.bench import measure
+    from fastres.bench.measure import measure
 
     if setting.tiny:
         rounds, chunk_seconds = 2, 0.01

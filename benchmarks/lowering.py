@@ -185,8 +185,8 @@ def _materialise(net: nn.Module, *, shadows: bool) -> None:
 
 def _fused(mode: Any, net: Any, images: Tensor, labels: Tensor, options: Any, *, layer_kernels: bool) -> dict[str, int]:
     """fastres' own kernels, and what is compiled behind them where that is not theirs too."""
-    from fastres import fusednet, layernet
     from fastres.models.cifar import predict_maps
+    from fastres.native import fusednet, layernet
 
     count = [0]
 

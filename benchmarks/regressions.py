@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastres.benchreport import LEAST_ROUNDS, Comparison, compare
+from fastres.bench.report import LEAST_ROUNDS, Comparison, compare
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST = 0.02  # differences below it are never called slower: 99 % intervals of a few rounds miss now and then

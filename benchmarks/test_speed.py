@@ -16,8 +16,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastres import checkpoint
-from fastres.bench import Bench
-from fastres.cells import Cell
+from fastres.bench.cells import Cell
+from fastres.bench.measure import Bench
 from fastres.config import make_config
 from fastres.data.dali import dali_available
 from fastres.data.imageset import ImageSet

@@ -243,7 +243,7 @@ def main() -> None:
 def _environment(flags: dict[str, Any], depth: int) -> dict[str, Any]:
     """Of fastres' side."""
     from fastres.config import make_config
-    from fastres.environment import environment
+    from fastres.machine.environment import environment
     from fastres.resolve import runtime_of
 
     return environment(runtime_of(make_config(model={"depth": depth}, execution=flags)))

@@ -13,11 +13,11 @@ from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import Float32Array, ImageSet
 from fastres.errors import MachineError
 from fastres.evaluator import Evaluator
-from fastres.fusednet import Inference
-from fastres.layernet import LayerInference
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.models.imagenet import ImageNetNet, Network
 from fastres.models.norm import BatchNorm
+from fastres.native.fusednet import Inference
+from fastres.native.layernet import LayerInference
 from fastres.optim import make_sgd
 from fastres.runtime import Runtime, seeded_generator
 from fastres.step import Loader

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastres import checkpoint, gpu
+from fastres import checkpoint
 from fastres.build import EVALUATION_BATCH, empty_net, load_images, place
 from fastres.config import Execution, Model, RunConfig
 from fastres.console import percent
@@ -19,6 +19,7 @@ from fastres.data.pixels import SCALE
 from fastres.data.resident import evaluation_batches
 from fastres.errors import InputError
 from fastres.evaluator import Evaluation, Evaluator
+from fastres.machine import gpu
 from fastres.models.imagenet import Network
 from fastres.rundir import RunDir, found_again
 from fastres.runtime import Runtime, prepare

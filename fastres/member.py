@@ -11,17 +11,17 @@ from fastres import optim
 from fastres.build import build_evaluators, build_loaders, build_net, build_optimizer
 from fastres.clock import Clocks
 from fastres.config import RunConfig
-from fastres.curves import draw_curves
 from fastres.data.imageset import Float32Array, ImageSet
 from fastres.errors import Diverged, InputError
 from fastres.evaluator import Evaluation, Evaluator
 from fastres.models.cifar import num_parameters
 from fastres.optim import LrSchedule
+from fastres.plots.curves import draw_curves
+from fastres.plots.series import is_number
 from fastres.result import RunResult
 from fastres.rundir import DIVERGED, METRICS, RESULT, RunDir
 from fastres.runstate import RunState, data_note, last_good
 from fastres.runtime import Runtime
-from fastres.series import is_number
 from fastres.step import Replica, Window
 
 # Steps that the training error at a run's end is over: an epoch of 50,000 images in batches of 128, but no more than a

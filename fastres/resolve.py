@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastres import layernet
 from fastres.build import EVALUATION_BATCH, build_net, build_optimizer, inference_of
 from fastres.config import Model, RunConfig, make_config
 from fastres.data.frozen import FrozenLoader
 from fastres.errors import FastresError, InputError, MachineError, OutOfMemory, first_line, says_out_of_memory
-from fastres.fusednet import is_paper_net, supports
+from fastres.native import layernet
+from fastres.native.fusednet import is_paper_net, supports
 from fastres.optim import momentum_buffers
 from fastres.runtime import Runtime, autocast, prepare
 from fastres.step import Replica

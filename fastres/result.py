@@ -9,8 +9,8 @@ from fastres.config import RunConfig
 from fastres.console import duration, percent
 from fastres.data.imageset import ImageSet, short_digest
 from fastres.errors import InputError
+from fastres.plots.series import is_number
 from fastres.rundir import RESULT, RunDir
-from fastres.series import is_number
 
 # How a person is told of the clocks besides training's.
 PHASES = {

@@ -234,7 +234,7 @@ class RunDir:
     def _append(self, name: str, text: str) -> None:
         self.check_held()
         try:
-            with (self.path / name).open("a", encoding="utf-8") as file:
+            with (self.path / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except OSError as error:
             raise disk_error(error, self.path, len(text)) from error

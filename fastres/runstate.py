@@ -13,9 +13,9 @@ from fastres.checkpoint import Checkpoint
 from fastres.config import RunConfig
 from fastres.data.imageset import Float32Array, ImageSet
 from fastres.data.pixels import SCALE
-from fastres.environment import environment
 from fastres.errors import Diverged, InputError
 from fastres.evaluator import Evaluation
+from fastres.machine.environment import environment
 from fastres.optim import WARMUP_WINDOW, momentum_buffers
 from fastres.rundir import CONFIG, ENVIRONMENT, RunDir
 from fastres.runtime import Runtime

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import torch
 
-from fastres import gpu, host
 from fastres.config import Execution
 from fastres.errors import InputError, MachineError, OutOfMemory, first_line, says_out_of_memory
+from fastres.machine import gpu, host
 from fastres.native.kernels import kernels
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,9 +17,9 @@ from torch.func import functional_call
 from fastres import optim
 from fastres.config import MAX_GRAPH_STEPS
 from fastres.cudagraph import WARM_UP_CALLS, Capture, Replay
-from fastres.fusednet import FusedNet
-from fastres.layernet import LayerNet
 from fastres.models.cifar import loss_and_errors, predict_maps
+from fastres.native.fusednet import FusedNet
+from fastres.native.layernet import LayerNet
 from fastres.runtime import Runtime, allow_recompilations, autocast
 from fastres.shadow import ShadowedSgd
 

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from time import perf_counter
 from typing import Any
 
-from fastres import checkpoint, gpu
+from fastres import checkpoint
 from fastres.clock import Clocks
 from fastres.config import RunConfig
 from fastres.configtree import is_int
@@ -21,6 +21,7 @@ from fastres.errors import Diverged, InputError
 from fastres.files import write_json
 from fastres.guards import AGAIN, Interrupt, stopped
 from fastres.loop import check_config, check_loader, check_same, train_together
+from fastres.machine import gpu
 from fastres.result import RunResult, result_of
 from fastres.rundir import (
     CONFIG,

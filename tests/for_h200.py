@@ -8,8 +8,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastres import fusednet
 from fastres.models.cifar import CifarNet
+from fastres.native import fusednet
 
 LIMITS = {"max_shared_mem": 232_448, "multiprocessor_count": 132}  # bytes; of one
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres import fusednet
-from fastres.fusednet import FusedNet, Inference, Launches
 from fastres.models.cifar import CifarNet, init_he_
+from fastres.native import fusednet
+from fastres.native.fusednet import FusedNet, Inference, Launches
 
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # depth, images, and what else
     "ResNet": (8, 2, {}),

@@ -1,4 +1,4 @@
-"""bench.py and roofline.py: what is timed is the training step, what is counted is right, verdicts are seldom wrong."""
+"""bench/: what is timed is the training step, what is counted is right, verdicts are seldom wrong."""
 
 import dataclasses
 import json
@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastres import bench
-from fastres.bench import Bench, measure
-from fastres.benchreport import compare
-from fastres.cells import Cell, matrix
+from fastres.bench import measure as bench
+from fastres.bench.cells import Cell, matrix
+from fastres.bench.measure import Bench, measure
+from fastres.bench.parts import PARTS
+from fastres.bench.report import compare
+from fastres.bench.roofline import Ceilings, Work, measure_ceilings, work_of
 from fastres.cli.bench import COMPARED_ROUNDS
 from fastres.data.dali import DaliLoader, dali_available
 from fastres.data.synthetic import make_synthetic
 from fastres.data.table import TableLoader
 from fastres.models.cifar import CifarNet
-from fastres.parts import PARTS
-from fastres.roofline import Ceilings, Work, measure_ceilings, work_of
 from fastres.step import Replica, TrainStep
 from tests.runs import tiny
 
@@ -121,7 +121,7 @@ def test_parts_and_gaps_make_up_the_step(tmp_path: Path, monkeypatch: pytest.Mon
     for name, seconds in takes.items():
         moving(TableLoader if name in ("load", "prepare") else Replica, name, seconds)
     moving(TrainStep, "__call__", 0.125)  # the host, between two steps
-    monkeypatch.setattr("fastres.parts.perf_counter", lambda: now)
+    monkeypatch.setattr("fastres.bench.parts.perf_counter", lambda: now)
     one = Bench(cell(tmp_path), make_synthetic(), num_steps=100)
     assert one.run(4) == 12.875
     parts = one.parts(4)
@@ -178,7 +178,7 @@ def test_each_cell_runs_with_its_own_threads(tmp_path: Path, monkeypatch: pytest
         return ceilings
 
     of: list[int] = []
-    monkeypatch.setattr("fastres.bench.measure_ceilings", measured)
+    monkeypatch.setattr("fastres.bench.measure.measure_ceilings", measured)
     cells = [Cell(label, tiny(tmp_path, execution={"threads": int(label)})) for label in seen]
     _, report = measure(cells, rounds=2, chunk_seconds=0.01, say=lambda _: None)
     assert seen == {"1": {1}, "2": {2}}
@@ -209,7 +209,7 @@ def test_batches_made_in_anothers_turn_are_used_up_before_the_clock(
         return step(self, *args)
 
     monkeypatch.setattr(TrainStep, "__call__", moved)
-    monkeypatch.setattr("fastres.parts.perf_counter", lambda: now)
+    monkeypatch.setattr("fastres.bench.parts.perf_counter", lambda: now)
     assert one.run(4) == 0.5
     rested = 3
     monkeypatch.setattr(one.replica.loader, "prefetched", 3, raising=False)

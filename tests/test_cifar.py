@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from fastres.data import cifar, cifar_pickle, download
 from fastres.data.cifar import BATCHES, load_cifar10
 from fastres.errors import InputError, MachineError
-from fastres.host import default_cache_dir
+from fastres.machine.host import default_cache_dir
 
 NUM = 10  # images a batch, but in the tests at full size
 FULL = cifar.IMAGES_PER_BATCH

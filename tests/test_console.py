@@ -1,4 +1,4 @@
-"""console.py and curves.py: what a person sees, on a terminal, in a log, and as a picture."""
+"""console.py and plots/curves.py: what a person sees, on a terminal, in a log, and as a picture."""
 
 import io
 import shlex
@@ -17,8 +17,8 @@ from rich.table import Table
 
 from fastres import console as module
 from fastres.console import Console, Progress, Verbosity, duration, percent
-from fastres.curves import draw_curves
 from fastres.errors import MachineError
+from fastres.plots.curves import draw_curves
 from fastres.rundir import RunDir
 
 HALF_WAY = Progress(1_000, 2_000, 390.625, 0.98765, 0.3141, 0.4, 0.1, 801.4, 160.0, 163.7)

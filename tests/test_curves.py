@@ -1,4 +1,4 @@
-"""series.py, curves.py, plot.py and `fastres plot`: which points are drawn, how, under which name; what is refused."""
+"""plots/ and `fastres plot`: which points are drawn, how, under which name; what is refused."""
 
 import json
 import re
@@ -15,12 +15,12 @@ from matplotlib.legend import Legend
 from fastres.cli import run as command
 from fastres.config import RunConfig, make_config
 from fastres.configtree import merge
-from fastres.curves import COLORS, NUM_STYLES, figure_of
 from fastres.errors import InputError
-from fastres.plot import Run, plot_runs, read_runs, tell_apart
+from fastres.plots.curves import COLORS, NUM_STYLES, figure_of
+from fastres.plots.runs import Run, plot_runs, read_runs, tell_apart
+from fastres.plots.series import Curve, curve_of, mean_curve
 from fastres.reproduce import markup as report_page
 from fastres.rundir import DIVERGED, RESULT, RunDir
-from fastres.series import Curve, curve_of, mean_curve
 
 STEPS = range(10, 401, 10)
 
@@ -308,7 +308,7 @@ def test_runs_of_a_sweep_and_its_bands(tmp_path: Path) -> None:
 
 def test_bands_join_what_differs_in_the_seed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Curve] = []
-    monkeypatch.setattr("fastres.plot.draw", lambda curves, *_, **__: seen.extend(curves))
+    monkeypatch.setattr("fastres.plots.runs.draw", lambda curves, *_, **__: seen.extend(curves))
     paths = [made_run(tmp_path / f"a{seed}", seed=seed) for seed in range(3)]
     paths.append(made_run(tmp_path / "b", recipe={"lr": 0.2}, seed=7))
     plotted(tmp_path, *paths, band=True)

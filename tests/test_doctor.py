@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastres import checks, doctor, driver, host, resolve, runtime
-from fastres.checks import Finding
+from fastres import resolve, runtime
 from fastres.cli import run
 from fastres.cli.doctor import plain, table
 from fastres.data import cifar
 from fastres.errors import InputError, MachineError
+from fastres.machine import checks, doctor, driver, host
+from fastres.machine.checks import Finding
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,8 +21,8 @@ from torch.nn import functional
 from fastres import step
 from fastres.config import Execution, make_config
 from fastres.errors import InputError, MachineError
-from fastres.fusednet import FusedNet, Inference, Launch, split, supports
 from fastres.models.cifar import CifarNet, logits_of, predict_maps
+from fastres.native.fusednet import FusedNet, Inference, Launch, split, supports
 from fastres.resolve import Verdict, runtime_of
 from fastres.runtime import Runtime, prepare
 from fastres.shadow import ShadowedSgd
@@ -193,7 +193,9 @@ def test_pixels_are_shared_out_evenly(pixels: int) -> None:
 
 
 def some_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastres.gpu.choose", lambda name: (torch.device("cpu" if name == "cpu" else "cuda:0"), None))
+    monkeypatch.setattr(
+        "fastres.machine.gpu.choose", lambda name: (torch.device("cpu" if name == "cpu" else "cuda:0"), None)
+    )
     monkeypatch.setattr("fastres.runtime._set_up_cuda", lambda *_, **__: None)
     monkeypatch.setattr("fastres.runtime._check_launchers", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))

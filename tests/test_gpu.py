@@ -27,9 +27,9 @@ from fastres.data.synthetic import make_synthetic
 from fastres.data.table import TableLoader
 from fastres.errors import Interrupted
 from fastres.evaluator import Evaluator
-from fastres.fusednet import FusedNet, Inference
-from fastres.layernet import LayerInference
 from fastres.models.cifar import CifarNet
+from fastres.native.fusednet import FusedNet, Inference
+from fastres.native.layernet import LayerInference
 from fastres.optim import LrSchedule
 from fastres.resolve import SMALL, Verdict, check_kernels, runtime_of, suiting
 from fastres.step import Replica, TrainStep

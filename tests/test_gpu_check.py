@@ -21,10 +21,10 @@ from benchmarks.gpu_check import Ending, Stopped, go_through, in_its_own_process
 from benchmarks.gpu_files import Files, Result, Setting, Task, TaskFailed, write_json
 from benchmarks.gpu_tasks import all_tasks, gpu_tests
 from benchmarks.peers import PEERS
-from fastres import bench
-from fastres.benchreport import read_json
+from fastres.bench import measure as bench
+from fastres.bench.report import read_json
+from fastres.bench.roofline import Ceilings
 from fastres.errors import Interrupted, OutOfTime
-from fastres.roofline import Ceilings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -415,7 +415,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
     """Ceilings are made up: measuring them takes seconds, and tests/test_bench.py does it."""
     fake = Ceilings(1e9, 1e9)
     monkeypatch.setattr(bench, "measure_ceilings", lambda *_: fake)
-    monkeypatch.setattr("fastres.roofline.measure_ceilings", lambda *_: fake)
+    monkeypatch.setattr("fastres.bench.roofline.measure_ceilings", lambda *_: fake)
     return Setting(tmp_path, device="cpu")
 
 

@@ -15,11 +15,11 @@ import torch
 
 from benchmarks import gpu_files, gpu_timing
 from benchmarks.gpu_files import Result, Setting, TaskFailed
-from fastres.bench import Bench
-from fastres.cells import Cell
+from fastres.bench.cells import Cell
+from fastres.bench.measure import Bench
+from fastres.bench.profiling import Profile
 from fastres.data.synthetic import make_synthetic
 from fastres.evaluator import Evaluation, Evaluator
-from fastres.profiling import Profile
 from fastres.rundir import RunDir
 from fastres.runtime import Runtime
 from fastres.steptimer import StepTimer
@@ -70,10 +70,10 @@ def test_the_hosts_numbers_are_of_all_rounds(tiny: Setting, monkeypatch: pytest.
         assert num_steps == gpu_timing.STEPS
         return slow * (0.75 if bench.cell.frozen else 1.0), 14e-6 if bench.turn == 1 else 4e-6, 1e-3
 
-    monkeypatch.setattr("fastres.bench.Bench", Stub)
+    monkeypatch.setattr("fastres.bench.measure.Bench", Stub)
     monkeypatch.setattr(gpu_timing, "_launched", launched)
     taken = Profile("x", 1.0, 1.0, [], idle=0.5, idle_between_steps=0.25)
-    monkeypatch.setattr("fastres.profiling.take_profile", lambda *_, **__: taken)
+    monkeypatch.setattr("fastres.bench.profiling.take_profile", lambda *_, **__: taken)
     row = gpu_timing.host(Setting(tiny.out), depth=20)["host"][-2]
     assert (row["label"], row["rounds"], row["loader_share"]) == ("ResNet20 resident", 10, pytest.approx(0.25))
     mean = pytest.approx(5e-6)

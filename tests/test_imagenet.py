@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastres
+from fastres.bench.roofline import work_of
 from fastres.cli import run
 from fastres.cli.flags import parse_model
 from fastres.config import make_config
@@ -21,7 +22,6 @@ from fastres.evaluate import load_trained
 from fastres.models.cifar import init_he_, num_parameters
 from fastres.models.imagenet import ImageNetNet
 from fastres.responses import layer_responses
-from fastres.roofline import work_of
 from fastres.step import compile_blocks
 from fastres.weights import read_weights
 from tests.runs import tiny

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from fastres import layernet
 from fastres.config import make_config
 from fastres.errors import InputError, MachineError, says_out_of_memory
-from fastres.layernet import (
+from fastres.models.cifar import CifarNet
+from fastres.native import gpu_layers, layernet
+from fastres.native.gpu_layers import Kind, Layers
+from fastres.native.layernet import (
     SHARED,
     LayerInference,
     LayerNet,
@@ -27,9 +29,6 @@ from fastres.layernet import (
     shares_for,
     splits_evenly,
 )
-from fastres.models.cifar import CifarNet
-from fastres.native import gpu_layers
-from fastres.native.gpu_layers import Kind, Layers
 from fastres.resolve import runtime_of
 from tests import emulated
 from tests.interpreted import far, network

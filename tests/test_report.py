@@ -20,7 +20,8 @@ from fastres.data import synthetic
 from fastres.data.synthetic import make_synthetic
 from fastres.errors import MachineError
 from fastres.evaluator import Evaluation
-from fastres.plot import read_runs
+from fastres.plots.runs import read_runs
+from fastres.plots.series import Curve, Line, curve_of
 from fastres.reproduce import markup, report
 from fastres.reproduce.answers import MISTAKES, Answers, Mistake, answers_of, png
 from fastres.reproduce.charts import line_chart, ticks
@@ -28,7 +29,6 @@ from fastres.reproduce.report import MAX_BYTES, render, write_report
 from fastres.reproduce.sections import Subject
 from fastres.result import result_of
 from fastres.rundir import ENVIRONMENT, RESULT, RunDir
-from fastres.series import Curve, Line, curve_of
 from tests.runs import tiny
 
 CPU = {"device": "cpu", "threads": 1}

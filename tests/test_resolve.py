@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastres import fusednet, resolve, step
+from fastres import resolve, step
 from fastres.build import build_net
 from fastres.config import Model, make_config
 from fastres.errors import MachineError, OutOfMemory, Stop
-from fastres.fusednet import layers_of
-from fastres.layernet import LayerInference, LayerNet, kind_of
 from fastres.models.cifar import CifarNet
+from fastres.native import fusednet
+from fastres.native.fusednet import layers_of
+from fastres.native.layernet import LayerInference, LayerNet, kind_of
 from fastres.resolve import Verdict, check_kernels, runtime_of
 from fastres.runtime import Runtime
 from tests.test_fusednet import Double, needs_triton
@@ -172,7 +173,7 @@ def test_what_cannot_be_compared_is_told_and_used(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("layers", [True, False])
 def test_torchs_kernels_take_the_place_of_those_with_a_fault(layers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     roomy_gpu(monkeypatch)
-    monkeypatch.setattr("fastres.layernet.BY_DEFAULT", layers)
+    monkeypatch.setattr("fastres.native.layernet.BY_DEFAULT", layers)
     monkeypatch.setattr(resolve, "check_kernels", lambda runtime, *_: Verdict("are wrong" if runtime.native else None))
     runtime = runtime_of(make_config(execution={"threads": 1}))
     assert not runtime.native
@@ -186,7 +187,7 @@ def test_torchs_kernels_take_the_place_of_those_with_a_fault(layers: bool, monke
 
 def test_each_kind_of_kernels_is_checked_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     roomy_gpu(monkeypatch)
-    monkeypatch.setattr("fastres.layernet.BY_DEFAULT", True)
+    monkeypatch.setattr("fastres.native.layernet.BY_DEFAULT", True)
     faults = {True: Verdict("are wrong"), False: Verdict(notes=("a note",))}
     monkeypatch.setattr(resolve, "check_kernels", lambda runtime, *_: faults[runtime.layer_kernels])
     runtime = runtime_of(make_config(execution={"threads": 1}))

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from fastres import driver, gpu, host, runtime
+from fastres import runtime
 from fastres.cli.flags import parse_channels
 from fastres.config import Execution
-from fastres.environment import environment
 from fastres.errors import InputError, MachineError, OutOfMemory, says_out_of_memory
+from fastres.machine import driver, gpu, host
+from fastres.machine.environment import environment
 from fastres.runtime import prepare
 
 

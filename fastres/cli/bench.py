@@ -18,8 +18,8 @@ from fastres.errors import InputError, MachineError, OutsideTolerance
 from fastres.files import check_figure
 
 if TYPE_CHECKING:
-    from fastres.benchreport import Comparison, Report
-    from fastres.cells import Cell
+    from fastres.bench.cells import Cell
+    from fastres.bench.report import Comparison, Report
 
 LOADERS = ("dali", "resident", "torchvision", "none")
 SWITCH: dict[str, list[bool | None]] = {"auto": [None], "on": [True], "off": [False], "both": [True, False]}
@@ -136,7 +136,7 @@ def bench(
         one_of("--loader", name, LOADERS)
     for path in (json_, plot):
         if path is not None and path != "-":
-            from fastres.benchreport import check_place
+            from fastres.bench.report import check_place
 
             check_place(Path(path))
     if compare is not None:
@@ -174,7 +174,7 @@ def _refuse_idle(ctx: typer.Context, mode: str) -> None:
 
 def _one_cell(base: RunConfig, switches: dict[str, Any], mode: str) -> "Cell":
     """The cell of a mode that times one; an open loader is `train`'s own choice."""
-    from fastres.cells import matrix
+    from fastres.bench.cells import matrix
 
     given_switches = {name: values for name, values in switches.items() if values is not None}
     if several := [name for name, values in given_switches.items() if len(values) > 1]:
@@ -184,9 +184,9 @@ def _one_cell(base: RunConfig, switches: dict[str, Any], mode: str) -> "Cell":
 
 def _cells(base: RunConfig, switches: dict[str, Any], say: Callable[[str], None]) -> "list[Cell]":
     """The matrix, with what was left open filled in for this machine; `say` is told what is not there."""
-    from fastres import gpu
-    from fastres.cells import matrix
+    from fastres.bench.cells import matrix
     from fastres.data.dali import check_starts, dali_available
+    from fastres.machine import gpu
 
     device, _ = gpu.choose(base.execution.device)
     if switches["loader"] is None:
@@ -215,8 +215,8 @@ def _measure(
     max_seconds: float = math.inf,
 ) -> "dict[str, Comparison]":
     """Time the cells, print the table, write what was asked for; `pairs`: compare every second cell with the first."""
-    from fastres.bench import measure
-    from fastres.benchreport import check_rounds, compare, draw, footnote, tables
+    from fastres.bench.measure import measure
+    from fastres.bench.report import check_rounds, compare, draw, footnote, tables
     from fastres.console import Console
 
     if pairs:
@@ -252,7 +252,7 @@ def _compare(
     """A against B: two reports as they are, or two configs timed in turns."""
     a, b = paths
     if {a.suffix, b.suffix} == {".json"}:
-        from fastres.benchreport import compare_reports, read_json, remarks
+        from fastres.bench.report import compare_reports, read_json, remarks
 
         if json_ or plot:
             raise InputError("--json and --plot write what was measured; two reports are only compared")
@@ -264,7 +264,7 @@ def _compare(
             raise InputError("--fail-if-slower needs the same cells in both reports; measure both with equal flags")
     elif {a.suffix, b.suffix} == {".toml"}:
         configs = [read_config(path, "--compare") for path in paths]
-        from fastres.cells import Cell
+        from fastres.bench.cells import Cell
 
         names = [path.stem if a.stem != b.stem else str(path) for path in paths]
         if a == b:  # how far equal things differ here
@@ -287,8 +287,8 @@ def _judge(found: "dict[str, Comparison]", limit: float) -> None:
 
 def _profile(cell: "Cell", trace: Path) -> None:
     """The kernels that cost most."""
+    from fastres.bench.profiling import profile_cell
     from fastres.console import Console
-    from fastres.profiling import profile_cell
 
     console = Console("auto")
     for renderable in profile_cell(cell, trace, say=console.say):
@@ -300,9 +300,9 @@ def _scaling(
     cell: "Cell", depths: Sequence[int] | None, batch_sizes: Sequence[int] | None, json_: str | None, plot: Path | None
 ) -> None:
     """Cost against work."""
-    from fastres.benchreport import tables
+    from fastres.bench.report import tables
+    from fastres.bench.scaling import BATCH_SIZES, DEPTHS, MAX_STEP_SECONDS, draw_scaling, measure_scaling
     from fastres.console import Console
-    from fastres.scaling import BATCH_SIZES, DEPTHS, MAX_STEP_SECONDS, draw_scaling, measure_scaling
 
     console = Console("auto", stderr=json_ == "-")
     report = measure_scaling(
@@ -323,7 +323,7 @@ def _write(report: "Report", json_: str | None) -> None:
     if json_ == "-":
         print(json.dumps(report))
     elif json_ is not None:
-        from fastres.benchreport import write_json
+        from fastres.bench.report import write_json
 
         write_json(report, Path(json_))
 

@@ -11,7 +11,7 @@ from fastres.cli.flags import DataDir
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from fastres.doctor import Examination
+    from fastres.machine.doctor import Examination
 
 NOT_POSSIBLE = 3  # exit code: the machine lacks something
 COLOURS = {"ok": "green", "note": "yellow", "error": "bold red"}
@@ -27,7 +27,7 @@ def doctor(
     """
     from rich.console import Console
 
-    from fastres.doctor import examine
+    from fastres.machine.doctor import examine
 
     found = examine(data_dir)
     if as_json:

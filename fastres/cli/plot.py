@@ -40,7 +40,7 @@ def plot(
         raise InputError(f"--smooth is {smooth}; it must be at least 1, the number of points to average")
     limits = None if ylim is None else parse_limits(ylim, log_y=log_y)
     from fastres.console import Console
-    from fastres.plot import plot_runs
+    from fastres.plots.runs import plot_runs
 
     chosen: dict[str, Any] = {"what": what, "x": x, "smooth": smooth, "log_y": log_y, "ylim": limits, "band": band}
     print(plot_runs(runs, out, **chosen, say=Console("lines", stderr=True).say))

@@ -19,7 +19,7 @@ from fastres.data import cifar_pickle, download
 from fastres.data.cifar_pickle import PIXEL_BYTES
 from fastres.data.imageset import IMAGE_SIZE, Bytes, ImageSet
 from fastres.errors import InputError
-from fastres.host import default_cache_dir
+from fastres.machine.host import default_cache_dir
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch")

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
-from fastres import host
 from fastres.config import MAX_GRAPH_STEPS
 from fastres.data.imageset import IMAGE_SIZE, Float32Array, ImageSet
 from fastres.data.pixels import SCALE
 from fastres.data.plan import PAD, EpochPlan
+from fastres.machine import host
 
 NUM_WORKERS = 2
 PREFETCH_FACTOR = 2  # batches a worker makes ahead; torch's default

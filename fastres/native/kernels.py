@@ -15,7 +15,7 @@ from typing import Any
 import torch  # before the library is loaded, which then shares torch's OpenMP and its threads
 
 from fastres.errors import MachineError
-from fastres.host import cpu_info, default_cache_dir
+from fastres.machine.host import cpu_info, default_cache_dir
 
 FOLDER = Path(__file__).parent
 COMPILER = "g++"  # since torch's OpenMP on Linux is GCC's

@@ -6,8 +6,8 @@ Colours are CSS variables, so that one chart reads well in light and in dark.
 import math
 from collections.abc import Callable, Sequence
 
+from fastres.plots.series import FEW_POINTS, Curve, Float64Array, Line
 from fastres.reproduce.markup import text
-from fastres.series import FEW_POINTS, Curve, Float64Array, Line
 
 SIDE = 1_000  # units of a chart's width and height
 COLORS, DASHES = 7, 4  # s0 to s6 and d0 to d3 of report.css

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastres.curves import print_note
 from fastres.errors import InputError
+from fastres.plots.curves import print_note
+from fastres.plots.series import FEW_POINTS, is_number
 from fastres.reproduce.figure import ASIDE, colour_of, paper_style, place_legend, save, write_csv
 from fastres.reproduce.networks import Network, by_network
 from fastres.rundir import RunDir
-from fastres.series import FEW_POINTS, is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

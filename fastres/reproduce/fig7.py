@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastres import checkpoint
-from fastres.curves import print_note
 from fastres.errors import InputError
 from fastres.evaluate import Trained, load_trained
+from fastres.plots.curves import print_note
 from fastres.reproduce.figure import colour_of, paper_style, place_legend, save, write_csv
 from fastres.reproduce.networks import Network, by_network, paper_name
 from fastres.responses import Response, layer_responses

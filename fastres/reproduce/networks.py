@@ -7,7 +7,7 @@ from itertools import groupby
 from fastres.config import RunConfig
 from fastres.data.imageset import caveat, short_digest
 from fastres.errors import InputError
-from fastres.plot import remarks
+from fastres.plots.runs import remarks
 from fastres.reproduce import paper
 from fastres.rundir import RunDir
 

@@ -16,14 +16,14 @@ from fastres.config import RunConfig
 from fastres.console import percent
 from fastres.errors import FastresError, InputError
 from fastres.files import write_text
-from fastres.plot import Run, group_labels, grouped, mean_labels, read_runs
+from fastres.plots.runs import Run, group_labels, grouped, mean_labels, read_runs
+from fastres.plots.series import mean_curve
 from fastres.reproduce import sections, table6
 from fastres.reproduce.answers import Answers, answers_of
 from fastres.reproduce.markup import mark, note, number, page, section, table, text
 from fastres.reproduce.networks import paper_name, recipe_notes, sentence
 from fastres.reproduce.sections import DASH, Subject, as_percent, banners, training_time
 from fastres.result import RunResult, result_of
-from fastres.series import mean_curve
 
 MAX_BYTES = 1_000_000
 TABLE_6, DETAILS, MISTAKES = "Table 6 of the paper", "Details", "Most confident mistakes"

@@ -9,15 +9,15 @@ import numpy as np
 from fastres.config import RunConfig
 from fastres.configtree import leaves, show_key, show_value
 from fastres.console import duration, percent
-from fastres.curves import changes_of_lr, time_unit
-from fastres.plot import Run
+from fastres.plots.curves import changes_of_lr, time_unit
+from fastres.plots.runs import Run
+from fastres.plots.series import Curve, Line, held_out_of, is_number
 from fastres.reproduce.answers import Answers, Mistake
 from fastres.reproduce.charts import bars, line_chart, matrix, stacked
 from fastres.reproduce.markup import keys, mark, note, number, section, stats, text
 from fastres.reproduce.networks import on_images, sentence
 from fastres.reproduce.paper import Difference, differences
 from fastres.result import RunResult
-from fastres.series import Curve, Line, held_out_of, is_number
 
 DASH = "\N{EN DASH}"
 WHERE_TIME_WENT = ("train", "evaluate", "compile", "data", "checkpoint", "import", "other")

@@ -1,4 +1,4 @@
-"""benchreport.py, profiling.py, scaling.py and `fastres bench`: what is printed, written, compared and refused."""
+"""bench/report.py, profiling.py, scaling.py and `fastres bench`: what is printed, written, compared and refused."""
 
 import contextlib
 import copy
@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fastres import bench, scaling
-from fastres.bench import SCHEMA, Bench
-from fastres.benchreport import (
+from fastres.bench import measure as bench
+from fastres.bench import scaling
+from fastres.bench.cells import Cell
+from fastres.bench.measure import SCHEMA, Bench
+from fastres.bench.parts import PARTS
+from fastres.bench.profiling import STEPS, Kernel, Name, idle_between, idle_share, kernel_table, profile_cell
+from fastres.bench.report import (
     check_place,
     compare,
     compare_reports,
@@ -24,13 +28,10 @@ from fastres.benchreport import (
     tables,
     write_json,
 )  # fmt: skip
-from fastres.cells import Cell
 from fastres.cli import run
 from fastres.config import make_config
 from fastres.data.synthetic import make_synthetic
 from fastres.errors import InputError, MachineError, OutOfMemory
-from fastres.parts import PARTS
-from fastres.profiling import STEPS, Kernel, Name, idle_between, idle_share, kernel_table, profile_cell
 from tests.runs import tiny
 
 Report = dict[str, Any]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastres.files import check_figure, save_figure
-from fastres.series import FEW_POINTS, Curve, What, XAxis, curve_of, held_out_of
+from fastres.plots.series import FEW_POINTS, Curve, What, XAxis, curve_of, held_out_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

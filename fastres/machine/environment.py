@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastres import driver, host
+from fastres.machine import driver, host
 from fastres.runtime import Runtime
 
 
@@ -40,7 +40,7 @@ def _commit() -> str | None:
 
     A copy without its .git may be told by FASTRES_COMMIT.
     """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return os.environ.get("FASTRES_COMMIT")
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastres.bench import measure
-from fastres.benchreport import Report
-from fastres.cells import Cell
+from fastres.bench.cells import Cell
+from fastres.bench.measure import measure
+from fastres.bench.report import Report
 from fastres.config import RunConfig
 from fastres.errors import OutOfMemory
 from fastres.files import save_figure

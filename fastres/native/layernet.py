@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.fusednet import Layer, check_images, layers_of, new_maps
 from fastres.models.cifar import CifarNet, logits_of
+from fastres.native.fusednet import Layer, check_images, layers_of, new_maps
 from fastres.native.gpu_layers import LANES, MAX_CLASSES, MAX_LAYERS, SUM_THREADS, Kind, compile_for, launch
 
 BY_DEFAULT = False  # whether they are the default on a GPU that supports them; off until measured

@@ -7,12 +7,12 @@ from typing import Any
 
 from fastres.config import RunConfig
 from fastres.configtree import leaves, show_key, show_value
-from fastres.curves import NUM_STYLES, draw
 from fastres.data.imageset import caveat
 from fastres.errors import InputError
 from fastres.files import check_figure
+from fastres.plots.curves import NUM_STYLES, draw
+from fastres.plots.series import Curve, What, XAxis, curve_of, mean_curve
 from fastres.rundir import RunDir, find_runs, resume_with
-from fastres.series import Curve, What, XAxis, curve_of, mean_curve
 
 # Keys of the config whose value speaks for itself, and those that the model's name replaces.
 BARE = ("name", "dataset")
@@ -54,7 +54,7 @@ class Run:
         return caveat(self.config.data.dataset, self.folder.data().get("official"))
 
     def curve(self, *, what: What = "error", x: XAxis = "step", smooth: int | None = None) -> Curve:
-        """What is drawn of it; `fastres.series.curve_of` explains the arguments."""
+        """What is drawn of it; `fastres.plots.series.curve_of` explains the arguments."""
         epochs_per_step = self.config.recipe.batch_size / self.config.data.num_train
         label = f"{self.label} ({self.standing})" if self.standing else self.label
         return curve_of(
@@ -166,7 +166,7 @@ def plot_runs(
     Args:
         paths: Run folders, or folders of run folders.
         out: A name that ends in .png or .svg. Default: curves.png, in the folder that was given, if it was one.
-        what, x, smooth: As `fastres.series.curve_of` takes them.
+        what, x, smooth: As `fastres.plots.series.curve_of` takes them.
         log_y, ylim: The y axis.
         band: Draw runs that differ in nothing but the seed as mean and standard deviation.
         say: Takes one-line notices.

@@ -14,11 +14,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fastres.bench import SCHEMA
+from fastres.bench.measure import SCHEMA
+from fastres.bench.parts import PARTS
 from fastres.configtree import differences
 from fastres.errors import InputError
 from fastres.files import check_figure, disk_error, save_figure, write_text
-from fastres.parts import PARTS
 
 Report = dict[str, Any]
 MACHINE = ("gpu", "driver", "cpu", "cpu_id", "cores", "threads", "platform")  # of the environment: must be equal

@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastres import nvml
+from fastres.bench.cells import Cell
+from fastres.bench.parts import PARTS, Marks, marked
+from fastres.bench.roofline import Ceilings, Work, measure_ceilings, work_of
 from fastres.build import build_loaders, build_net, build_optimizer, load_images
-from fastres.cells import Cell
 from fastres.cudagraph import CapturedGraph
 from fastres.data.frozen import FrozenLoader
 from fastres.data.imageset import ImageSet
-from fastres.environment import environment
 from fastres.guards import explained_compilation, explained_memory_errors
-from fastres.parts import PARTS, Marks, marked
+from fastres.machine import nvml
+from fastres.machine.environment import environment
 from fastres.resolve import runtime_of, suiting
-from fastres.roofline import Ceilings, Work, measure_ceilings, work_of
 from fastres.runtime import DTYPES, synchronize
 from fastres.step import Loader, Replica, TrainStep
 

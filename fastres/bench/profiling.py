@@ -13,9 +13,9 @@ from rich.text import Text
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
-from fastres.bench import Bench
+from fastres.bench.cells import Cell
+from fastres.bench.measure import Bench
 from fastres.build import load_images
-from fastres.cells import Cell
 from fastres.files import disk_error
 
 STEPS = 20

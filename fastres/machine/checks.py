@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastres import driver, host
 from fastres.errors import FastresError, first_line
+from fastres.machine import driver, host
 
 MIN_TORCH = (2, 11)
 DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
@@ -80,7 +80,7 @@ def gpus() -> Iterable[Finding]:
     """Every GPU: memory, and what its generation lacks."""
     import torch
 
-    from fastres import gpu
+    from fastres.machine import gpu
 
     if not gpu.available():
         why = gpu.why_none()
@@ -119,7 +119,7 @@ def nvidia_driver() -> Iterable[Finding]:
     """Whether the driver is new enough for torch's CUDA."""
     import torch
 
-    from fastres import gpu
+    from fastres.machine import gpu
 
     supported, wanted = driver.newest_cuda(), torch.version.cuda
     if not supported:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from fastres import driver
 from fastres.errors import InputError, MachineError
+from fastres.machine import driver
 
 Capability = tuple[int, int]  # CUDA's compute capability: (9, 0) of an H200
 BF16: Capability = (8, 0)  # Ampere and later

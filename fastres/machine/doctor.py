@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastres import checks
-from fastres.checks import Finding
 from fastres.errors import FastresError, first_line
+from fastres.machine import checks
+from fastres.machine.checks import Finding
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""`fastres bench`: measures the step and the loaders that `train` uses."""

@@ -1,0 +1,1 @@
+"""What this machine is: its CPU, its GPU, its driver, and whether it will do."""
