@@ -117,6 +117,20 @@ def test_the_x_axes() -> None:
     assert by_epoch.x == pytest.approx([1, 2, 2.5])
 
 
+def test_values_and_the_warm_ups_end_as_logged() -> None:
+    records = [
+        {"kind": "train", "step": 10, "loss": 2.25, "error": 0.8, "lr": 0.01},
+        {"kind": "warmup_end", "step": 14, "lr": 0.1},
+        {"kind": "train", "step": 20, "loss": 1.5, "error": 0.75, "lr": 0.1},
+    ]
+    found = {what: curve_of(records, "", what=what) for what in ("error", "loss", "lr")}
+    drawn = {what: curve.train.y.tolist() for what, curve in found.items() if curve.train}
+    assert drawn == {"error": [80, 75], "loss": [2.25, 1.5], "lr": [0.01, 0.1]}
+    assert {curve.warmup_end for curve in found.values()} == {14}
+    assert curve_of(records, "", x="epoch", epochs_per_step=0.5).warmup_end == 7
+    assert curve_of(records[:1], "").warmup_end is None
+
+
 @pytest.mark.parametrize("value", ["nan", None, True, "<b>", [], float("inf")])
 def test_what_is_no_number_is_left_out(value: object) -> None:
     curve = curve_of([*falling(), record("train", 410, value)], "")

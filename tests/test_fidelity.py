@@ -89,7 +89,8 @@ def test_compiled_is_eager_with_the_switches_on(scope: Literal["blocks", "whole"
     def make(scope: Any = "none") -> Replica:
         net = CifarNet(8, pad="after", norm_batch=4)
         init_he_(net, mode="fan_out", generator=torch.Generator().manual_seed(0))
-        optimizer = make_sgd(net.double(), lr=0.1, weight_decay=1e-2, weight_decay_on="weights", lr_in_velocity=True)
+        how: dict[str, Any] = {"weight_decay_on": "weights", "lr_in_velocity": True}
+        optimizer = make_sgd(net.double(), lr=0.1, momentum=0.9, weight_decay=1e-2, **how)
         replica = Replica(net, optimizer, Noise(torch.float64), Runtime(CPU, "fp32", scope), num_steps=20)
         replica.set_lrs(lambda step: 0.1 / (step // 3 + 1))
         return replica

@@ -202,13 +202,13 @@ def test_usable_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_stops_at_once_and_says_what_is_left(signum: signal.Signals, code: int) -> None:
-    interrupt = Interrupt("resume with: fastres train --resume x")
+    interrupt, noted = Interrupt("resume with: fastres train --resume x"), []
 
     def work() -> None:
         interrupt.training = True
         try:
             os.kill(os.getpid(), signum)
-            assert interrupt.signum == signum
+            noted.append(interrupt.signum)
             os.kill(os.getpid(), signum)
         except Exception:  # noqa: BLE001 (as a compiler may have around what it calls)
             pytest.fail("taken for an error of the work")
@@ -217,6 +217,27 @@ def test_a_second_signal_stops_at_once_and_says_what_is_left(signum: signal.Sign
     with pytest.raises(Interrupted, match=at_once) as caught, interrupts(interrupt):
         work()
     assert caught.value.exit_code == code
+    assert noted == [signum]
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As under nohup. Other signals are put back as they were."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt = Interrupt("resume")
+        with interrupts(interrupt):
+            interrupt.training = True
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupt.signum is None
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with interrupts(interrupt):
+            interrupt.training = True
+            signal.raise_signal(signal.SIGHUP)
+        assert interrupt.signum == signal.SIGHUP
+        assert {signum: signal.getsignal(signum) for signum in before} == {**before, signal.SIGHUP: signal.SIG_DFL}
+    finally:
+        signal.signal(signal.SIGHUP, before[signal.SIGHUP])
 
 
 def test_a_second_signal_is_told_through_the_error_that_it_causes() -> None:

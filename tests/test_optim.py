@@ -183,7 +183,7 @@ def replica(*, inside: bool, rates: list[float] = RATES, **how: Any) -> Replica:
     """In fp64 unless `how`, options of `Runtime`, says otherwise."""
     runtime = Runtime(CPU, **{"precision": "fp32", **how})
     net = make_net(torch.float32 if how else torch.float64)
-    optimizer = make_sgd(net, lr=0.1, weight_decay=1e-2, lr_in_velocity=inside)
+    optimizer = make_sgd(net, lr=0.1, momentum=0.9, weight_decay=1e-2, lr_in_velocity=inside)
     made = Replica(net, optimizer, Noise(runtime.dtype if how else torch.float64), runtime, num_steps=len(rates))
     made.set_lrs(rates.__getitem__)
     return made
@@ -251,7 +251,7 @@ def test_ratios_of_a_table_that_a_warmup_changes_on_the_way() -> None:
 
 def test_without_momentum_there_is_nothing_to_scale() -> None:
     net = make_net()
-    optimizer = make_sgd(net, lr=0.1, momentum=0.0, lr_in_velocity=True)
+    optimizer = make_sgd(net, lr=0.1, momentum=0.0, weight_decay=1e-4, lr_in_velocity=True)
     run(Replica(net, optimizer, Noise(), Runtime(CPU, "fp32"), num_steps=2))
 
 

@@ -65,7 +65,7 @@ def make_replica(
     """A replica on noise; `dtype` makes the whole network of that type, without autocast."""
     runtime = Runtime(device, precision, scope)
     net = make_net(dtype or torch.float32, seed).to(device)
-    optimizer = make_sgd(net, lr=0.1, weight_decay=1e-2)
+    optimizer = make_sgd(net, lr=0.1, momentum=0.9, weight_decay=1e-2)
     replica = Replica(net, optimizer, Noise(dtype or runtime.dtype, seed, device), runtime, num_steps=steps)
     replica.set_lrs(lambda step: 0.1 / (step + 1))
     return replica
