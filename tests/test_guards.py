@@ -111,6 +111,16 @@ def test_an_estimate_that_is_no_help_gives_way_to_half(monkeypatch: pytest.Monke
     assert suggested(explained(torch.OutOfMemoryError(SAID))) == 2048
 
 
+def test_fewer_runs_at_once_need_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another batch size would be another experiment."""
+    monkeypatch.setattr(guards, "usable_memory", lambda _: 3_000_000_000)
+    said = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 800000000 bytes."
+    with pytest.raises(OutOfMemory) as caught, explained_memory_errors(config(128), CPU, num_replicas=5):
+        raise RuntimeError(said)
+    assert "0.8 GB of them at once" in str(caught.value)
+    assert str(caught.value).endswith("\nfewer runs at once need less: --side-by-side 2")
+
+
 def test_no_batch_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guards, "usable_memory", lambda _: 1_000_000)
     assert "try a smaller --depth than 8" in explained(torch.OutOfMemoryError(SAID))
