@@ -21,6 +21,7 @@ from fastres.models.depth import check_depth
 NUM_TRAIN = {"cifar10": 50_000, "synthetic": 10_000}  # images before any validation split
 MAX_STEPS = 10_000_000  # rates, losses and errors of each step are kept on the device: 160 MB
 MAX_GRAPH_STEPS = 64  # a graph holds every kernel of its steps, a few hundred each
+FIRST_LOOK = 400  # steps: where a warm-up by the training error may end (`optim.WARMUP_WINDOW`)
 NUM_VALIDATION = 5_000  # the paper's 45k/5k split (section 4.2)
 
 
@@ -270,6 +271,9 @@ def check_sense(config: RunConfig) -> None:
     if recipe.warmup in ("constant", "error") and recipe.warmup_lr > recipe.lr:
         rule = f"a warm-up's must not be above lr, {recipe.lr}; --warmup none turns it off"
         raise InputError(f"warmup_lr is {recipe.warmup_lr}; {rule}")
+    if recipe.warmup == "error" and recipe.steps < FIRST_LOOK:
+        rule = f"a warm-up by the training error lasts {FIRST_LOOK} steps at least; --warmup constant may be shorter"
+        raise InputError(f"steps is {recipe.steps}; {rule}")
 
 
 def preset_tree(name: object) -> dict[str, Any]:
@@ -336,8 +340,7 @@ def _validate(config: RunConfig) -> None:
     graph_steps = config.execution.graph_steps
     need(1 <= graph_steps <= MAX_GRAPH_STEPS, "graph_steps", graph_steps, f"it must be 1 to {MAX_GRAPH_STEPS}")
     device = config.execution.device
-    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None
-    need(known, "device", repr(device), "use auto, cpu, cuda or cuda:0")
+    need(bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", device)), "device", repr(device), "use auto, cpu, cuda or cuda:0")
     need(config.execution.threads >= 0, "threads", config.execution.threads, "0 means one a core")
     for key in ("log_every", "eval_every"):
         need(getattr(output, key) >= 1, key, getattr(output, key), "it must be at least 1 step")

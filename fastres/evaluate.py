@@ -225,7 +225,11 @@ def read_checkpoint(target: Path, say: Callable[[str], None]) -> checkpoint.Chec
         for problem in problems:
             say(f"{problem}; taking the one before")
         if saved is None:
-            raise InputError(f"{target} has no checkpoint yet")
+            gone = {
+                "finished": " any more; its result is in result.json",
+                "diverged": ": it diverged before the first (diverged.json says how)",
+            }
+            raise InputError(f"{target} has no checkpoint{gone.get(RunDir.open(target).status, ' yet')}")
         return saved
     if target.suffix == ".safetensors" and checkpoint.is_checkpoint(target):
         return checkpoint.load(target)

@@ -7,13 +7,15 @@ import re
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import torch
 from torch import Tensor
 
+from fastres import checkpoint
 from fastres.build import empty_net
 from fastres.config import RunConfig
 from fastres.data.imageset import IMAGE_SIZE
@@ -40,6 +42,7 @@ class Interrupt:
     way_on: str  # how to resume
     deadline: float = math.inf  # on the clock of `time.perf_counter`
     signum: int | None = None
+    folders: Sequence[Path] = ()  # of the runs in training
     training: bool = False  # else there is nothing to save: the first signal stops at once, a minute's compiling too
 
 
@@ -49,7 +52,7 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
 
     So does the first one before `interrupt.training`, which is false until somebody sets it inside the block.
 
-    A SIGHUP that is ignored, as under nohup, stays ignored.
+    One that is ignored stays so: SIGHUP under nohup, SIGINT in a script's background.
     Only the main thread may set handlers; elsewhere the flag stays unset.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -60,15 +63,13 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
         first, interrupt.signum = interrupt.signum is None, signum
         if first and interrupt.training:
             return
-        where = "at once, where the newest checkpoint is" if interrupt.training else "before the first step"
-        raise Stop(f"stopped by {signal.Signals(signum).name} {where}; {interrupt.way_on}", signum)
+        raise Stop(f"stopped by {signal.Signals(signum).name}", signum)
 
     interrupt.training = False
 
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signals.append(signal.SIGHUP)
-    before = {signum: signal.signal(signum, note) for signum in signals}
+    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [signum for signum in known if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, note) for signum in heeded}
     try:
         yield
     except (Stop, RuntimeError) as error:
@@ -77,10 +78,17 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
             behind = behind.__context__  # a capture that is left by Stop raises an error of its own on the way
         if behind is None:
             raise
-        raise Interrupted(str(behind), behind.signum) from None
+        where = f"at once; {_left(interrupt.folders)}" if interrupt.training else "before the first step"
+        raise Interrupted(f"{behind} {where}; {interrupt.way_on}", behind.signum) from None
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _left(folders: Sequence[Path]) -> str:
+    """What is on the disk of runs that were stopped at once."""
+    newest = min((max(checkpoint.steps(folder), default=0) for folder in folders), default=0)
+    return f"the newest checkpoint is of step {newest:,}" if newest else "nothing was saved, so it begins anew"
 
 
 def stopped(interrupt: Interrupt, where: str) -> Interrupted | OutOfTime:
@@ -104,17 +112,19 @@ def explained_memory_errors(config: RunConfig, runtime: Runtime, *, num_replicas
 
 
 @contextlib.contextmanager
-def explained_compilation() -> Iterator[None]:
-    """Turn what torch.compile raises where its compiler or its cache does not work into MachineError with a way out."""
+def explained_compilation(runtime: Runtime) -> Iterator[None]:
+    """Turn what is raised where a compiler or its cache does not work into MachineError with a way out."""
     try:
         yield
     except (RuntimeError, OSError) as error:
         of_torch = any(part in type(error).__module__ for part in ("torch._dynamo", "torch._inductor", "triton"))
-        if not (of_torch or isinstance(error, OSError)) or _is_out_of_memory(error):
+        compiles = runtime.compile_scope != "none" or (runtime.native and runtime.device.type == "cuda")
+        if not compiles or not (of_torch or isinstance(error, OSError)) or _is_out_of_memory(error):
             raise
-        raise MachineError(
-            f"torch.compile does not work here: {first_line(error)}; use --no-compile (--debug shows all)"
-        ) from error
+        ways = ["--no-compile"] if runtime.compile_scope != "none" else []
+        ways += ["--no-native"] if runtime.native and runtime.device.type == "cuda" else []
+        said = f"compiling does not work here: {first_line(error)}"
+        raise MachineError(f"{said}; use {' '.join(ways)} (--debug shows all)") from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

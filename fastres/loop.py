@@ -130,8 +130,13 @@ def train_together(
             RunDir.open(path) if old else RunDir.create(path, overwrite=overwrite)
             for path, old in zip(folders, begun, strict=True)
         ]
-        for run in runs:
+        for run, own, old in zip(runs, folders.values(), begun, strict=True):
             stack.enter_context(run.locked())
+            if old:  # perhaps by another process, since the caller looked
+                run.check_same(own)
+                if run.status == "finished":
+                    raise InputError(f"{run.path} was finished by another process just now; nothing is left to train")
+        interrupt.folders = list(folders)
         stack.enter_context(interrupts(interrupt))
         stack.enter_context(explained_memory_errors(config, runtime, num_replicas=len(folders)))
         console.attach(*runs)
@@ -170,7 +175,7 @@ def _run(
         train_step = TrainStep([member.replica for member in members])
         if runtime.needs_warm_up:
             console.say("compiling (later runs of the same model find the result in the compiler's cache)")
-            with clocks("compile"), explained_compilation():
+            with clocks("compile"), explained_compilation(runtime):
                 capture = CapturedGraph if runtime.cuda_graph else None
                 train_step.warm_up(capture, graph_steps=config.execution.graph_steps)
                 for member in members:
@@ -294,16 +299,8 @@ def _reopen(path: Path, asked: RunConfig | None) -> tuple[RunDir, RunConfig]:
     """The folder of a run to resume and its config: as stored, execution and output as asked."""
     run = RunDir.open(path)
     stored = run.config()
-    check_same(run, stored if asked is None else asked)
+    run.check_same(stored if asked is None else asked)
     return run, asked or RunConfig.from_dict(found_again(stored.to_dict()))
-
-
-def check_same(run: RunDir, config: RunConfig) -> None:
-    """Raise InputError, naming the differences, where a run folder was started with something else than `config`."""
-    if changed := run.config().differs_from(config):
-        raise InputError(
-            f"{run.path} was started with another config ({'; '.join(changed)}); leave these out to resume it"
-        )
 
 
 def check_config(config: object) -> None:

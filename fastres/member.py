@@ -96,8 +96,9 @@ class Member:
             if not math.isfinite(loss):
                 step = self._window.start + offset + 1
                 self._give_up(
+                    step,
                     f"the loss became {loss} at step {step:,} (lr {self.lr:.4g}, {precision}); {last_good(self.run)}. "
-                    "Try a lower --lr, a --warmup, or --precision fp32"
+                    "Try a lower --lr, a --warmup, or --precision fp32",
                 )
                 return
 
@@ -130,8 +131,9 @@ class Member:
             clean = self.clean() if self.clean and record else None
         if not math.isfinite(self.tested.loss):
             self._give_up(
+                done,
                 f"the test loss is {self.tested.loss} at step {done:,}; {last_good(self.run)}. "
-                "Try a lower --lr, a --warmup, or --precision fp32"
+                "Try a lower --lr, a --warmup, or --precision fp32",
             )
             return
         if not record:
@@ -148,7 +150,7 @@ class Member:
             try:
                 self.state.save(self.run, self.replica, self.config, images, mean, clocks.totals())
             except Diverged as error:
-                self._give_up(str(error))
+                self._give_up(self.state.step, str(error))
 
     def finish(self, images: ImageSet, clocks: Clocks, measured: Mapping[str, Any]) -> RunResult | Diverged:
         """The result of the run, all its steps done; it and the curves go into its folder.
@@ -165,9 +167,10 @@ class Member:
         assert self.tested is not None
         if config.recipe.warmup == "error" and state.warmup_end is None:
             return self._give_up(
-                f"warm-up never ended: the training error stayed at or above 80 % for all {config.recipe.steps} "
+                state.step,
+                f"warm-up never ended: the training error was not seen below 80 % in {config.recipe.steps} "
                 f"steps at lr {config.recipe.warmup_lr}; the run is kept in {self.run.path}. "
-                "More --steps, or --warmup constant"
+                "More --steps, or --warmup constant",
             )
         records = self.run.metrics()
         if not any(_is_training(record) for record in records):
@@ -199,10 +202,10 @@ class Member:
         draw_curves(records, title, self.run.path, note=images.caveat, held_out=held_out)
         return result
 
-    def _give_up(self, why: str) -> Diverged:
+    def _give_up(self, step: int, why: str) -> Diverged:
         """Set `diverged`, and note it in the run folder, so that a sweep does not try the same thing again."""
         self.diverged = Diverged(why)
-        self.run.write_json(DIVERGED, {"step": self.state.step, "why": why})
+        self.run.write_json(DIVERGED, {"step": step, "why": why})
         return self.diverged
 
 

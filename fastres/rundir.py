@@ -80,8 +80,11 @@ class RunDir:
             shown = str(path).encode(errors="replace").decode()
             raise InputError(f"{shown[:100]} cannot be a folder's name here: {error}; give another --out") from error
         if occupied and not overwrite:
+            is_run = path.is_dir() and ((path / CONFIG).exists() or bool(folders_below(path)))
+            aside = ", or --overwrite moves it aside" if is_run else ""
             way_on = f"; to resume it: --resume {path}" if (path / CONFIG).exists() else ""
-            raise InputError(f"{path} is not empty; give another --out, or --overwrite moves it aside{way_on}")
+            what = "is not empty" if path.is_dir() else "is a file"
+            raise InputError(f"{path} {what}; give another --out{aside}{way_on}")
         if occupied and not ((path / CONFIG).exists() or folders_below(path)):
             raise InputError(f"{path} holds no run, and --overwrite moves only runs aside; give another --out")
         if occupied and path.resolve() in (Path.cwd(), *Path.cwd().parents):
@@ -151,6 +154,13 @@ class RunDir:
             return RunConfig.from_dict(stored)
         except InputError as error:
             raise InputError(f"{self.path / CONFIG}: {error}") from error
+
+    def check_same(self, config: RunConfig) -> None:
+        """Raise InputError, naming the differences, where the run was started with something else than `config`."""
+        if changed := self.config().differs_from(config):
+            raise InputError(
+                f"{self.path} was started with another config ({'; '.join(changed)}); leave these out to resume it"
+            )
 
     def read_json(self, name: str) -> dict[str, Any]:
         """One of the folder's JSON files. Raises InputError where it is missing or damaged."""
@@ -300,7 +310,7 @@ def resume_with(path: Path) -> str:
 def found_again(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A stored config, without a data folder that is gone since (the run was moved): it is looked for as by default."""
     execution = dict(tree.get("execution", {}))
-    if execution.get("data_dir") and not Path(execution["data_dir"]).exists():
+    if execution.get("data_dir") and not os.path.exists(execution["data_dir"]):  # noqa: PTH110 (False where it may not look)
         execution["data_dir"] = None
     return {**tree, "execution": execution}
 

@@ -91,7 +91,7 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
     scope, note = _compile_scope(execution, device, depth)
     notes += [note] if note else []
     if execution.cuda_graph and device.type != "cuda":
-        raise MachineError("--cuda-graph needs a GPU; leave it out to train on the CPU")
+        raise MachineError("a CUDA graph needs a GPU; leave it out on the CPU")
     precision = _precision(execution.precision, device)
     shadows = execution.shadow_weights
     if shadows and precision != "bf16":

@@ -19,8 +19,8 @@ from fastres.configtree import is_int
 from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError
 from fastres.files import write_json
-from fastres.guards import AGAIN, Interrupt, stopped
-from fastres.loop import check_config, check_loader, check_same, train_together
+from fastres.guards import Interrupt, stopped
+from fastres.loop import check_config, check_loader, train_together
 from fastres.machine import gpu
 from fastres.result import RunResult, result_of
 from fastres.rundir import (
@@ -87,15 +87,16 @@ def train_seeds(
     folders = seed_folders(folder, config, seeds)
     is_new = not is_sweep(folder)
     _write_sweep(folder, config, seeds)
-    how: dict[str, Any] = {"side_by_side": side_by_side, "deadline": deadline, "way_on": resume_with(folder)}
+    interrupt = Interrupt(resume_with(folder), deadline)
     try:
-        outcomes = train_all(folders, console=console, clocks=clocks, **how)
+        train_all(folders, interrupt, side_by_side=side_by_side, console=console, clocks=clocks)
     except BaseException:
         if is_new and not _begun(folders):  # nothing came of it: what it left would be in the way of the next
             (folder / SWEEP).unlink(missing_ok=True)
             if not config.output.out:
                 remove_empty(folder)
         raise
+    outcomes = [outcome_of(path) for path in folders]
     console.say(f"{spread(config.name, outcomes)}; {folder}")
     return outcomes
 
@@ -121,39 +122,36 @@ def seed_folders(folder: Path, config: RunConfig, seeds: Sequence[int]) -> dict[
 
 def train_all(
     folders: Mapping[Path, RunConfig],
+    interrupt: Interrupt,
     *,
     side_by_side: int = 0,
     console: Console,
     clocks: Clocks | None = None,
-    deadline: float = math.inf,
-    way_on: str = AGAIN,
     on_begin: Callable[[Mapping[Path, RunConfig]], None] = lambda _: None,
-) -> list[Outcome]:
+) -> None:
     """Train those of the runs that are not finished; configs that differ in more than their seed go apart.
 
     Args:
         folders: Configs by run folder. A folder that is there must be a run of the same thing.
-        side_by_side, console, clocks, deadline: As `train_seeds`.
-        way_on: How to resume, for the user who stopped it.
+        interrupt: Its deadline is kept, and a signal that came too late to cut what was trained before is heeded.
+        side_by_side, console, clocks: As `train_seeds`.
         on_begin: Takes the runs that are to be trained next, side by side.
-
-    Returns:
-        An outcome for each folder in order.
     """
     for path, config in folders.items():
         if RunDir(path).status != "missing":
-            check_same(RunDir.open(path), config)
+            RunDir.open(path).check_same(config)
         else:
             RunDir.check_free(path, overwrite=False)
-    interrupt = Interrupt(way_on, deadline)
-    for number, group in enumerate(_groups(folders, side_by_side)):
+    for number, planned in enumerate(_groups(folders, side_by_side)):
+        group = {path: config for path, config in planned.items() if not RunDir(path).ended}  # by another process
+        if not group:
+            continue
         # It came when the group before had no step left to cut.
-        if interrupt.signum is not None or (number and perf_counter() >= deadline):
+        if interrupt.signum is not None or (number and perf_counter() >= interrupt.deadline):
             raise stopped(interrupt, f"before {', '.join(map(str, group))}")
         on_begin(group)
         train_together(group, interrupt, console=console, clocks=clocks, brief=True)
         clocks = None  # what came before the first group is its own
-    return [outcome_of(path) for path in folders]
 
 
 def outcome_of(path: Path) -> Outcome:

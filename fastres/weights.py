@@ -4,6 +4,7 @@ The only module that opens a pickle of weights, and it does so with torch's weig
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,9 @@ def _read_safetensors(path: Path) -> object:
 
 def _read_pickle(path: Path) -> object:
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")  # a restricted unpickler: it runs no code
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old formats; what matters comes as an error
+            return torch.load(path, weights_only=True, map_location="cpu")  # a restricted unpickler: it runs no code
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged or hostile pickle can make the unpickler raise anything
@@ -101,8 +104,11 @@ def _read_pickle(path: Path) -> object:
                 f"{path} is refused: to read it would run code ({refused[1]}). "
                 f"Save only the tensors: torch.save(net.state_dict(), file)"
             ) from error
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:120]
-        raise InputError(f"{path} is not a weights file that torch.load can read: {reason}") from error
+        why = " (it is empty)" if path.stat().st_size == 0 else ""
+        raise InputError(
+            f"{path} was not written by torch.save, or is damaged{why}; fastres reads state dicts saved by it, and "
+            ".safetensors"
+        ) from error
 
 
 def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
@@ -139,5 +145,5 @@ def _check_fit(state: Mapping[str, Tensor], net: Network, path: Path) -> None:
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(
-            f"{path} does not fit a {net.depth}-layer ResNet for 32x32 images: {'; '.join(problems[:3])}{more}"
+            f"{path} does not fit a ResNet of {net.depth} layers for 32x32 images: {'; '.join(problems[:3])}{more}"
         )

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +32,16 @@ def private_surroundings() -> Iterator[None]:
         patch.setenv("XDG_CACHE_HOME", folder)
         patch.setenv("MPLBACKEND", "Agg")
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heeded_interrupt() -> Iterator[None]:
+    """A script starts what it puts into its background with SIGINT ignored, which training and its tests would heed."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

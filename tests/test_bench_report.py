@@ -354,6 +354,7 @@ def test_scaling_takes_the_flags_that_say_how(tmp_path: Path, monkeypatch: pytes
     line = "--scaling --depth 8 --batch-size 8,16 --precision bf16 --loader none --device cpu"
     assert run(["bench", *line.split()]) == 4  # nothing fits
     assert seen == [(8, "bf16", "resident", True)]
+    assert run(["bench", "--scaling", "--arch", "imagenet", "--device", "cpu", "--loader", "resident"]) == 4
 
 
 def test_scaling_stops_where_memory_or_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,7 +383,9 @@ def test_what_deterministic_mode_costs(tmp_path: Path, capsys: pytest.CaptureFix
     assert run(["bench", *TINY, "--loader", "none", "--deterministic", "both", "--json", str(path)]) == 0
     cells = read_json(path)["cells"]
     assert [cell["config"]["execution"]["deterministic"] for cell in cells] == [False, True]
-    assert "ResNet8 frozen batch deterministic: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "ResNet8 frozen batch deterministic: " in out
+    assert "--deterministic changes nothing on a CPU" in out
 
 
 # --- bad input

@@ -1,6 +1,7 @@
 """cli: flags become the config they say, errors become exit codes and one line."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -206,6 +207,26 @@ def test_toml_then_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert (config.seed, config.recipe.lr, config.recipe.schedule) == (6, 0.3, "linear")
     file.write_text(config.to_toml())
     assert resolved(capsys, "--config", str(file)) == config
+    file.write_bytes(b"\xef\xbb\xbf" + config.to_toml().encode())  # as editors on Windows write it
+    assert resolved(capsys, "--config", str(file)) == config
+    assert run(["train", "--config", str(file), "--preset", "smoke", "--dry-run"]) == 2
+    assert "--preset smoke changes nothing: the config sets all that a preset would" in capsys.readouterr().err
+    file.write_text("[model]\ndepth = 8\n")
+    assert resolved(capsys, "--config", str(file), "--preset", "smoke").recipe.steps == 250
+
+
+def test_a_run_is_a_config_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """That of its folder, which is not trained into again."""
+    config = make_config("smoke", model={"depth": 8}, seed=3, output={"out": str(tmp_path), "log_every": 7})
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    for given in (tmp_path, tmp_path / "config.json"):
+        found = resolved(capsys, "--config", str(given), "--seed", "4")
+        assert found == dataclasses.replace(config, seed=4, output=dataclasses.replace(config.output, out=None))
+    (tmp_path / "config.json").write_text("[1]")
+    for text, says in (("[1]", "holds no object of JSON"), ("{", "is not JSON")):
+        (tmp_path / "config.json").write_text(text)
+        assert run(["train", "--config", str(tmp_path), "--dry-run"]) == 2
+        assert says in capsys.readouterr().err
 
 
 BAD = [
@@ -250,6 +271,21 @@ def test_bad_usage_exits_2_with_the_way_out(capsys: pytest.CaptureFixture[str], 
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_a_home_in_the_middle_of_a_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert run(["train", "--data-dir=~/cifar", "--out=~x", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert 'data_dir = "/somewhere/cifar"' in shown
+    assert 'out = "~x"' in shown
+
+
+@pytest.mark.parametrize("line", ["eval {}", "responses {}", "plot {}", "report {}", "train --resume {}"])
+def test_a_path_that_may_not_be_looked_at(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    """A name too long fails as a folder does that is closed to the user, which no test of root's could make."""
+    assert run(line.format(300 * "x").split()) == 2
+    assert capsys.readouterr().err == f"fastres: {200 * 'x'}: File name too long\n"
 
 
 def test_no_command_and_half_an_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,6 +127,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"recipe": {"lr": 0.001, "warmup": "constant"}}, "warmup_lr is 0.01; a warm-up's must not be above lr, 0.001"),
     ({"recipe": {"milestones": 5}}, "must be a list of integers"),
     ({"execution": {"data_urls": "http://x"}}, "must be a list of text"),
+    ({"recipe": {"warmup": "error", "steps": 399}}, "steps is 399; a warm-up by the training error lasts 400 steps"),
     ({"recipe": {5: 1}}, "unknown key recipe.5; keys: "),
     ({"steps": 5}, "unknown key steps; it is one of recipe's: recipe.steps"),
     ({"model": Model(depth=110)}, "give a dict of what differs from the preset"),

@@ -86,6 +86,8 @@ def test_smoothing_does_not_cross_a_jump_of_the_learning_rate() -> None:
     linear = [record("train", s, error, lr=0.1 * (400 - s) / 400) for s, error in zip(steps, errors, strict=True)]
     curve = curve_of(linear, "", smooth=9)
     assert curve.lr_falls == ()
+    straight = [record("train", step, 0.5, lr=0.1 * (30 - step) / 30) for step in (10, 20, 30)]
+    assert curve_of(straight, "").lr_falls == ()  # it halves between two points, and no step of it is a cliff
     assert curve.train is not None
     assert curve.train.smoothed
 
@@ -154,6 +156,24 @@ def test_mean_and_deviation_over_runs() -> None:
     assert mean_curve([one], "alone") is one
 
 
+def test_steps_have_ticks_of_their_own() -> None:
+    """No "2" at 2.5."""
+    short = [record("train", step, 1 / step) for step in range(1, 9)]
+    for x in ("step", "epoch"):
+        figure = drawn([curve_of(short, "", x="step" if x == "step" else "epoch", epochs_per_step=0.01)], x=x)
+        figure.canvas.draw()
+        axes = figure.axes[0]
+        for tick, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True):
+            assert float(label.get_text()) == pytest.approx(tick)
+
+
+def test_a_band_of_one_point_is_not_in_the_legend() -> None:
+    for upto, there in ((10, False), (20, True)):
+        both = mean_curve([curve_of(falling(upto=upto), ""), curve_of(falling(0.02, upto=upto), "")], "both")
+        texts = [text.get_text() for legend in drawn([both]).findobj(Legend) for text in legend.get_texts()]
+        assert ("one standard deviation" in texts) == there
+
+
 # --- names
 
 
@@ -189,6 +209,16 @@ def config(**changes: Any) -> RunConfig:
 )
 def test_labels_say_what_differs(configs: list[RunConfig], common: str, labels: list[str]) -> None:
     assert tell_apart(configs, ["a", "b", "c"][: len(configs)]) == (common, labels)
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for name in ("old/seed0", "new/seed0", "new/seed1"):
+        made = RunDir.create(tmp_path / name)
+        made.write_json("config.json", config(seed=int(name[-1])).to_dict())
+    _, runs = read_runs([tmp_path])
+    assert [run.label for run in runs] == ["seed 0, new/seed0", "seed 1", "seed 0, old/seed0"]
+    _, runs = read_runs([tmp_path / "old/seed0", tmp_path / "old"])
+    assert [run.label for run in runs] == ["ResNet20"]
 
 
 def test_how_it_ran_is_named_only_where_nothing_else_tells_runs_apart() -> None:
@@ -335,6 +365,11 @@ def test_one_run_gets_its_figure_beside_it(tmp_path: Path, capsys: pytest.Captur
     assert command(["plot", str(path)]) == 0
     assert capsys.readouterr().out == f"{path / 'curves.png'}\n"
     assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    before = (path / "curves.png").read_bytes()
+    for flags, name in (("--what lr", "lr"), ("--x time", "error-by-time"), ("--log-y", "error"), ("--band", "error")):
+        assert command(["plot", str(path), *flags.split()]) == 0
+        assert capsys.readouterr().out == f"{path / name}.png\n"
+    assert (path / "curves.png").read_bytes() == before  # the run's own
 
 
 def test_images_that_are_not_the_official_ones_are_marked(tmp_path: Path) -> None:
@@ -372,7 +407,9 @@ def test_several_runs_get_theirs_here(
     made_run(tmp_path / "a")
     made_run(tmp_path / "b", seed=1)
     assert command(["plot", "a", "b", "--x", "time", "--what", "loss", "--log-y", "--ylim", "0.5,2"]) == 0
-    assert capsys.readouterr().out == "curves.png\n"
+    assert capsys.readouterr().out == "loss-by-time.png\n"
+    assert (tmp_path / "loss-by-time.png").exists()
+    assert command(["plot", "a", "b"]) == 0
     assert (tmp_path / "curves.png").exists()
 
 
@@ -396,6 +433,9 @@ def test_runs_that_got_nowhere(tmp_path: Path) -> None:
     plot_runs([cut, empty, lost], tmp_path / "x.png", say=said.append)
     assert said == [f"{empty} has logged no error yet: left out"]
     with pytest.raises(InputError, match="has logged no error yet"):
+        plotted(tmp_path, empty)
+    (empty / DIVERGED).write_text(json.dumps({"step": 6, "why": "NaN"}))
+    with pytest.raises(InputError, match=r"empty diverged before it logged any error \(diverged.json says how\)"):
         plotted(tmp_path, empty)
 
 

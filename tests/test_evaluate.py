@@ -96,6 +96,19 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(run: Path, tmp_path: Path) 
     assert "does not match its digest; taking the one before" in said[0]
 
 
+@pytest.mark.parametrize(
+    ("left", "says"),
+    [("result.json", " any more; its result is in result.json"), ("diverged.json", ": it diverged"), ("", " yet")],
+)
+def test_a_run_without_a_checkpoint(run: Path, tmp_path: Path, left: str, says: str) -> None:
+    copy = RunDir.create(tmp_path / "copy")
+    copy.write_json("config.json", RunDir(run).config().to_dict())
+    if left:
+        copy.write_json(left, {})
+    with pytest.raises(InputError, match=f"copy has no checkpoint{says}"):
+        outcome_of(copy.path)
+
+
 def test_contradictions_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="says of itself that it is resnet"):
         outcome_of(run, arch="plain")

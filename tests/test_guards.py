@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
-from fastres import guards, runtime
+from fastres import checkpoint, guards, runtime
 from fastres.config import RunConfig, make_config
 from fastres.errors import Interrupted, MachineError, OutOfMemory
 from fastres.guards import (
@@ -211,8 +212,8 @@ def test_usable_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_second_signal_stops_at_once_and_says_what_is_left(signum: signal.Signals, code: int) -> None:
-    interrupt, noted = Interrupt("resume with: fastres train --resume x"), []
+def test_a_second_signal_stops_at_once_and_says_what_is_left(signum: signal.Signals, code: int, tmp_path: Path) -> None:
+    interrupt, noted = Interrupt("resume with: fastres train --resume x"), list[int | None]()
 
     def work() -> None:
         interrupt.training = True
@@ -223,31 +224,40 @@ def test_a_second_signal_stops_at_once_and_says_what_is_left(signum: signal.Sign
         except Exception:  # noqa: BLE001 (as a compiler may have around what it calls)
             pytest.fail("taken for an error of the work")
 
-    at_once = f"stopped by {signum.name} at once.*resume with: fastres"
+    at_once = f"stopped by {signum.name} at once; nothing was saved, so it begins anew; resume with: fastres"
     with pytest.raises(Interrupted, match=at_once) as caught, interrupts(interrupt):
         work()
     assert caught.value.exit_code == code
     assert noted == [signum]
+    for step in (1_200, 800):
+        checkpoint.save(tmp_path / str(step), {"w": torch.zeros(1)}, {"step": step})
+    interrupt.signum, interrupt.folders = None, [tmp_path / "1200", tmp_path / "800"]
+    with (
+        pytest.raises(Interrupted, match=r"at once; the newest checkpoint is of step 800; resume"),
+        interrupts(interrupt),
+    ):
+        work()
 
 
-def test_a_hangup_that_is_ignored_stays_ignored() -> None:
-    """As under nohup. Other signals are put back as they were."""
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_stays_ignored(signum: signal.Signals) -> None:
+    """As SIGHUP under nohup, SIGINT in a script's background. Other signals are put back as they were."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signum, signal.SIG_IGN)
     try:
         interrupt = Interrupt("resume")
         with interrupts(interrupt):
             interrupt.training = True
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signum)
             assert interrupt.signum is None
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signum, signal.SIG_DFL)
         with interrupts(interrupt):
             interrupt.training = True
-            signal.raise_signal(signal.SIGHUP)
-        assert interrupt.signum == signal.SIGHUP
-        assert {signum: signal.getsignal(signum) for signum in before} == {**before, signal.SIGHUP: signal.SIG_DFL}
+            signal.raise_signal(signum)
+        assert interrupt.signum == signum
+        assert {each: signal.getsignal(each) for each in before} == {**before, signum: signal.SIG_DFL}
     finally:
-        signal.signal(signal.SIGHUP, before[signal.SIGHUP])
+        signal.signal(signum, before[signum])
 
 
 def test_a_second_signal_is_told_through_the_error_that_it_causes() -> None:
@@ -279,14 +289,25 @@ def test_before_training_the_first_signal_stops_at_once() -> None:
 
 
 def test_a_compiler_that_does_not_work_is_explained() -> None:
+    compiled = dataclasses.replace(CPU, compile_scope="whole")
     error: Exception
     for error in (InvalidCxxCompiler(), InductorError(OSError("no g++"), None), OSError(28, "No space left")):
-        explained = pytest.raises(MachineError, match=r"torch.compile does not work here: .*; use --no-compile")
-        with explained, explained_compilation():
+        explained = pytest.raises(MachineError, match=r"compiling does not work here: .*; use --no-compile \(--debug")
+        with explained, explained_compilation(compiled):
+            raise error
+        gpu = dataclasses.replace(compiled, device=torch.device("cuda", 0), native=True)
+        for own, ways in ((gpu, "--no-compile --no-native"), (_uncompiled(gpu), "--no-native")):
+            with pytest.raises(MachineError, match=f"; use {ways} "), explained_compilation(own):
+                raise error
+        with pytest.raises(type(error)), explained_compilation(CPU):  # nothing is compiled
             raise error
     for error in (torch.OutOfMemoryError(SAID), RuntimeError("a bug"), InductorError(MemoryError(SAID), None)):
-        with pytest.raises(type(error)), explained_compilation():
+        with pytest.raises(type(error)), explained_compilation(compiled):
             raise error
+
+
+def _uncompiled(runtime: Runtime) -> Runtime:
+    return dataclasses.replace(runtime, compile_scope="none")
 
 
 def failing(error: Exception) -> Callable[[], None]:

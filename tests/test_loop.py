@@ -18,7 +18,9 @@ import torch
 import fastres
 from fastres import build, checkpoint, loop, member, pace
 from fastres.clock import Clocks
+from fastres.config import RunConfig
 from fastres.data import synthetic
+from fastres.data.imageset import ImageSet
 from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfMemory
 from fastres.evaluator import Evaluator
 from fastres.models.depth import IMAGENET_BLOCKS
@@ -197,8 +199,30 @@ def test_stopped_while_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             fastres.train(run, verbosity="quiet")
     with monkeypatch.context() as patch:
         patch.setattr(TrainStep, "warm_up", lambda *_, **__: Path("/dev/null/cache").mkdir())
-        with pytest.raises(MachineError, match=r"torch.compile does not work here: NotADirectoryError.*--no-compile"):
+        with pytest.raises(MachineError, match=r"compiling does not work here: NotADirectoryError.*--no-compile"):
             fastres.train(resume=tmp_path / "run", verbosity="quiet")
+
+
+def test_a_folder_that_another_process_takes_while_the_images_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {"steps": 2}
+
+    def while_loading(other: RunConfig) -> None:
+        def loading(*args: Any, **how: Any) -> ImageSet:
+            monkeypatch.setattr("fastres.loop.load_images", build.load_images)
+            fastres.train(other, verbosity="quiet")
+            return build.load_images(*args, **how)
+
+        monkeypatch.setattr("fastres.loop.load_images", loading)
+
+    while_loading(tiny(tmp_path / "run", recipe=short, seed=5))
+    with pytest.raises(InputError, match=r"run was started with another config \(.*seed: 5 -> 0"):
+        fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
+    assert RunDir(tmp_path / "run").config().seed == 5
+    while_loading(tiny(tmp_path / "same", recipe=short))
+    with pytest.raises(InputError, match="same was finished by another process just now"):
+        fastres.train(tiny(tmp_path / "same", recipe=short), verbosity="quiet")
 
 
 def test_the_result_does_not_depend_on_a_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,6 +358,7 @@ def test_a_nan_loss_stops_at_the_next_log_step_and_keeps_the_good_checkpoint(
     assert saved.meta["step"] == 14
     assert checkpoint.all_finite(saved.tensors)
     assert not (tmp_path / "run" / "result.json").exists()
+    assert RunDir(tmp_path / "run").read_json("diverged.json")["step"] == 18  # not that at which it was noticed
 
 
 def test_nan_weights_are_never_saved_even_while_the_loss_is_finite(
@@ -372,6 +397,7 @@ def test_warmup_by_error_waits_for_the_error_and_survives_a_stop(
     monkeypatch.setattr("fastres.optim.WARMUP_WINDOW", 8)
     monkeypatch.setattr("fastres.runstate.WARMUP_WINDOW", 8)
     monkeypatch.setattr("fastres.optim.WARMUP_LOOK_EVERY", 4)
+    monkeypatch.setattr("fastres.config.FIRST_LOOK", 8)
     take = TrainStep.__call__
 
     def scripted(self: TrainStep, step: int, stop: int | None = None) -> int:
@@ -392,6 +418,7 @@ def test_warmup_by_error_waits_for_the_error_and_survives_a_stop(
 
 
 def test_a_warmup_that_never_ends_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastres.config.FIRST_LOOK", 24)
     with pytest.raises(Diverged, match="warm-up never ended"):
         fastres.train(tiny(tmp_path / "run", recipe={"warmup": "error"}), verbosity="quiet")
 

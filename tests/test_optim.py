@@ -11,10 +11,19 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import checkpoint
-from fastres.config import Recipe
+from fastres.config import FIRST_LOOK, Recipe
 from fastres.errors import InputError, Interrupted
 from fastres.models.cifar import CifarNet
-from fastres.optim import LrSchedule, lr_ratios, make_sgd, momentum_buffers, set_lr, warmup_over
+from fastres.optim import (
+    WARMUP_LOOK_EVERY,
+    WARMUP_WINDOW,
+    LrSchedule,
+    lr_ratios,
+    make_sgd,
+    momentum_buffers,
+    set_lr,
+    warmup_over,
+)
 from fastres.runtime import Runtime
 from fastres.step import Replica, TrainStep
 from tests.runs import assert_same_run, tiny
@@ -78,6 +87,10 @@ def test_a_ramp_as_long_as_the_run() -> None:
     schedule = changed(schedule="linear", warmup="ramp", warmup_steps=3, steps=3)
     assert [schedule.at(step) for step in range(3)] == pytest.approx([0.025, 0.05, 0.075])
     assert schedule.at(3) == 0  # the rate after the last step, which the end of the warm-up tells
+
+
+def test_the_first_look_at_the_training_error_is_where_the_config_says() -> None:
+    assert FIRST_LOOK == -(-WARMUP_WINDOW // WARMUP_LOOK_EVERY) * WARMUP_LOOK_EVERY
 
 
 def test_the_papers_warmup_rule() -> None:

@@ -200,7 +200,7 @@ def test_without_checkpoint_or_data_the_rest_is_there(run: Path, monkeypatch: py
     for path in run.glob("checkpoint*"):
         path.unlink()
     document = reported(run, evaluate=True)
-    assert re.search(r"Not tested again: \S+ has no checkpoint yet\.", document.text)
+    assert re.search(r"Not tested again: \S+ has no checkpoint any more; its result is in", document.text)
     for title in ("Curves", "Where the time went", "Configuration"):
         assert title in document.text
 

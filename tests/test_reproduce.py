@@ -3,15 +3,19 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastres.cli import run
+from fastres.cli.reproduce import _lengths
 from fastres.console import Console, Progress
+from fastres.errors import Interrupted
+from fastres.member import Member
 from fastres.reproduce import fig7
-from fastres.reproduce.plan import OverallProgress, needs
+from fastres.reproduce.plan import OverallProgress, needs, train_missing
 from fastres.rundir import RunDir, find_runs
 from tests.crash import REPRODUCE, crash_reproduce, timeless_table
 from tests.test_table6 import RESULT_VALUES
@@ -37,6 +41,9 @@ def test_one_line_makes_everything_and_says_what_it_is(whole: Path) -> None:
     assert note in (whole / "table6.md").read_text().lower()
     for figure in ("fig6.svg", "fig7.svg", "resnet8/seed1/curves.svg"):
         assert "synthetic data" in (whole / figure).read_text().replace("\n", " ")
+
+
+SHORT = {"recipe": {"steps": 2, "batch_size": 16, "warmup_steps": 1}, "execution": {"device": "cpu", "threads": 1}}
 
 
 def test_again_nothing_is_trained(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,10 +145,10 @@ def test_an_ablation_makes_its_own_table(whole: Path) -> None:
     [
         ("20,110", ["ResNet20", "ResNet110", "PlainNet20"]),
         ("1202", ["ResNet1202"]),
-        ("8,56", ["ResNet56", "PlainNet56", "ResNet8"]),
+        ("8,56,62", ["ResNet56", "PlainNet56", "ResNet8", "PlainNet8", "ResNet62"]),
     ],
 )
-def test_depths_bring_the_plain_nets_that_the_paper_has(
+def test_depths_bring_plain_nets_as_deep_as_the_papers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], depths: str, nets: list[str]
 ) -> None:
     assert run(["reproduce", "all", "--depths", depths, "--runs", str(tmp_path), "--dry-run", "--seeds", "2"]) == 0
@@ -238,3 +245,34 @@ def test_fig7_failing_does_not_lose_the_table(whole: Path, tmp_path: Path, monke
     with pytest.raises(RuntimeError, match="no figure"):
         run([*REPRODUCE, "--runs", str(whole), "--out", str(tmp_path)])
     assert (tmp_path / "table6.md").exists()
+
+
+def test_a_signal_that_comes_too_late_for_one_network_stops_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = needs([("resnet", 8, 1), ("plain", 8, 1)], tmp_path, "smoke", SHORT)
+    finish = Member.finish
+
+    def late(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return finish(*args)
+
+    monkeypatch.setattr(Member, "finish", late)
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM before .*plainnet8/seed0, all saved"):
+        train_missing(stages, console=Console("quiet"))
+    assert [RunDir(path).status for stage in stages for path in stage.folders] == ["finished", "missing"]
+
+
+def test_a_damaged_result_does_not_stop_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = needs([("resnet", 8, 2), ("plain", 8, 1)], tmp_path, "smoke", SHORT)
+    (first, config), *_ = stages[0].folders.items()
+    RunDir.create(first).write_json("config.json", config.to_dict())
+    (first / "result.json").write_text("{}")
+    assert train_missing(stages, console=Console("lines"))
+    assert [RunDir(path).status for stage in stages for path in stage.folders] == 3 * ["finished"]
+    assert "result.json is damaged" in capsys.readouterr().out
+
+
+def test_an_epoch_of_the_validation_split_is_shorter() -> None:
+    assert _lengths("paper", None, 10.0, {})["recipe"] == {"steps": 3_907}
+    assert _lengths("paper", None, 10.0, {"data": {"val_split": True}})["recipe"] == {"steps": 3_516}  # as of train

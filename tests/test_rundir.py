@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pytest
@@ -32,8 +33,15 @@ def test_an_empty_folder_is_fine_and_a_file_is_not(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     RunDir.create(tmp_path / "empty")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match=r"file is a file; give another --out$"):
         RunDir.create(tmp_path / "file")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"mine is not empty; give another --out$"):  # --overwrite would not help
+        RunDir.create(tmp_path / "mine")
+    RunDir.create(tmp_path / "run").write_json(CONFIG, {})
+    with pytest.raises(InputError, match="run is not empty; give another --out, or --overwrite moves it aside; to res"):
+        RunDir.create(tmp_path / "run")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -182,8 +190,10 @@ def test_default_paths_do_not_collide(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_data_folder_that_is_gone_is_looked_for_elsewhere(tmp_path: Path) -> None:
-    tree = {"execution": {"data_dir": str(tmp_path), "threads": 1}, "seed": 3}
+    tree: dict[str, Any] = {"execution": {"data_dir": str(tmp_path), "threads": 1}, "seed": 3}
     assert found_again(tree) == tree
     tree["execution"] = {"data_dir": str(tmp_path / "gone"), "threads": 1}
     assert found_again(tree) == {"execution": {"data_dir": None, "threads": 1}, "seed": 3}
+    tree["execution"]["data_dir"] = 300 * "x"  # no name that a file could have
+    assert found_again(tree)["execution"]["data_dir"] is None
     assert found_again({"seed": 3}) == {"seed": 3, "execution": {}}

@@ -227,6 +227,14 @@ def test_torchs_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(MachineError, match=r"torch's cache cannot be made: .*; set TORCHINDUCTOR_CACHE_DIR"):
         prepare(Execution(device="cpu", threads=1))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+    def full() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "gettempdir", full)
+        with pytest.raises(MachineError, match="No usable temporary directory"):
+            prepare(Execution(device="cpu", threads=1))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert host.inductor_cache_dir() == Path(default_cache_dir())
 

@@ -17,10 +17,12 @@ from torch import Tensor
 
 import fastres
 from fastres import checkpoint, member, pace, sweep
+from fastres.cli import run
 from fastres.cli.flags import parse_seeds
 from fastres.console import Console
 from fastres.data.dali import dali_available
 from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfTime
+from fastres.guards import Interrupt
 from fastres.member import Member
 from fastres.result import RunResult
 from fastres.rundir import RunDir, find_runs
@@ -238,7 +240,7 @@ def test_another_sweep_or_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"another config \(recipe\.steps: 2 -> 3\)"):
         train_seeds(tiny(folder, recipe={"steps": 3}), (0,), verbosity="quiet")
     with pytest.raises(InputError, match=r"seed0 was started with another config.*recipe\.steps: 2 -> 3"):
-        train_all({folder / "seed0": tiny(folder, recipe={"steps": 3})}, console=Console("quiet"))
+        train_all({folder / "seed0": tiny(folder, recipe={"steps": 3})}, Interrupt(""), console=Console("quiet"))
     stored = json.loads((folder / "sweep.json").read_text())
     (folder / "sweep.json").write_text(json.dumps({**stored, "schema": 99}))
     with pytest.raises(InputError, match="schema 99"):
@@ -344,5 +346,27 @@ def test_seeds_that_are_none(text: str) -> None:
 def test_a_copied_folder_counts_as_what_it_says(alone: Path, tmp_path: Path) -> None:
     shutil.copytree(alone, tmp_path / "sweep")
     shutil.rmtree(tmp_path / "sweep/seed2")
-    train_all(sweep.seed_folders(tmp_path / "sweep", tiny(tmp_path), SEEDS), console=Console("quiet"))
+    folders = sweep.seed_folders(tmp_path / "sweep", tiny(tmp_path), SEEDS)
+    train_all(folders, Interrupt(""), console=Console("quiet"))
     assert_same_runs(alone, tmp_path / "sweep")
+
+
+def test_what_another_process_finished_meanwhile_is_left_alone(alone: Path, tmp_path: Path) -> None:
+    folders = sweep.seed_folders(tmp_path / "sweep", tiny(tmp_path), SEEDS)
+
+    def meanwhile(group: object) -> None:
+        if not (tmp_path / "sweep/seed1").exists():
+            shutil.copytree(alone / "seed1", tmp_path / "sweep/seed1")
+        begun.append(group)
+
+    begun: list[object] = []
+    train_all(folders, Interrupt(""), console=Console("quiet"), on_begin=meanwhile)
+    assert begun == [{path: folders[path]} for path in folders if path.name != "seed1"]
+    assert (tmp_path / "sweep/seed1/result.json").read_bytes() == (alone / "seed1/result.json").read_bytes()
+
+
+def test_one_seed_of_a_sweep_is_asked_for_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_seeds(tiny(tmp_path / "sweep", recipe={"steps": 1}), 1, verbosity="quiet")
+    for more in ([], ["--dry-run"]):
+        assert run(["train", "--resume", str(tmp_path / "sweep"), "--seed", "7", *more]) == 2
+        assert "--seed 7: a sweep has several; --seeds 7-7 trains that one too" in capsys.readouterr().err

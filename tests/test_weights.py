@@ -1,6 +1,7 @@
 """Weights of other projects in every dress they come in, and files that are no weights at all."""
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -101,6 +102,15 @@ def test_a_pickled_module_is_refused(tmp_path: Path) -> None:
         read_weights(tmp_path / "net.pth")
 
 
+def test_other_pickles_are_named_for_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "net.pth").write_bytes(pickle.dumps({"a": [1, 2]}, protocol=0))
+    with pytest.raises(InputError, match=r"was not written by torch\.save, or is damaged; fastres reads state dicts"):
+        read_weights(tmp_path / "net.pth")
+    (tmp_path / "net.pth").write_bytes(b"")
+    with pytest.raises(InputError, match=r"damaged \(it is empty\)"):
+        read_weights(tmp_path / "net.pth")
+
+
 @pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"hello, world", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(200)])
 def test_what_is_no_weights_file(name: str, content: bytes, tmp_path: Path) -> None:
@@ -134,7 +144,7 @@ def test_a_truncated_or_missing_file(name: str, tmp_path: Path) -> None:
             lambda s: {k: v for k, v in s.items() if "layer3" not in k},
             r"layer3\.0\.conv1\.weight is missing.* 17 more$",
         ),
-        (lambda s: {**s, "layer1.9.conv1.weight": torch.zeros(1)}, "20-layer"),
+        (lambda s: {**s, "layer1.9.conv1.weight": torch.zeros(1)}, "ResNet of 20 layers"),
         (
             lambda _: {"features.0.weight": torch.zeros(1)},
             r"no layer1\.0\.conv1\.weight; its tensors: features\.0\.weight",

@@ -110,7 +110,7 @@ class Bench:
             self.step, self.done = TrainStep(self.replicas), 0
             start = perf_counter()
             if self.runtime.needs_warm_up:
-                with explained_compilation():
+                with explained_compilation(self.runtime):
                     self.step.warm_up(self._capture, graph_steps=config.execution.graph_steps)
                 synchronize(device)
             self.compile_seconds = resolve_seconds + perf_counter() - start

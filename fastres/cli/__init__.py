@@ -78,7 +78,7 @@ def run(argv: list[str]) -> int:
     """Run one command and return its exit code. A bug's traceback is left to propagate."""
     debug = "--debug" in argv
     try:
-        rest = [arg for arg in argv if arg != "--debug"]
+        rest = [_at_home(arg) for arg in argv if arg != "--debug"]
         code = app(args=rest or ["--help"], prog_name="fastres", standalone_mode=False, terminal_width=width())
         if not rest:
             raise InputError("no command given (see fastres --help)")
@@ -95,6 +95,11 @@ def run(argv: list[str]) -> int:
             raise
         _tell(f"fastres: out of memory: {first_line(error)}; free some, or use another --device")
         return OutOfMemory.exit_code
+    except OSError as error:  # a path of the user's that may not be looked at, or is too long to be one
+        if debug or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) or error.filename is None:
+            raise
+        _tell(f"fastres: {str(error.filename)[:200]}: {error.strerror}")
+        return InputError.exit_code
     except Stop as stop:
         _tell(f"fastres: {stop}")
         return 128 + stop.signum
@@ -107,6 +112,14 @@ def run(argv: list[str]) -> int:
     if code == 130:  # so typer returns where Ctrl-C came before there was a state to save
         _tell("fastres: stopped")
     return code if isinstance(code, int) else 0
+
+
+def _at_home(arg: str) -> str:
+    """A flag and its value in one word, as --data-dir=~/cifar: there bash leaves the ~ as it is."""
+    flag, equals, value = arg.partition("=")
+    if flag.startswith("--") and (value == "~" or value.startswith("~/")):
+        return flag + equals + os.path.expanduser(value)  # noqa: PTH111 (it leaves what it cannot expand)
+    return arg
 
 
 def _usage(error: typer.TyperException) -> str:

@@ -88,7 +88,7 @@ def bench(
         int | None,
         Option(
             help="Chunks that the measurement of a cell is cut into, in turns with the other cells. "
-            f"[default: {ROUNDS}, with --compare {COMPARED_ROUNDS}]"
+            f"[default: {ROUNDS}, of comparisons {COMPARED_ROUNDS}]"
         ),
     ] = None,
     seconds: Annotated[float, Option(help="About how long to measure in all, compilation not counted.")] = SECONDS,
@@ -98,7 +98,8 @@ def bench(
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw a chart, .png or .svg.")] = None,
 ) -> None:
     """Time the step and the loaders that `train` uses. Without options: a useful table in under three minutes."""
-    rounds = (COMPARED_ROUNDS if compare else ROUNDS) if rounds is None else rounds
+    pairs = deterministic == "both"
+    rounds = (COMPARED_ROUNDS if compare or pairs else ROUNDS) if rounds is None else rounds
     if not 1 <= rounds <= 100_000:
         raise InputError(f"--rounds is {rounds}; it must be at least 1, and at most 100,000")
     if not 0 < seconds < 1e6:
@@ -130,7 +131,9 @@ def bench(
         "graph": _switch("--graph", graph),
         "loader": None if loader is None else parse_list("--loader", loader, str),
         "native": _switch("--native", native),
-        "deterministic": _switch("--deterministic", deterministic, ("off", "on", "both"))[::-1],  # off first
+        "deterministic": _switch("--deterministic", deterministic, ("off", "on", "both"))[
+            ::-1
+        ],  # last, off first: pairs
     }
     for name in switches["loader"] or ():
         one_of("--loader", name, LOADERS)
@@ -150,7 +153,6 @@ def bench(
     else:
         from fastres.console import Console
 
-        pairs = deterministic == "both"  # the last switch, so that cells without and with it lie side by side
         exact = pairs or _given(ctx, "rounds")
         max_seconds = math.inf if exact else 1.5 * seconds
         say = Console("auto", stderr=json_ == "-").say
@@ -189,6 +191,8 @@ def _cells(base: RunConfig, switches: dict[str, Any], say: Callable[[str], None]
     from fastres.machine import gpu
 
     device, _ = gpu.choose(base.execution.device)
+    if device.type == "cpu" and True in switches["deterministic"]:
+        say("--deterministic changes nothing on a CPU: what differs is how far equal programs differ here")
     if switches["loader"] is None:
         loaders = ["resident", "none"]
         try:
@@ -303,11 +307,12 @@ def _scaling(
     from fastres.bench.report import tables
     from fastres.bench.scaling import BATCH_SIZES, DEPTHS, MAX_STEP_SECONDS, draw_scaling, measure_scaling
     from fastres.console import Console
+    from fastres.models.depth import IMAGENET_BLOCKS
 
     console = Console("auto", stderr=json_ == "-")
     report = measure_scaling(
         cell.config,
-        depths or DEPTHS,
+        depths or (tuple(IMAGENET_BLOCKS) if cell.config.model.arch == "imagenet" else DEPTHS),
         batch_sizes or BATCH_SIZES,
         step_seconds=MAX_STEP_SECONDS,
         frozen=cell.frozen,

@@ -25,6 +25,7 @@ def evaluate(
     ] = False,
     device: flags.Device = "auto",
     precision: Annotated[str | None, typer.Option(help=f"{flags.PRECISIONS} [default: as in training]")] = None,
+    threads: Annotated[int | None, typer.Option(help=f"{flags.THREADS} [default: as in training]")] = None,
     as_json: flags.Json = False,
 ) -> None:
     """Test error and loss, overall and per class."""
@@ -33,7 +34,7 @@ def evaluate(
 
     outcome = evaluate_target(
         target,
-        given(device=device, precision=precision, data_dir=data_dir, data_urls=data_url),
+        given(device=device, precision=precision, threads=threads, data_dir=data_dir, data_urls=data_url),
         arch=arch,
         dataset=dataset,
         mean=parse_channels("--mean", mean),

@@ -1,5 +1,6 @@
 """Options that several commands share, and what their values mean: parsing, contradictions, epochs. No torch."""
 
+import json
 import re
 import tomllib
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from fastres.config import RunConfig, preset_tree, with_dependent_defaults
-from fastres.configtree import merge
+from fastres.configtree import leaves, merge
 from fastres.errors import InputError
 
 T = TypeVar("T")
@@ -141,19 +142,31 @@ def refuse_both(one: str, first: object, other: str, second: object) -> None:
         raise InputError(f"{one} and {other} contradict each other; give one of them")
 
 
-def read_toml(path: Path, flag: str = "--config") -> dict[str, Any]:
-    """The config file that a flag names. Raises InputError where it cannot be read or is not TOML."""
+def read_file(path: Path, flag: str = "--config") -> dict[str, Any]:
+    """What the file that a flag names says: TOML; or a run's config.json, or its folder, but for where that run went.
+
+    Raises:
+        InputError: It cannot be read, or is neither.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin with a mark
+        tree = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except OSError as error:
         raise InputError(f"{flag} {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{flag} {path} is not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{flag} {path} is not {kind}: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{flag} {path} holds no object of JSON, as a run's config.json does")
+    if kind == "JSON" and isinstance(tree.get("output"), dict):
+        tree["output"].pop("out", None)
+    return tree
 
 
 def read_config(path: Path, flag: str) -> RunConfig:
     """The run that the file which a flag names describes alone. Raises InputError."""
-    return RunConfig.from_dict(with_dependent_defaults(based_on_preset(read_toml(path, flag))))
+    return RunConfig.from_dict(with_dependent_defaults(based_on_preset(read_file(path, flag))))
 
 
 def based_on_preset(tree: dict[str, Any], preset: str | None = None) -> dict[str, Any]:
@@ -162,7 +175,11 @@ def based_on_preset(tree: dict[str, Any], preset: str | None = None) -> dict[str
     for section in ("model", "data", "recipe", "execution", "output"):
         if not isinstance(rest.get(section, {}), dict):
             raise InputError(f"{section} is {rest[section]!r}; it must be a table of keys: [{section}]")
-    return merge(preset_tree(preset or tree.get("preset", "paper")), rest)
+    below = preset_tree(preset or tree.get("preset", "paper"))
+    computed = {key for key in leaves(RunConfig().to_dict()) if key.startswith(("model.", "data.", "recipe."))}
+    if preset is not None and computed <= {*leaves(rest)}:
+        raise InputError(f"--preset {preset} changes nothing: the config sets all that a preset would; leave it out")
+    return merge(below, rest)
 
 
 def in_steps(

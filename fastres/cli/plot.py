@@ -17,7 +17,10 @@ def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, or folders of run folders.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="File, .png or .svg. [default: curves.png, in the folder given, or here where several are]"),
+        typer.Option(
+            help="File, .png or .svg. [default: curves.png, or by what is drawn instead, as loss.png; in the folder "
+            "given, or here where several are]"
+        ),
     ] = None,
     what: Annotated[str, typer.Option(help="What to draw: error, loss or lr.")] = "error",
     x: Annotated[str, typer.Option(help="x axis: step, epoch, or time (spent on training).")] = "step",

@@ -183,7 +183,7 @@ def reproduce(
         "recipe": given(warmup=warmup, weight_decay_on=weight_decay_on, lr_in_velocity=lr_in_velocity),
     }
     changes = {
-        **merge(_lengths(preset, steps, epochs), ablations),
+        **merge(_lengths(preset, steps, epochs, ablations), ablations),
         "execution": given(
             device=device,
             precision=precision,
@@ -262,15 +262,15 @@ def _variant(ablations: dict[str, dict[str, Any]]) -> str:
     return "-".join(words)
 
 
-def _lengths(preset: str, steps: int | None, epochs: float | None) -> dict[str, Any]:
-    """What is changed of a preset: the length of a run."""
+def _lengths(preset: str, steps: int | None, epochs: float | None, ablations: dict[str, Any]) -> dict[str, Any]:
+    """What is changed of a preset: the length of a run; `ablations` say how many images an epoch has."""
     from fastres.cli.flags import in_steps
 
     changes: dict[str, Any] = {key: dict(value) for key, value in SMOKE.items()} if preset == "smoke" else {}
     if steps is not None:
         changes["recipe"] = {"steps": steps}
     if epochs is not None:
-        changes["recipe"] = in_steps({}, preset_tree(preset), epochs, None)["recipe"]
+        changes["recipe"] = in_steps({}, merge(preset_tree(preset), ablations), epochs, None)["recipe"]
     return changes
 
 
@@ -287,9 +287,9 @@ def _networks(
     if nets is not None:
         chosen = [parse_model(word) for word in parse_list("--nets", nets, str)]
     elif depths is not None:
-        plain = {depth for arch, depth, _ in STAGES if arch == "plain"}  # deeper ones only by name
+        deepest = max(depth for arch, depth, _ in STAGES if arch == "plain")  # deeper ones only by name
         chosen = [("resnet", depth) for depth in parse_list("--depths", depths, int)]
-        chosen += [("plain", depth) for _, depth in chosen if depth in plain]
+        chosen += [("plain", depth) for _, depth in chosen if depth <= deepest]
     else:
         chosen = list(dict.fromkeys(FIGURE_7 if what == "fig7" else [(arch, depth) for arch, depth, _ in STAGES]))
     for arch, depth in chosen:

@@ -22,6 +22,7 @@ def responses(
     std: flags.ChannelStd = None,
     device: flags.Device = "auto",
     precision: Annotated[str, typer.Option(help=flags.PRECISIONS)] = "fp32",
+    threads: Annotated[int | None, typer.Option(help=f"{flags.THREADS} [default: as in training]")] = None,
     as_json: flags.Json = False,
 ) -> None:
     """Measure how strongly each layer responds (the paper's Figure 7).
@@ -38,7 +39,7 @@ def responses(
     say = Console("lines", stderr=True).say
     trained = load_trained(
         target,
-        given(device=device, precision=precision, data_dir=data_dir, data_urls=data_url),
+        given(device=device, precision=precision, threads=threads, data_dir=data_dir, data_urls=data_url),
         arch=arch,
         dataset=dataset,
         mean=parse_channels("--mean", mean),

@@ -14,7 +14,7 @@ from fastres.cli.flags import (
     parse_milestones,
     parse_model,
     parse_seeds,
-    read_toml,
+    read_file,
     refuse_both,
 )
 from fastres.cli.help import panel
@@ -40,7 +40,8 @@ def train(
         ),
     ] = None,
     config: Annotated[
-        list[Path] | None, Option(metavar="FILE", help="TOML file as --dry-run prints it; flags win over it.")
+        list[Path] | None,
+        Option(metavar="FILE", help="TOML file as --dry-run prints it, or a run's folder; flags win over it."),
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the resolved config as TOML and stop.")] = False,
     seed: Annotated[
@@ -286,7 +287,10 @@ def train(
             checkpoint_every=checkpoint_every,
         ),
     )
-    base = _resumed(resume) if resume is not None else based_on_preset(read_toml(config[0]) if config else {}, preset)
+    if resume is not None:
+        base = _resumed(resume, seed)
+    else:
+        base = based_on_preset(read_file(config[0]) if config else {}, preset)
     tree = merge(base, in_steps(chosen, base, epochs, warmup_epochs))
     resolved = RunConfig.from_dict(tree if resume is not None else with_dependent_defaults(tree))
     if resume is None:
@@ -325,11 +329,13 @@ def train(
         print(json.dumps(result.to_dict()))
 
 
-def _resumed(path: Path) -> dict[str, Any]:
+def _resumed(path: Path, seed: int | None) -> dict[str, Any]:
     """The config of a run or a sweep that is to go on."""
     from fastres import sweep
     from fastres.rundir import RunDir, found_again
 
     if sweep.is_sweep(path):
+        if seed is not None:
+            raise InputError(f"--seed {seed}: a sweep has several; --seeds {seed}-{seed} trains that one too")
         return found_again(sweep.read_sweep(path)["config"])
     return found_again(RunDir.open(path).config().to_dict())

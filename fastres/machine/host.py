@@ -121,8 +121,8 @@ def inductor_cache_dir() -> Path:
 
 def make_inductor_cache() -> Path:
     """Make it; torch needs the folder even where nothing is compiled. Raises MachineError."""
-    folder = inductor_cache_dir().absolute()
     try:
+        folder = inductor_cache_dir().absolute()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         wanted = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"

@@ -88,6 +88,7 @@ def figure_of(
 ) -> "Figure":
     """The figure that `draw` writes: curves over one axis, the legend below it; caveats above it."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     farthest = max((float(line.x[-1]) for curve in curves for line in curve.lines), default=0.0)
     unit, scale = time_unit(farthest) if x == "time" else ("steps" if x == "step" else "epochs", 1.0)
@@ -105,12 +106,14 @@ def figure_of(
     axes.set(xlabel=f"{unit} of training" if x == "time" else unit, ylabel=Y_LABELS[what])
     axes.set_xlim(0, 1.015 * farthest / scale or 1)  # a little room for the last marker
     axes.xaxis.set_major_formatter("{x:,.0f}" if x == "step" else "{x:,.6g}")
+    if x == "step":
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     if log_y:
         axes.set_yscale("log", nonpositive="mask")
     if ylim is not None:
         axes.set_ylim(ylim)
     elif not log_y:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.03 * axes.get_ylim()[1])  # a little room for the highest marker
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     print_note(figure, note)
@@ -236,7 +239,7 @@ def _key_of_legend(curves: Sequence[Curve], what: What) -> list[Entry]:
         key.append((Line2D([], [], color=color, linewidth=2.3), f"{held_out_of(curves)}{name}"))
     if any(line.smoothed and line.low is None for line in lines):
         key.append((Line2D([], [], color=color, linewidth=1.0, alpha=0.35), "as logged"))
-    if any(line.low is not None for line in lines):
+    if any(line.low is not None and len(line.x) > 1 for line in lines):
         key.append((Patch(color=color, alpha=0.25), "one standard deviation"))
     if one and (changes := changes_of_lr(curves[0])):
         key.append((Line2D([], [], color="0.55", linewidth=0.9, linestyle=":"), changes))

@@ -1,5 +1,6 @@
 """Curves of any runs in one figure: which runs, what tells them apart, which belong together."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,7 +89,10 @@ def read_runs(paths: Iterable[Path], say: Callable[[str], None] = print) -> tupl
         raise problems[0]
     for problem in problems:
         say(f"{problem}; left out")
-    common, labels = tell_apart([config for _, config, _ in read], [folder.path.resolve().name for folder, *_ in read])
+    folders = [folder.path.resolve() for folder, *_ in read]
+    above = os.path.commonpath([folder.parent for folder in folders])
+    names = [folder.relative_to(above).as_posix() for folder in folders]
+    common, labels = tell_apart([config for _, config, _ in read], names)
     return common, [Run(*parts, label) for parts, label in zip(read, labels, strict=True)]
 
 
@@ -165,7 +169,8 @@ def plot_runs(
 
     Args:
         paths: Run folders, or folders of run folders.
-        out: A name that ends in .png or .svg. Default: curves.png, in the folder that was given, if it was one.
+        out: A name that ends in .png or .svg. Default: in the folder that was given, if it was one, curves.png (which
+            a run draws itself), or by what is drawn instead: loss.png, error-by-time.png.
         what, x, smooth: As `fastres.plots.series.curve_of` takes them.
         log_y, ylim: The y axis.
         band: Draw runs that differ in nothing but the seed as mean and standard deviation.
@@ -186,6 +191,8 @@ def plot_runs(
     if not drawn:
         where = runs[0].folder.path if len(runs) == 1 else f"none of {len(runs)} runs, {runs[0].folder.path} the first,"
         train_on = resume_with(runs[0].folder.path)
+        if len(runs) == 1 and runs[0].folder.status == "diverged":
+            raise InputError(f"{where} diverged before it logged any {what} (diverged.json says how)")
         raise InputError(f"{where} has logged no {what} yet, or lost it; to train up to its first log step {train_on}")
     for run in runs:
         if run not in drawn:
@@ -193,7 +200,9 @@ def plot_runs(
     groups = grouped(drawn) if band else [[run] for run in drawn]
     named = zip(groups, mean_labels(groups), strict=True)
     means = [mean_curve([curves[id(run)] for run in group], label) for group, label in named]
-    out = out or (paths[0] if len(paths) == 1 else Path()) / "curves.png"
+    usual = (what, x, smooth, log_y, ylim, band) == ("error", "step", None, False, None, False)
+    name = "curves.png" if usual else f"{what}{'' if x == 'step' else f'-by-{x}'}.png"
+    out = out or (paths[0] if len(paths) == 1 else Path()) / name
     if len(means) > NUM_STYLES:
         say(
             f"{len(means)} curves have only {NUM_STYLES} colours and dashes between them; --band draws means over seeds"

@@ -165,7 +165,8 @@ def _reach(steps: Float64Array, smooth: int | None) -> float:
 def _jumps_of_lr(records: Iterable[dict[str, Any]]) -> tuple[Float64Array, Float64Array]:
     """The last logged steps before a constant learning rate at least doubles or halves, and those where it falls."""
     steps, rates = _points(records, "train", "lr")
-    before, after, constant = rates[:-1], rates[1:], np.diff(rates, prepend=rates[:1])[:-1] == 0
+    before, after = rates[:-1], rates[1:]
+    constant = np.diff(rates, prepend=np.nan)[:-1] == 0  # of the first, nobody knows
     rises, falls = constant & (after >= 2 * before), constant & (after <= before / 2)
     return steps[:-1][rises | falls], steps[:-1][falls]
 

@@ -1,5 +1,6 @@
 """Figure 6 of the paper: training and test error against iterations, plain nets and ResNets side by side."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 PANELS = ("plain networks", "ResNets", "ResNets with 110 layers and more")
 KINDS = ("train", "test", "train_clean")
 PAPER_YLIM = 0.2  # the error at the upper end of the paper's y axis, a fraction
+CAPTION_COLUMNS = 190  # that fit below the figure
 MARGIN = 65 / 64  # of the x axis: the paper's 64,000 iterations end it at 6.5e4
 
 Curve = list[tuple[int, float]]  # (step, error in per cent)
@@ -75,7 +77,8 @@ def draw(
         for axes, title, members in zip(panels, PANELS, _by_panel(networks), strict=True):
             axes.set_title(title, fontsize=9)
             _panel(axes, members, curves, kind, last=last, top=100 * ylim)
-        figure.supxlabel(_caption(networks, clean, ylim), fontsize=8, color="0.3")
+        caption = "\n".join(textwrap.wrap(_caption(networks, clean, ylim), CAPTION_COLUMNS))
+        figure.supxlabel(caption, fontsize=8, color="0.3")
         print_note(figure, note)
         for axes in panels:
             if axes.lines:

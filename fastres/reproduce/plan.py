@@ -19,6 +19,7 @@ from fastres.configtree import merge
 from fastres.console import Console, duration
 from fastres.data.imageset import short_digest
 from fastres.errors import FastresError, InputError, OutOfTime
+from fastres.guards import AGAIN, Interrupt
 from fastres.models.depth import num_blocks
 from fastres.reproduce.paper import STAGES
 from fastres.result import result_of
@@ -121,7 +122,7 @@ def train_missing(
                 console.say(str(error))
     if "missing" in counts or "cut" in counts:
         _check_images(folders, console)
-    whole = OverallProgress(folders)
+    whole, interrupt = OverallProgress(folders), Interrupt(AGAIN, deadline)
     try:
         for number, stage in enumerate(stages, 1):
             if all(RunDir(path).ended for path in stage.folders):
@@ -130,7 +131,7 @@ def train_missing(
             console.say(f"{head}; {whole.between_stages()}")
             console.overall = whole.at_step
             begins = whole.begins
-            train_all(stage.folders, console=console, deadline=deadline, side_by_side=side_by_side, on_begin=begins)
+            train_all(stage.folders, interrupt, console=console, side_by_side=side_by_side, on_begin=begins)
     except OutOfTime as cut:
         console.say(str(cut))
         return False
