@@ -232,7 +232,7 @@ def test_a_run_is_a_config_too(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 BAD = [
     ("--depth 21", "20 and 26"),
     ("--depth twenty", "depth"),
-    ("--dpeth 20", "did you mean --depth?"),
+    ("--dpeth 20", "did you mean --depth? (see fastres train --help)"),
     ("--batch-size 0", "batch_size is 0"),
     ("--lr nan", "lr is nan"),
     ("--milestones 48000,32000", "must rise"),
@@ -286,6 +286,11 @@ def test_a_path_that_may_not_be_looked_at(capsys: pytest.CaptureFixture[str], li
     """A name too long fails as a folder does that is closed to the user, which no test of root's could make."""
     assert run(line.format(300 * "x").split()) == 2
     assert capsys.readouterr().err == f"fastres: {200 * 'x'}: File name too long\n"
+
+
+def test_a_flag_without_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--resume"]) == 2
+    assert capsys.readouterr().err.endswith("requires an argument (see fastres train --help)\n")
 
 
 def test_no_command_and_half_an_option(capsys: pytest.CaptureFixture[str]) -> None:

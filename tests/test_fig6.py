@@ -155,7 +155,7 @@ def test_a_panel_without_runs_says_so(tmp_path: Path, drawn: list[Figure]) -> No
     fig6.draw([made_run(tmp_path, "resnet-20"), made_run(tmp_path, "plain-20", until=1)], tmp_path, note="")
     left, middle, right = drawn[0].axes
     for axes in (left, right):
-        assert [text.get_text() for text in axes.texts] == ["no run yet"]
+        assert [text.get_text() for text in axes.texts] == ["no run"]
         assert not axes.get_legend()
     assert not middle.texts
 

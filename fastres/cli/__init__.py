@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -33,8 +34,12 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut flags at 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, reproduce, evaluate, plot, report, bench, doctor, responses):
-    app.command("eval" if command is evaluate else None, cls=Command)(command)
+COMMANDS: dict[str, Callable[..., int | None]] = {
+    "train": train, "reproduce": reproduce, "eval": evaluate, "plot": plot, "report": report, "bench": bench,
+    "doctor": doctor, "responses": responses,
+}  # fmt: skip
+for name, command in COMMANDS.items():
+    app.command(name, cls=Command)(command)
 CLOSED_PIPE = 128 + 13  # SIGPIPE's, which Python ignores
 
 
@@ -88,7 +93,7 @@ def run(argv: list[str]) -> int:
         _tell(f"fastres: {error}")
         return error.exit_code
     except typer.TyperException as error:  # usage: an unknown flag, a value of the wrong type
-        _tell(f"fastres: {_usage(error)}")
+        _tell(f"fastres: {_usage(error)} (see {' '.join(['fastres', *(c for c in rest[:1] if c in COMMANDS)])} --help)")
         return error.exit_code
     except (RuntimeError, MemoryError) as error:  # where no other batch size would help: a test, a benchmark's products
         if debug or not (isinstance(error, MemoryError) or says_out_of_memory(error)):
@@ -129,8 +134,7 @@ def _usage(error: typer.TyperException) -> str:
     if possibilities != () and (option := getattr(error, "option_name", None)):
         nearest = difflib.get_close_matches(option, possibilities or [], n=1, cutoff=0.7)
         message = f"no such option: {option}" + (f"; did you mean {nearest[0]}?" if nearest else "")
-    where = getattr(getattr(error, "ctx", None), "command_path", "fastres")
-    return f"{message.rstrip('.')} (see {where} --help)"
+    return message.rstrip(".")
 
 
 def _print_version(wanted: bool) -> None:

@@ -115,7 +115,7 @@ def _panel(
     axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
     drawn = [n for n in networks if any(curves[run.path][k] for _, run in n.runs for k in (kind, "test"))]
     if not drawn:
-        axes.text(0.5, 0.5, "no run yet", transform=axes.transAxes, ha="center", va="center", color="0.6", fontsize=12)
+        axes.text(0.5, 0.5, "no run", transform=axes.transAxes, ha="center", va="center", color="0.6", fontsize=12)
         return
     for step in sorted({step for network in drawn for step in _lr_drops(network)}):
         axes.axvline(step / unit, color="0.6", linewidth=0.8, linestyle=":", gid=ASIDE)
