@@ -157,7 +157,7 @@ def test_weights_of_other_projects(tmp_path: Path) -> None:
     loaded.load_state_dict(found.state)
     assert torch.equal(loaded.eval()(images), net.eval()(images))
     torch.save(reference(18).state_dict(), tmp_path / "large.pth")  # 7x7 stem, a thousand classes
-    with pytest.raises(InputError, match=r"does not fit a 18-layer ResNet for 32x32 images: conv1\.weight is"):
+    with pytest.raises(InputError, match=r"does not fit a ResNet of 18 layers for 32x32 images: conv1\.weight is"):
         read_weights(tmp_path / "large.pth")
 
 
