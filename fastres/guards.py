@@ -118,11 +118,10 @@ def explained_compilation(runtime: Runtime) -> Iterator[None]:
         yield
     except (RuntimeError, OSError) as error:
         of_torch = any(part in type(error).__module__ for part in ("torch._dynamo", "torch._inductor", "triton"))
-        compiles = runtime.compile_scope != "none" or (runtime.native and runtime.device.type == "cuda")
-        if not compiles or not (of_torch or isinstance(error, OSError)) or _is_out_of_memory(error):
-            raise
         ways = ["--no-compile"] if runtime.compile_scope != "none" else []
         ways += ["--no-native"] if runtime.native and runtime.device.type == "cuda" else []
+        if not ways or not (of_torch or isinstance(error, OSError)) or _is_out_of_memory(error):
+            raise
         said = f"compiling does not work here: {first_line(error)}"
         raise MachineError(f"{said}; use {' '.join(ways)} (--debug shows all)") from error
 

@@ -86,6 +86,7 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
     if threads > MAX_THREADS * cores:
         raise InputError(f"--threads is {threads:,}, and this machine has {cores:,} cores; 0 means one per core")
     torch.set_num_threads(threads)
+    os.environ["LOGNAME"] = host.user_name()  # torch 2.11 asks for it, and fails where the user has none
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(host.make_inductor_cache())
     torch.set_float32_matmul_precision("highest")  # on a CPU; a GPU's is set below
     scope, note = _compile_scope(execution, device, depth)

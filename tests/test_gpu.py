@@ -25,7 +25,6 @@ from fastres.data.dali import dali_available
 from fastres.data.plan import EpochPlan
 from fastres.data.synthetic import make_synthetic
 from fastres.data.table import TableLoader
-from fastres.errors import Interrupted
 from fastres.evaluator import Evaluator
 from fastres.models.cifar import CifarNet
 from fastres.native.fusednet import FusedNet, Inference
@@ -37,7 +36,7 @@ from fastres.steptimer import StepTimer
 from tests.interpreted import far, network
 from tests.runs import assert_same_run
 from tests.test_layernet import assert_as_exact_as_autocast
-from tests.test_loop import interrupt_at
+from tests.test_loop import train_until
 from tests.test_step import assert_compiled_bf16_is_as_exact_as_eager, assert_compiled_is_eager_in_fp64, compiles
 
 # torch has notices of its own on a GPU: prototype sync-debug mode, .grad of a tensor that is traced. One is no notice:
@@ -350,10 +349,7 @@ def resumable(out: Path, loader: str = "auto", **execution: Any) -> RunConfig:
 @pytest.mark.parametrize("loader", LOADERS)
 def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str) -> None:
     fastres.train(resumable(tmp_path / "whole", loader), verbosity="quiet")
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 63)
-        with pytest.raises(Interrupted):
-            fastres.train(resumable(tmp_path / "cut", loader), verbosity="quiet")
+    train_until(monkeypatch, 63, resumable(tmp_path / "cut", loader))
     fastres.train(resume=tmp_path / "cut", verbosity="quiet")
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
@@ -366,10 +362,7 @@ def test_resumed_in_a_new_process_with_an_empty_compile_cache(
 ) -> None:
     """What was compiled anew computes the same bits: no choice was made by timing, and none was only remembered."""
     fastres.train(resumable(tmp_path / "whole", **how), verbosity="quiet")
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 63)
-        with pytest.raises(Interrupted):
-            fastres.train(resumable(tmp_path / "cut", **how), verbosity="quiet")
+    train_until(monkeypatch, 63, resumable(tmp_path / "cut", **how))
     caches = {name: str(tmp_path / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     command = [sys.executable, "-m", "fastres", "train", "--quiet", "--resume", str(tmp_path / "cut")]
     subprocess.run(command, env={**os.environ, **caches}, cwd=Path(__file__).parent.parent, check=True)

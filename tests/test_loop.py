@@ -52,6 +52,14 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int = signa
     monkeypatch.setattr(TrainStep, "__call__", stopped)
 
 
+def train_until(monkeypatch: pytest.MonkeyPatch, step: int, config: RunConfig) -> None:
+    """Train a run that is cut while 0-based step `step` is computed."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(Interrupted):
+            fastres.train(config, verbosity="quiet")
+
+
 def test_the_run_folder(whole: Path) -> None:
     names = {p.name for p in whole.iterdir()}
     assert names >= {"config.json", "environment.json", "metrics.jsonl", "console.log", "result.json"}
@@ -123,10 +131,7 @@ def test_what_the_caller_has_set_changes_nothing(whole: Path, tmp_path: Path) ->
 
 def test_a_resume_with_other_arithmetic_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 9)
-        with pytest.raises(Interrupted):
-            fastres.train(tiny(out), verbosity="quiet")
+    train_until(monkeypatch, 9, tiny(out))
     environment = json.loads((out / "environment.json").read_text())
     (out / "environment.json").write_text(json.dumps({**environment, "threads": 77, "resumed": 5}))
     fastres.train(resume=out, verbosity="quiet")
@@ -251,10 +256,7 @@ def test_resume_from_the_previous_checkpoint_when_the_newest_is_damaged(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 15)
-        with pytest.raises(Interrupted):
-            fastres.train(tiny(out), verbosity="quiet")
+    train_until(monkeypatch, 15, tiny(out))
     newest = out / checkpoint.NEWEST
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -303,10 +305,7 @@ def test_resume_refuses_another_config_and_names_the_differences(whole: Path, tm
 
 def test_resume_refuses_a_config_that_was_edited(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 9)
-        with pytest.raises(Interrupted):
-            fastres.train(tiny(out), verbosity="quiet")
+    train_until(monkeypatch, 9, tiny(out))
     before = (out / "config.json").read_text()
     (out / "config.json").write_text(before.replace('"steps": 24', '"steps": 30'))
     with pytest.raises(InputError, match=r"config\.json was changed since checkpoint\.safetensors.*steps.*24.*30"):
@@ -325,10 +324,7 @@ def test_milestones_that_never_come_are_told(tmp_path: Path) -> None:
 
 def test_resume_refuses_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 3)
-        with pytest.raises(Interrupted):
-            fastres.train(tiny(out), verbosity="quiet")
+    train_until(monkeypatch, 3, tiny(out))
     load = build.load_images
 
     def other_data(*args: Any, **kwargs: Any) -> Any:
@@ -409,10 +405,7 @@ def test_warmup_by_error_waits_for_the_error_and_survives_a_stop(
     recipe = {"warmup": "error", "warmup_lr": 0.001}
     # Steps 5..12 hold 6 x 15 + 2 x 4 = 98 of 128 wrong, below 80 %: it ends when step 12 is looked at, not at step 8.
     assert fastres.train(tiny(tmp_path / "whole", recipe=recipe), verbosity="quiet").warmup_end == 12
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 10)
-        with pytest.raises(Interrupted):
-            fastres.train(tiny(tmp_path / "cut", recipe=recipe), verbosity="quiet")
+    train_until(monkeypatch, 10, tiny(tmp_path / "cut", recipe=recipe))
     fastres.train(resume=tmp_path / "cut", verbosity="quiet")
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
@@ -469,10 +462,7 @@ def test_fp16_scaler_survives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(synthetic, "make_synthetic", lambda: few)  # fp16 is slow on a CPU
     half = {"execution": {"precision": "fp16"}, "recipe": {"steps": 4, "batch_size": 4}}
     fastres.train(tiny(tmp_path / "whole", **half), verbosity="quiet")
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 2)
-        with pytest.raises(Interrupted):
-            fastres.train(tiny(tmp_path / "cut", **half), verbosity="quiet")
+    train_until(monkeypatch, 2, tiny(tmp_path / "cut", **half))
     fastres.train(resume=tmp_path / "cut", verbosity="quiet")
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastres
 from fastres import checkpoint
 from fastres.config import FIRST_LOOK, Recipe
-from fastres.errors import InputError, Interrupted
+from fastres.errors import InputError
 from fastres.models.cifar import CifarNet
 from fastres.optim import (
     WARMUP_LOOK_EVERY,
@@ -27,7 +27,7 @@ from fastres.optim import (
 from fastres.runtime import Runtime
 from fastres.step import Replica, TrainStep
 from tests.runs import assert_same_run, tiny
-from tests.test_loop import interrupt_at
+from tests.test_loop import train_until
 from tests.test_step import CPU, Noise, make_net, one_thread  # noqa: F401 (a fixture for the whole file)
 
 PAPER = LrSchedule(Recipe())
@@ -273,10 +273,7 @@ def test_a_run_cut_at_a_milestone_ends_as_if_it_had_not_been(tmp_path: Path, mon
     short = {"steps": 14, "milestones": [12]}
     how = {"recipe": {**short, "lr_in_velocity": True}, "model": {"norm_batch": 8}}
     fastres.train(tiny(tmp_path / "whole", **how), verbosity="quiet")
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 11)
-        with pytest.raises(Interrupted):
-            fastres.train(tiny(tmp_path / "cut", **how), verbosity="quiet")
+    train_until(monkeypatch, 11, tiny(tmp_path / "cut", **how))
     assert checkpoint.load(tmp_path / "cut" / checkpoint.NEWEST).meta["step"] == 12
     with pytest.raises(InputError, match=r"recipe\.lr_in_velocity: True -> False"):
         fastres.train(tiny(tmp_path / "cut", recipe=short, model=how["model"]), resume=tmp_path / "cut")

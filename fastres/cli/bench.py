@@ -131,9 +131,8 @@ def bench(
         "graph": _switch("--graph", graph),
         "loader": None if loader is None else parse_list("--loader", loader, str),
         "native": _switch("--native", native),
-        "deterministic": _switch("--deterministic", deterministic, ("off", "on", "both"))[
-            ::-1
-        ],  # last, off first: pairs
+        # The last, and off first: cells without and with it are pairs.
+        "deterministic": _switch("--deterministic", deterministic, ("off", "on", "both"))[::-1],
     }
     for name in switches["loader"] or ():
         one_of("--loader", name, LOADERS)

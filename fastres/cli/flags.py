@@ -175,11 +175,10 @@ def based_on_preset(tree: dict[str, Any], preset: str | None = None) -> dict[str
     for section in ("model", "data", "recipe", "execution", "output"):
         if not isinstance(rest.get(section, {}), dict):
             raise InputError(f"{section} is {rest[section]!r}; it must be a table of keys: [{section}]")
-    below = preset_tree(preset or tree.get("preset", "paper"))
     computed = {key for key in leaves(RunConfig().to_dict()) if key.startswith(("model.", "data.", "recipe."))}
     if preset is not None and computed <= {*leaves(rest)}:
         raise InputError(f"--preset {preset} changes nothing: the config sets all that a preset would; leave it out")
-    return merge(below, rest)
+    return merge(preset_tree(preset or tree.get("preset", "paper")), rest)
 
 
 def in_steps(

@@ -105,18 +105,19 @@ def writable(folder: Path) -> bool:
     return os.access(there, os.W_OK)
 
 
-def inductor_cache_dir() -> Path:
-    """Where torch keeps what it compiled: `$TORCHINDUCTOR_CACHE_DIR`, or the temporary folder that it names by default.
+def user_name() -> str:
+    """The user's, or a stand-in where there is none, as of a number that a container was given for its user."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
 
-    Before torch 2.15 it fails where the user has no name, as in many containers.
-    """
+
+def inductor_cache_dir() -> Path:
+    """Where torch keeps what it compiled: `$TORCHINDUCTOR_CACHE_DIR`, or its default in the temporary folder."""
     if asked := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         return Path(asked)
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
-    return Path(tempfile.gettempdir()) / ("torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+    return Path(tempfile.gettempdir()) / ("torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user_name()))
 
 
 def make_inductor_cache() -> Path:
