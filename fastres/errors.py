@@ -44,6 +44,10 @@ class InputError(FastresError):
     exit_code = 2
 
 
+class InUse(InputError):
+    """A run folder that another process trains in, or has just trained in to the end."""
+
+
 class MachineError(FastresError):
     """The machine lacks something: data, network, GPU, DALI, compiler, disk."""
 

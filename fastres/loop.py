@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -24,7 +24,7 @@ from fastres.optim import LrSchedule
 from fastres.resolve import runtime_of
 from fastres.result import RunResult, result_of, summary
 from fastres.rundir import CONFIG, DIVERGED, RunDir, default_path, found_again, remove_empty, resume_with
-from fastres.runstate import RunState, load_states, record_environment, record_loader
+from fastres.runstate import RunState, load_states, record_environment, record_loader, take_folders
 from fastres.runtime import Runtime, peak_memory, synchronize, usual_torch
 from fastres.step import TrainStep
 from fastres.steptimer import StepTimer, milliseconds
@@ -97,6 +97,8 @@ def train_together(
     console: Console,
     clocks: Clocks | None = None,
     brief: bool = False,
+    shared: bool = False,
+    on_begin: Callable[[Sequence[Path]], None] = lambda _: None,
 ) -> list[RunResult | Diverged]:
     """Train runs side by side, a step of each in turn; on a GPU the turns are parallel branches of one graph.
 
@@ -108,9 +110,11 @@ def train_together(
         interrupt: Its deadline is kept. Signals are noted in it, also one that comes too late to cut these runs.
         overwrite, console, clocks: As `train`.
         brief: Print one line of each result; the rest is in its console.log.
+        shared: Leave out runs that another process trains; else they are an error.
+        on_begin: Takes the folders of those that are trained.
 
     Returns:
-        A result for each, or why it was abandoned. The others go on without it.
+        A result for each that was trained, or why it was abandoned. The others go on without it.
 
     Raises:
         As `train`, but for Diverged.
@@ -125,29 +129,24 @@ def train_together(
             console.say_once(note)
         with clocks("data"):
             images = load_images(config.data, config.execution, say=console.say_once, progress=console.download)
-        begun = [(path / CONFIG).exists() and not overwrite for path in folders]
-        runs = [
-            RunDir.open(path) if old else RunDir.create(path, overwrite=overwrite)
-            for path, old in zip(folders, begun, strict=True)
-        ]
-        for run, own, old in zip(runs, folders.values(), begun, strict=True):
-            stack.enter_context(run.locked())
-            if old:  # perhaps by another process, since the caller looked
-                run.check_same(own)
-                if run.status == "finished":
-                    raise InputError(f"{run.path} was finished by another process just now; nothing is left to train")
-        interrupt.folders = list(folders)
+        taken = take_folders(folders, stack, overwrite=overwrite, shared=shared, say=console.say)
+        if not taken:
+            return []
+        runs, configs = list(taken), list(taken.values())
+        interrupt.folders = [run.path for run in runs]
+        on_begin(interrupt.folders)
         stack.enter_context(interrupts(interrupt))
-        stack.enter_context(explained_memory_errors(config, runtime, num_replicas=len(folders)))
+        stack.enter_context(explained_memory_errors(config, runtime, num_replicas=len(runs)))
         console.attach(*runs)
         stack.callback(console.attach)  # what is said afterwards is about something else
-        saved = load_states(runs, images, console.say) if any(begun) else [None] * len(runs)
-        for run, own, checkpoint in zip(runs, folders.values(), saved, strict=True):
+        begun = any((run.path / CONFIG).exists() for run in runs)
+        saved = load_states(runs, images, console.say) if begun else [None] * len(runs)
+        for run, own, checkpoint in zip(runs, configs, saved, strict=True):
             if checkpoint is None:
                 run.write_json(CONFIG, own.to_dict())
             run.remove(DIVERGED)
             record_environment(run, config, runtime, images, checkpoint, console.say)
-        return _run(list(folders.values()), runs, runtime, images, saved, console, clocks, interrupt, brief=brief)
+        return _run(configs, runs, runtime, images, saved, console, clocks, interrupt, brief=brief)
 
 
 def _run(

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import filelock
 
 from fastres.config import RunConfig
-from fastres.errors import InputError, MachineError
+from fastres.errors import InputError, InUse, MachineError
 from fastres.files import disk_error, write_json, write_text
 
 CONFIG, ENVIRONMENT, METRICS, RESULT, DIVERGED, CONSOLE = (
@@ -118,16 +118,14 @@ class RunDir:
         """Hold the folder for one training process.
 
         Raises:
-            InputError: Another process holds it.
+            InUse: Another process holds it.
             MachineError: It cannot be written.
         """
         lock = filelock.FileLock(self.path / LOCK, timeout=0)
         try:
             lock.acquire()
         except filelock.Timeout as error:
-            raise InputError(
-                f"{self.path} is being trained by another process; wait for it, or stop it first"
-            ) from error
+            raise InUse(f"{self.path} is being trained by another process; wait for it, or stop it first") from error
         except OSError as error:
             raise disk_error(error, self.path, 0) from error
         self._held = _identity(self.path / LOCK)

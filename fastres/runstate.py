@@ -1,7 +1,9 @@
 """What a run must remember to go on as if it had never stopped, and how that becomes a checkpoint and back."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from fastres.checkpoint import Checkpoint
 from fastres.config import RunConfig
 from fastres.data.imageset import Float32Array, ImageSet
 from fastres.data.pixels import SCALE
-from fastres.errors import Diverged, InputError
+from fastres.errors import Diverged, InputError, InUse
 from fastres.evaluator import Evaluation
 from fastres.machine.environment import environment
 from fastres.optim import WARMUP_WINDOW, momentum_buffers
@@ -120,6 +122,53 @@ def last_good(run: RunDir) -> str:
     if checkpoint.steps(run.path):
         return f"the last good checkpoint is kept in {run.path}"
     return f"nothing had been saved yet in {run.path}"
+
+
+def take_folders(
+    folders: Mapping[Path, RunConfig],
+    stack: ExitStack,
+    *,
+    overwrite: bool,
+    shared: bool,
+    say: Callable[[str], None],
+) -> dict[RunDir, RunConfig]:
+    """Lock the folders of runs for this process, and make those that are missing.
+
+    Args:
+        folders: Configs by run folder; a run that is there must have been started with the same.
+        stack: Holds the locks.
+        overwrite: Move what is there aside.
+        shared: Leave out a run that another process has, and `say` so.
+
+    Returns:
+        The runs that this process has now, with their configs.
+
+    Raises:
+        InUse: Another process has a run, and they are not shared.
+        InputError: A folder holds another run, or something else.
+        MachineError: It cannot be made or written.
+    """
+    taken: dict[RunDir, RunConfig] = {}
+    for path, config in folders.items():
+        try:
+            run = RunDir.create(path, overwrite=overwrite)
+        except InputError:
+            if overwrite or not (path / CONFIG).exists():
+                raise
+            run = RunDir(path)  # a run to resume; also one of a process that began since the caller looked
+        try:
+            stack.enter_context(run.locked())
+            if run.status == "finished":
+                raise InUse(f"{path} was finished by another process just now; nothing is left to train")
+        except InUse:
+            if not shared:
+                raise
+            say(f"{path} is trained by another process: left out")
+            continue
+        if (path / CONFIG).exists():
+            run.check_same(config)
+        taken[run] = config
+    return taken
 
 
 def load_states(runs: Sequence[RunDir], images: ImageSet, say: Callable[[str], None]) -> list[Checkpoint | None]:

@@ -127,7 +127,8 @@ def train_all(
     side_by_side: int = 0,
     console: Console,
     clocks: Clocks | None = None,
-    on_begin: Callable[[Mapping[Path, RunConfig]], None] = lambda _: None,
+    shared: bool = False,
+    on_begin: Callable[[Sequence[Path]], None] = lambda _: None,
 ) -> None:
     """Train those of the runs that are not finished; configs that differ in more than their seed go apart.
 
@@ -135,13 +136,16 @@ def train_all(
         folders: Configs by run folder. A folder that is there must be a run of the same thing.
         interrupt: Its deadline is kept, and a signal that came too late to cut what was trained before is heeded.
         side_by_side, console, clocks: As `train_seeds`.
-        on_begin: Takes the runs that are to be trained next, side by side.
+        shared: Leave runs that another process trains to it; else they are an error.
+        on_begin: Takes the folders of the runs that are trained next, side by side.
     """
     for path, config in folders.items():
-        if RunDir(path).status != "missing":
-            RunDir.open(path).check_same(config)
-        else:
+        try:
             RunDir.check_free(path, overwrite=False)
+        except InputError:
+            if not (path / CONFIG).exists():
+                raise
+            RunDir(path).check_same(config)
     for number, planned in enumerate(_groups(folders, side_by_side)):
         group = {path: config for path, config in planned.items() if not RunDir(path).ended}  # by another process
         if not group:
@@ -149,8 +153,7 @@ def train_all(
         # It came when the group before had no step left to cut.
         if interrupt.signum is not None or (number and perf_counter() >= interrupt.deadline):
             raise stopped(interrupt, f"before {', '.join(map(str, group))}")
-        on_begin(group)
-        train_together(group, interrupt, console=console, clocks=clocks, brief=True)
+        train_together(group, interrupt, console=console, clocks=clocks, brief=True, shared=shared, on_begin=on_begin)
         clocks = None  # what came before the first group is its own
 
 

@@ -506,7 +506,7 @@ def test_an_architecture_that_is_none_is_not_taken_for_resnet(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["reproduce", "table6", "--dry-run", "--seeds", "1000000000"], "--seeds is 1000000000"),
+        (["reproduce", "table6", "--dry-run", "--seeds", "1000000000"], "--seeds is '1000000000'"),
         (["bench", "--rounds", "99999999999999999999"], "at most 100,000"),
     ],
 )

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,30 @@ def test_again_nothing_is_trained(whole: Path, capsys: pytest.CaptureFixture[str
     assert "3 runs: 3 finished" in capsys.readouterr().out
 
 
+def test_two_processes_share_the_work(whole: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastres", *REPRODUCE, "--runs", str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert timeless_table(tmp_path / "table6.json") == timeless_table(whole / "table6.json")
+    for found in find_runs([tmp_path]):
+        assert "resumed" not in found.read_json("environment.json")  # each was trained once, by one of them
+        assert len(found.metrics()) == len(RunDir(whole / found.path.relative_to(tmp_path)).metrics())
+    trained = [text.count("-layer") + text.count("parameters;") for text in said]
+    assert sum(trained) == 3, said
+
+
+def test_what_is_in_training_elsewhere_is_not_drawn_over(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole / "resnet8/seed0", tmp_path / "resnet8/seed0")
+    shutil.copytree(whole / "plainnet8/seed0", tmp_path / "plainnet8/seed0")
+    with RunDir.create(tmp_path / "resnet8/seed1").locked():
+        assert run([*REPRODUCE, "--runs", str(tmp_path)]) == 0
+    assert "1 run in training elsewhere; the process that ends last makes table and figures" in capsys.readouterr().out
+    assert not list(tmp_path.glob("table6.*"))
+
+
 def test_dry_run_lists_what_is_needed_and_does_nothing(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(whole.rglob("*"))
     assert run([*REPRODUCE, "--runs", str(whole), "--seeds", "3", "--dry-run"]) == 0
@@ -62,6 +88,16 @@ def test_dry_run_lists_what_is_needed_and_does_nothing(whole: Path, capsys: pyte
         ("ResNet8", "finished"), ("ResNet8", "finished"), ("ResNet8", "missing"), ("PlainNet8", "finished"),
     ]  # fmt: skip
     assert sorted(whole.rglob("*")) == before
+
+
+def test_seeds_by_number(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = ["--seeds", "1,3-4", "--plain-seeds", "5-5"]  # as one of several machines would have them
+    assert run([*REPRODUCE, "--runs", str(whole), *seeds, "--dry-run"]) == 0
+    *lines, _ = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(name, state, Path(path).name) for name, state, path in lines] == [
+        ("ResNet8", "finished", "seed1"), ("ResNet8", "missing", "seed3"), ("ResNet8", "missing", "seed4"),
+        ("PlainNet8", "missing", "seed5"),
+    ]  # fmt: skip
 
 
 def test_more_seeds_reuse_what_is_there(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +123,7 @@ def test_a_budget_stops_in_time_and_goes_on(whole: Path, tmp_path: Path, capsys:
 
 
 def test_how_far_all_is_and_how_long_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (stage,) = needs([("resnet", 8, 4)], tmp_path, "smoke", {"recipe": {"steps": 100}})
+    (stage,) = needs([("resnet", 8, range(4))], tmp_path, "smoke", {"recipe": {"steps": 100}})
     paths, now = list(stage.folders), 0.0
     for path in paths[:2]:
         run = RunDir.create(path)
@@ -99,12 +135,12 @@ def test_how_far_all_is_and_how_long_it_takes(tmp_path: Path, capsys: pytest.Cap
     whole = OverallProgress(stage.folders, clock=lambda: now)
     # one run of four and half of another; the finished one took 100 s, so the other two and a half take 250
     assert whole.between_stages() == "38 % of all, about 4:10 left"
-    whole.begins({paths[1]: stage.folders[paths[1]]})
+    whole.begins([paths[1]])
     now = 1_000.0  # set-up and compilation, which the rate leaves out
     assert whole.at_step(50) == "38 % of all, about 4:10 left"
     now += 30
     assert whole.at_step(75) == "44 % of all, about 4:30 left"  # 25 steps in 30 s, and 225 to go
-    whole.begins({path: stage.folders[path] for path in paths[2:]})  # of the group before the metrics say step 50
+    whole.begins(paths[2:])  # of the group before the metrics say step 50
     now += 500
     assert whole.at_step(0) == "38 % of all, about 5:00 left"  # still 25 steps in 30 s
     now += 15
@@ -181,7 +217,8 @@ def test_assert_exits_with_6(whole: Path, capsys: pytest.CaptureFixture[str]) ->
         (["all", "--nets", "ResNet8", "--depths", "20"], 2, "contradict"),
         (["all", "--nets", "ResNet9"], 2, "6n+2"),
         (["all", "--nets", "VGG16"], 2, "ResNet20 or PlainNet56"),
-        (["all", "--seeds", "0"], 2, "--seeds is 0"),
+        (["all", "--seeds", "0"], 2, "--seeds is '0'; write 5 (seeds 0 to 4)"),
+        (["all", "--plain-seeds", "1,1"], 2, "--plain-seeds is '1,1', which has one of them twice"),
         (["all", "--budget", "-1"], 2, "--budget is -1"),
         (["all", "--preset", "smok"], 2, "did you mean 'smoke'"),
         (["fig6", "--assert"], 2, "type table6 or all"),
@@ -250,7 +287,7 @@ def test_fig7_failing_does_not_lose_the_table(whole: Path, tmp_path: Path, monke
 def test_a_signal_that_comes_too_late_for_one_network_stops_before_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages = needs([("resnet", 8, 1), ("plain", 8, 1)], tmp_path, "smoke", SHORT)
+    stages = needs([("resnet", 8, [0]), ("plain", 8, [0])], tmp_path, "smoke", SHORT)
     finish = Member.finish
 
     def late(*args: Any) -> Any:
@@ -264,7 +301,7 @@ def test_a_signal_that_comes_too_late_for_one_network_stops_before_the_next(
 
 
 def test_a_damaged_result_does_not_stop_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stages = needs([("resnet", 8, 2), ("plain", 8, 1)], tmp_path, "smoke", SHORT)
+    stages = needs([("resnet", 8, range(2)), ("plain", 8, [0])], tmp_path, "smoke", SHORT)
     (first, config), *_ = stages[0].folders.items()
     RunDir.create(first).write_json("config.json", config.to_dict())
     (first / "result.json").write_text("{}")

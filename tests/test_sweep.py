@@ -1,10 +1,12 @@
 """sweep.py: several seeds come out as each alone, side by side or in turn, cut or whole, and nothing is done twice."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -17,15 +19,16 @@ from torch import Tensor
 
 import fastres
 from fastres import checkpoint, member, pace, sweep
+from fastres.build import load_images
 from fastres.cli import run
 from fastres.cli.flags import parse_seeds
 from fastres.console import Console
 from fastres.data.dali import dali_available
-from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfTime
+from fastres.errors import Diverged, InputError, Interrupted, InUse, MachineError, OutOfTime
 from fastres.guards import Interrupt
 from fastres.member import Member
 from fastres.result import RunResult
-from fastres.rundir import RunDir, find_runs
+from fastres.rundir import CONFIG, RunDir, find_runs
 from fastres.step import Replica
 from fastres.sweep import train_all, train_seeds
 from tests.runs import assert_same_run, tiny
@@ -354,15 +357,44 @@ def test_a_copied_folder_counts_as_what_it_says(alone: Path, tmp_path: Path) -> 
 def test_what_another_process_finished_meanwhile_is_left_alone(alone: Path, tmp_path: Path) -> None:
     folders = sweep.seed_folders(tmp_path / "sweep", tiny(tmp_path), SEEDS)
 
-    def meanwhile(group: object) -> None:
+    def meanwhile(paths: Sequence[Path]) -> None:
         if not (tmp_path / "sweep/seed1").exists():
             shutil.copytree(alone / "seed1", tmp_path / "sweep/seed1")
-        begun.append(group)
+        begun.extend(paths)
 
-    begun: list[object] = []
+    begun: list[Path] = []
     train_all(folders, Interrupt(""), console=Console("quiet"), on_begin=meanwhile)
-    assert begun == [{path: folders[path]} for path in folders if path.name != "seed1"]
+    assert begun == [path for path in folders if path.name != "seed1"]
     assert (tmp_path / "sweep/seed1/result.json").read_bytes() == (alone / "seed1/result.json").read_bytes()
+
+
+def test_runs_that_another_process_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = sweep.seed_folders(tmp_path, tiny(tmp_path, recipe={"steps": 2}), SEEDS)
+    with RunDir.create(tmp_path / "seed1").locked():
+        with pytest.raises(InUse, match="seed1 is being trained by another process"):
+            train_all(folders, Interrupt(""), console=Console("lines"), side_by_side=3)
+        assert not list(tmp_path.glob("*/config.json"))  # none of them was begun
+        train_all(folders, Interrupt(""), console=Console("lines"), side_by_side=3, shared=True)
+        assert [RunDir(path).status for path in folders] == ["finished", "missing", "finished"]
+        assert "seed1 is trained by another process: left out" in capsys.readouterr().out
+        train_all(folders, Interrupt(""), console=Console("lines"), shared=True)  # nothing but that one is left
+        assert RunDir(tmp_path / "seed1").status == "missing"
+
+
+def test_a_run_that_began_elsewhere_a_moment_ago_is_no_occupied_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path, recipe={"steps": 2})
+    folders = sweep.seed_folders(tmp_path, config, [0])
+
+    def meanwhile(*args: Any, **options: Any) -> Any:
+        RunDir.create(tmp_path / "seed0").write_json(CONFIG, folders[tmp_path / "seed0"].to_dict())
+        stack.enter_context(RunDir(tmp_path / "seed0").locked())
+        return load_images(*args, **options)
+
+    monkeypatch.setattr("fastres.loop.load_images", meanwhile)
+    with contextlib.ExitStack() as stack, pytest.raises(InUse, match="is being trained by another process"):
+        train_all(folders, Interrupt(""), console=Console("quiet"))
 
 
 def test_one_seed_of_a_sweep_is_asked_for_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

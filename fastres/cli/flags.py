@@ -77,9 +77,9 @@ def parse_list(flag: str, text: str, kind: Callable[[str], T]) -> list[T]:
     return list(dict.fromkeys(values))
 
 
-def parse_seeds(text: str) -> list[int]:
+def parse_seeds(text: str, flag: str = "--seeds") -> list[int]:
     """ "5" as the five seeds 0 to 4, "2-4" as 2, 3, 4, "1,3" as 1, 3. Raises InputError."""
-    wrong = InputError(f"--seeds is {text!r}; write 5 (seeds 0 to 4), 2-4, or 1,3,8, at most {MAX_SEEDS:,} in all")
+    wrong = InputError(f"{flag} is {text!r}; write 5 (seeds 0 to 4), 2-4, or 1,3,8, at most {MAX_SEEDS:,} in all")
     parts = [re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip()) for part in text.split(",")]
     seeds: list[int] = []
     for part in parts:
@@ -92,7 +92,7 @@ def parse_seeds(text: str) -> list[int]:
             raise wrong
         seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds is {text!r}, which has one of them twice; write 5 (seeds 0 to 4), 2-4, or 1,3,8")
+        raise InputError(f"{flag} is {text!r}, which has one of them twice; write 5 (seeds 0 to 4), 2-4, or 1,3,8")
     if not seeds or len(seeds) > MAX_SEEDS:
         raise wrong
     return seeds

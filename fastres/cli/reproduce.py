@@ -1,6 +1,7 @@
 """`fastres reproduce`: the paper's Table 6, Figure 6 and Figure 7, the runs that they need included."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,13 +11,13 @@ import typer
 from fastres.cli.flags import (
     DATA_DIR,
     DEVICES,
-    MAX_SEEDS,
     MIRROR,
     PRECISIONS,
     THREADS,
     given,
     parse_list,
     parse_model,
+    parse_seeds,
     refuse_both,
 )
 from fastres.config import make_config, preset_tree
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 WHAT = ("table6", "fig6", "fig7", "all")
 SMOKE = {"recipe": {"steps": 40}, "output": {"log_every": 5, "eval_every": 10}}  # many networks, so few steps each
-SEEDS = {"paper": 5, "fast": 2, "smoke": 2}
+SEEDS = {"paper": "5", "fast": "2", "smoke": "2"}
 NETWORKS, RUNS, ABLATIONS, EXECUTION = "Which networks", "Options", "Ablations (docs/fidelity.md)", "How they run"
 
 
@@ -50,9 +51,15 @@ def reproduce(
         ),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="Runs of each ResNet. [paper: 5; fast, smoke: 2]", rich_help_panel=NETWORKS)
+        str | None,
+        typer.Option(
+            help="Seeds of each ResNet: 5 (seeds 0 to 4), 2-4, or 1,3. [paper: 5; fast, smoke: 2]",
+            rich_help_panel=NETWORKS,
+        ),
     ] = None,
-    plain_seeds: Annotated[int, typer.Option(help="Runs of each plain net.", rich_help_panel=NETWORKS)] = 1,
+    plain_seeds: Annotated[
+        str, typer.Option(help="Seeds of each plain net, likewise.", rich_help_panel=NETWORKS)
+    ] = "1",
     preset: Annotated[
         str,
         typer.Option(
@@ -195,7 +202,7 @@ def reproduce(
     }
     if clean:
         changes["output"] = {**changes.get("output", {}), "clean_train_error": True}
-    wanted = _networks(what, nets, depths, SEEDS.get(preset, 1) if seeds is None else seeds, plain_seeds)
+    wanted = _networks(what, nets, depths, SEEDS.get(preset, "1") if seeds is None else seeds, plain_seeds)
 
     from fastres.console import Console
     from fastres.files import make_folder
@@ -217,14 +224,16 @@ def reproduce(
     folder = out or runs / variant
     if train:
         make_folder(folder)  # before hours are spent
-    console, whole = Console("quiet" if quiet else "auto"), True
+    console, ending = Console("quiet" if quiet else "auto"), "whole"
     if train:
-        whole = train_missing(stages, console=console, deadline=deadline, side_by_side=side_by_side)
+        ending = train_missing(stages, console=console, deadline=deadline, side_by_side=side_by_side)
+    if ending == "elsewhere":
+        return  # what this process can see would replace what the last one draws, and judges
     if not (found := runs_of(stages)):
         raise InputError(f"{runs} holds no run of these networks yet; leave out --no-train to train them")
     num_missing = len({path for stage in stages for path in stage.folders}) - len(found)
     _make(what, found, folder, changes["execution"], console, clean=clean, ylim=ylim, num_missing=num_missing)
-    if not whole:
+    if ending == "cut":
         console.say("not all runs are finished: run the same command again to resume")
     if assert_:
         table6.check(table6.rows_of(found), num_missing=num_missing)
@@ -275,15 +284,12 @@ def _lengths(preset: str, steps: int | None, epochs: float | None, ablations: di
 
 
 def _networks(
-    what: str, nets: str | None, depths: str | None, seeds: int, plain_seeds: int
-) -> list[tuple[str, int, int]]:
+    what: str, nets: str | None, depths: str | None, seeds: str, plain_seeds: str
+) -> list[tuple[str, int, Sequence[int]]]:
     """(architecture, depth, seeds) in the order of the work."""
     from fastres.reproduce.paper import FIGURE_7, STAGES
     from fastres.reproduce.plan import stages_of
 
-    for flag, number in (("--seeds", seeds), ("--plain-seeds", plain_seeds)):
-        if not 1 <= number <= MAX_SEEDS:
-            raise InputError(f"{flag} is {number}; it must be at least 1, and at most {MAX_SEEDS:,}")
     if nets is not None:
         chosen = [parse_model(word) for word in parse_list("--nets", nets, str)]
     elif depths is not None:
@@ -298,7 +304,7 @@ def _networks(
                 f"--nets: the paper has no ImageNet-style network of {depth} layers on CIFAR-10; leave it out"
             )
         make_config(model={"arch": arch, "depth": depth})  # refuses a depth that is none
-    return stages_of(chosen, seeds, plain_seeds)
+    return stages_of(chosen, parse_seeds(seeds), parse_seeds(plain_seeds, "--plain-seeds"))
 
 
 def _make(

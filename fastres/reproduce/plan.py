@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 from fastres.build import load_images
 from fastres.config import RunConfig, make_config
@@ -36,9 +36,14 @@ class Need:
 
 
 def needs(
-    nets: Sequence[tuple[str, int, int]], root: Path, preset: str, changes: dict[str, Any], *, variant: str = ""
+    nets: Sequence[tuple[str, int, Sequence[int]]],
+    root: Path,
+    preset: str,
+    changes: dict[str, Any],
+    *,
+    variant: str = "",
 ) -> list[Need]:
-    """The runs of each (architecture, depth, number of seeds), with the folders where they are or will be.
+    """The runs of each (architecture, depth, seeds), with the folders where they are or will be.
 
     Args:
         nets: In the order of the work; a network may come twice, with more seeds the second time.
@@ -53,9 +58,9 @@ def needs(
     """
     known = _known(root)
     stages: list[Need] = []
-    for arch, depth, num_seeds in nets:
+    for arch, depth, seeds in nets:
         folders: dict[Path, RunConfig] = {}
-        for seed in range(num_seeds):
+        for seed in seeds:
             tree = merge(_concerning(changes, arch, depth), {"model": {"arch": arch, "depth": depth}, "seed": seed})
             config = make_config(preset, **tree)
             place = root / variant / config.name.lower() / f"seed{seed}"
@@ -89,25 +94,29 @@ def _concerning(changes: dict[str, Any], arch: str, depth: int) -> dict[str, Any
     }
 
 
-def stages_of(nets: Sequence[tuple[str, int]], num_seeds: int, plain_seeds: int) -> list[tuple[str, int, int]]:
+def stages_of(
+    nets: Sequence[tuple[str, int]], seeds: Sequence[int], plain_seeds: Sequence[int]
+) -> list[tuple[str, int, Sequence[int]]]:
     """(architecture, depth, seeds) of the networks asked for, in the order of `paper.STAGES`; then others, as asked."""
-    seeds = {"resnet": num_seeds, "plain": plain_seeds}
+    of = {"resnet": seeds, "plain": plain_seeds}
     staged = [
-        (arch, depth, seeds[arch] if few is None or arch == "plain" else min(few, seeds[arch]))
+        (arch, depth, of[arch] if few is None or arch == "plain" else of[arch][:few])
         for arch, depth, few in STAGES
         if (arch, depth) in nets
     ]
     known = {(arch, depth) for arch, depth, _ in STAGES}
-    return staged + [(arch, depth, seeds[arch]) for arch, depth in nets if (arch, depth) not in known]
+    return staged + [(arch, depth, of[arch]) for arch, depth in nets if (arch, depth) not in known]
 
 
 def train_missing(
     stages: Sequence[Need], *, console: Console, deadline: float = math.inf, side_by_side: int = 0
-) -> bool:
+) -> Literal["whole", "cut", "elsewhere"]:
     """Train what is missing and go on with what was cut, stage by stage; says how far it is and how long it may take.
 
+    Several processes may share the runs, on a GPU each: what one trains, the others leave to it.
+
     Returns:
-        Whether all is done; False where the deadline came first (all saved).
+        "whole": all is done. "cut": the deadline came first; all is saved. "elsewhere": other processes have the rest.
     """
     folders = {path: config for stage in stages for path, config in stage.folders.items()}
     counts = [RunDir(path).status for path in folders]
@@ -130,14 +139,23 @@ def train_missing(
             head = f"[{number}/{len(stages)}] {stage.name}, {_plural(len(stage.folders), 'run')}"
             console.say(f"{head}; {whole.between_stages()}")
             console.overall = whole.at_step
-            begins = whole.begins
-            train_all(stage.folders, interrupt, console=console, side_by_side=side_by_side, on_begin=begins)
+            train_all(
+                stage.folders,
+                interrupt,
+                console=console,
+                side_by_side=side_by_side,
+                shared=True,
+                on_begin=whole.begins,
+            )
     except OutOfTime as cut:
         console.say(str(cut))
-        return False
+        return "cut"
     finally:
         console.overall = None
-    return True
+    if left := sum(not RunDir(path).ended for path in folders):
+        console.say(f"{_plural(left, 'run')} in training elsewhere; the process that ends last makes table and figures")
+        return "elsewhere"
+    return "whole"
 
 
 def _check_images(folders: Mapping[Path, RunConfig], console: Console) -> None:
@@ -176,14 +194,14 @@ class OverallProgress:
         self._first: tuple[float, float] | None = None  # work done in the group, and the time, when first asked
         self._last = (0.0, 0.0)  # when last asked
         self._trained = (0.0, 0.0)  # work and seconds of the groups before
-        self.begins({})
+        self.begins([])
 
-    def begins(self, group: Mapping[Path, RunConfig]) -> None:
+    def begins(self, paths: Sequence[Path]) -> None:
         """Runs are about to be trained, side by side."""
         self._trained = self._so_far()
-        self._group, self._first = dict(group), None
+        self._group, self._first = {path: self._folders[path] for path in paths}, None
         self._others = sum(
-            _work(config) * _share_done(path, config) for path, config in self._folders.items() if path not in group
+            _work(config) * _share_done(path, config) for path, config in self._folders.items() if path not in paths
         )
 
     def at_step(self, step: int) -> str:
@@ -198,7 +216,7 @@ class OverallProgress:
 
     def between_stages(self) -> str:
         """Where all stands while nothing is being trained."""
-        self.begins({})
+        self.begins([])
         return self.at_step(0)
 
     def _so_far(self) -> tuple[float, float]:
