@@ -222,6 +222,9 @@ def test_a_run_is_a_config_too(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     for given in (tmp_path, tmp_path / "config.json"):
         found = resolved(capsys, "--config", str(given), "--seed", "4")
         assert found == dataclasses.replace(config, seed=4, output=dataclasses.replace(config.output, out=None))
+    moved = config.to_dict() | {"execution": {"data_dir": str(tmp_path / "gone")}}
+    (tmp_path / "config.json").write_text(json.dumps(moved))
+    assert resolved(capsys, "--config", str(tmp_path)).execution.data_dir is None  # looked for anew
     (tmp_path / "config.json").write_text("[1]")
     for text, says in (("[1]", "holds no object of JSON"), ("{", "is not JSON")):
         (tmp_path / "config.json").write_text(text)

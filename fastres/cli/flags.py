@@ -12,6 +12,7 @@ import typer
 from fastres.config import RunConfig, preset_tree, with_dependent_defaults
 from fastres.configtree import leaves, merge
 from fastres.errors import InputError
+from fastres.rundir import found_again
 
 T = TypeVar("T")
 MAX_SEEDS = 1_000  # more is a slip of the hand
@@ -143,7 +144,9 @@ def refuse_both(one: str, first: object, other: str, second: object) -> None:
 
 
 def read_file(path: Path, flag: str = "--config") -> dict[str, Any]:
-    """What the file that a flag names says: TOML; or a run's config.json, or its folder, but for where that run went.
+    """What the file that a flag names says: TOML; or a run's config.json, or its folder.
+
+    Of a run's, not where it went, nor where its data was if that is gone.
 
     Raises:
         InputError: It cannot be read, or is neither.
@@ -161,6 +164,8 @@ def read_file(path: Path, flag: str = "--config") -> dict[str, Any]:
         raise InputError(f"{flag} {path} holds no object of JSON, as a run's config.json does")
     if kind == "JSON" and isinstance(tree.get("output"), dict):
         tree["output"].pop("out", None)
+    if kind == "JSON" and isinstance(tree.get("execution"), dict):
+        tree = found_again(tree)
     return tree
 
 

@@ -227,7 +227,7 @@ class OverallProgress:
         return work + self._last[0] - self._first[0], seconds + self._last[1] - self._first[1]
 
 
-_WORDS = {"finished": "finished", "cut": "to resume", "missing": "to do", "diverged": "abandoned (diverged)"}
+_WORDS = {"finished": "finished", "cut": "begun", "missing": "to do", "diverged": "abandoned (diverged)"}
 
 
 def _plural(count: int, what: str) -> str:
