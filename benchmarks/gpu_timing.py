@@ -316,4 +316,4 @@ def _measured(setting: Setting, cells: "list[Cell]", *, rounds: int = 10, chunk_
 
     if setting.tiny:
         rounds, chunk_seconds = 2, 0.01
-    return measure(cells, rounds=rounds, chunk_seconds=chunk_seconds, say=print)[1]
+    return measure(cells, rounds=rounds, chunk_seconds=chunk_seconds, say=print)

@@ -223,6 +223,8 @@ def main() -> None:
     for flag, number in (("--rounds", args.rounds), ("--steps", args.steps)):
         if number < 1:
             parser.error(f"{flag} is {number}; it must be 1 or more")
+    if flags.get("graph_steps", 1) != 1:  # a chunk begins and ends with any step
+        parser.error(f"--set graph_steps={flags['graph_steps']}: chunks are timed step by step; leave it out")
     try:
         check_depth(args.depth)
     except InputError as error:

@@ -1,5 +1,6 @@
-"""From a config to the things it names: data, network, optimizer, schedule, loader. Used by train, eval and bench."""
+"""From a config to the things it names: data, network, optimizer, loaders, tests. Used by train, eval and bench."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,21 @@ def load_images(
         MachineError: No data and no network.
     """
     if data.dataset == "synthetic":
-        from fastres.data.synthetic import make_synthetic
+        from fastres.data import synthetic
 
-        return make_synthetic()
+        return _made_by(synthetic.make_synthetic)
     from fastres.data.cifar import load_cifar10
 
     folder = Path(execution.data_dir) if execution.data_dir else None
     train = train or data.val_split  # whose validation images are training images
     images = load_cifar10(folder, train=train, urls=execution.data_urls, progress=progress, say=say)
     return images.validation_split(cfg.NUM_VALIDATION) if data.val_split else images
+
+
+@functools.lru_cache(maxsize=1)
+def _made_by(make: Callable[[], ImageSet]) -> ImageSet:
+    """The built-in data set, once a process: it takes two seconds, and many runs may follow each other."""
+    return make()
 
 
 def build_net(config: RunConfig, runtime: Runtime, *, num_classes: int) -> Network:

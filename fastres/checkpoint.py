@@ -33,10 +33,6 @@ class Checkpoint:
     meta: dict[str, Any]
     path: Path
 
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors named `prefix/...`, without the prefix."""
-        return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(prefix + "/")}
-
     @property
     def weights(self) -> dict[str, Tensor]:
         """The network's own state dict."""
@@ -90,18 +86,6 @@ def is_checkpoint(path: Path) -> bool:
             return "fastres" in (file.metadata() or {})
     except (OSError, safetensors.SafetensorError):
         return False
-
-
-def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint of a run folder, and a line for each that had to be passed over.
-
-    `None` without a line means that none was written yet.
-
-    Raises:
-        InputError: Checkpoints exist, but none of them is whole.
-    """
-    whole, problems = load_all(folder, most=1)
-    return (whole[0] if whole else None), problems
 
 
 def load_all(folder: Path, *, most: int = 2) -> tuple[list[Checkpoint], list[str]]:

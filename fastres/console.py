@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal, get_args
+from typing import Literal, TextIO, get_args
 
 from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
@@ -96,7 +96,8 @@ class Console:
     def __init__(self, verbosity: Verbosity = "auto", *, stderr: bool = False) -> None:
         if verbosity not in get_args(Verbosity):
             raise InputError(f"verbosity is {verbosity!r}; use {', '.join(get_args(Verbosity))}")
-        self.verbosity = verbosity if verbosity != "auto" else "live" if _interactive() else "lines"
+        live = _interactive(sys.stderr if stderr else sys.stdout)
+        self.verbosity = verbosity if verbosity != "auto" else "live" if live else "lines"
         self._rich: RichConsole = _Stream(file=sys.stderr if stderr else None, highlight=False, soft_wrap=True)
         self._runs: tuple[RunDir, ...] = ()
         self._early: list[str] = []  # said before there was a run folder
@@ -232,6 +233,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _interactive() -> bool:
-    """Whether stdout is a terminal that a live display can be drawn on."""
-    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+def _interactive(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal that a live display can be drawn on."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"

@@ -221,16 +221,16 @@ def here(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 def read_checkpoint(target: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
     """The checkpoint that `target` holds or is; None for a foreign weights file."""
     if target.is_dir():
-        saved, problems = checkpoint.load_newest(RunDir.open(target).path)
+        whole, problems = checkpoint.load_all(RunDir.open(target).path, most=1)
         for problem in problems:
             say(f"{problem}; taking the one before")
-        if saved is None:
+        if not whole:
             gone = {
                 "finished": " any more; its result is in result.json",
                 "diverged": ": it diverged before the first (diverged.json says how)",
             }
             raise InputError(f"{target} has no checkpoint{gone.get(RunDir.open(target).status, ' yet')}")
-        return saved
+        return whole[0]
     if target.suffix == ".safetensors" and checkpoint.is_checkpoint(target):
         return checkpoint.load(target)
     return None

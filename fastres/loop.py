@@ -23,7 +23,7 @@ from fastres.models.depth import IMAGENET_BLOCKS
 from fastres.optim import LrSchedule
 from fastres.resolve import runtime_of
 from fastres.result import RunResult, result_of, summary
-from fastres.rundir import CONFIG, DIVERGED, RunDir, default_path, found_again, remove_empty, resume_with
+from fastres.rundir import CONFIG, DIVERGED, RunDir, found_again, new_run_folder, remove_empty, resume_with
 from fastres.runstate import RunState, load_states, record_environment, record_loader, take_folders
 from fastres.runtime import Runtime, peak_memory, synchronize, usual_torch
 from fastres.step import TrainStep
@@ -73,7 +73,7 @@ def train(
             console.say(f"{run.path} is finished: nothing to resume")
             return result_of(run)
     config = config or RunConfig()
-    path = run.path if run else Path(config.output.out) if config.output.out else default_path(config)
+    path = run.path if run else Path(config.output.out) if config.output.out else new_run_folder(config)
     if run is None:
         RunDir.check_free(path, overwrite=overwrite)  # before minutes are spent on a download
     folders = {path: config}
@@ -129,7 +129,7 @@ def train_together(
             console.say_once(note)
         with clocks("data"):
             images = load_images(config.data, config.execution, say=console.say_once, progress=console.download)
-        taken = take_folders(folders, stack, overwrite=overwrite, shared=shared, say=console.say)
+        taken = take_folders(folders, stack, overwrite=overwrite, shared=shared, say=console.say_once)
         if not taken:
             return []
         runs, configs = list(taken), list(taken.values())

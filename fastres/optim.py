@@ -28,7 +28,7 @@ class LrSchedule:
             warmup_end: "error" only: the step that was the first without warm-up, None while it goes on.
         """
         recipe = self.recipe
-        end = self.warmup_end(warmup_end)
+        end = self._first_full_step(warmup_end)
         if end is None or step < end:
             # A ramp's first step is already above zero; the step after its last is the first at the full rate.
             ramp = recipe.lr * (step + 1) / (recipe.warmup_steps + 1)
@@ -42,7 +42,7 @@ class LrSchedule:
         whole = divisor > 0 and 1 / divisor == recipe.lr_decay
         return recipe.lr / divisor**passed if whole else recipe.lr * recipe.lr_decay**passed
 
-    def warmup_end(self, seen: int | None) -> int | None:
+    def _first_full_step(self, seen: int | None) -> int | None:
         """The first step without warm-up, or None while it goes on; `seen` is what "error" was told."""
         if self.recipe.warmup == "none":
             return 0

@@ -114,14 +114,14 @@ class RunDir:
         return self.status in ("finished", "diverged")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for one training process.
+    def locked(self, *, wait: bool = False) -> Iterator[None]:
+        """Hold the folder for one process.
 
         Raises:
-            InUse: Another process holds it.
+            InUse: Another process holds it, and `wait` is false.
             MachineError: It cannot be written.
         """
-        lock = filelock.FileLock(self.path / LOCK, timeout=0)
+        lock = filelock.FileLock(self.path / LOCK, timeout=-1 if wait else 0)
         try:
             lock.acquire()
         except filelock.Timeout as error:
@@ -280,7 +280,7 @@ def folders_below(root: Path) -> list[Path]:
     return sorted(file.parent for level in levels for file in root.glob(f"{level}/{CONFIG}"))
 
 
-def default_path(config: RunConfig) -> Path:
+def new_run_folder(config: RunConfig) -> Path:
     """The default folder of a run, made: `runs/resnet20-seed0-<date>-<time>`."""
     return new_folder(f"{config.name.lower()}-seed{config.seed}")
 

@@ -158,15 +158,15 @@ def take_folders(
             run = RunDir(path)  # a run to resume; also one of a process that began since the caller looked
         try:
             stack.enter_context(run.locked())
+            if (path / CONFIG).exists():
+                run.check_same(config)
             if run.status == "finished":
                 raise InUse(f"{path} was finished by another process just now; nothing is left to train")
         except InUse:
             if not shared:
                 raise
-            say(f"{path} is trained by another process: left out")
+            say(f"{path} is trained by another process: left to it")
             continue
-        if (path / CONFIG).exists():
-            run.check_same(config)
         taken[run] = config
     return taken
 
@@ -215,7 +215,7 @@ def _choices(run: RunDir, say: Callable[[str], None]) -> list[Checkpoint]:
     """The whole checkpoints of a run, newest first."""
     whole, problems = checkpoint.load_all(run.path)
     for problem in problems:
-        say(f"{problem}; falling back to the one before")
+        say(f"{problem}; passed over")
     return whole
 
 

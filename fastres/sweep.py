@@ -83,7 +83,7 @@ def train_seeds(
         raise InputError(f"seeds are {list(seeds)}; give each of them once, and at least one")
     console = console or Console(verbosity)
     seed_folders(Path(), config, seeds)  # a seed that cannot be, before a folder is made
-    folder = folder or (Path(config.output.out) if config.output.out else default_folder(config, seeds))
+    folder = folder or (Path(config.output.out) if config.output.out else new_sweep_folder(config, seeds))
     folders = seed_folders(folder, config, seeds)
     is_new = not is_sweep(folder)
     _write_sweep(folder, config, seeds)
@@ -190,7 +190,7 @@ def raise_if_all_diverged(outcomes: Sequence[Outcome]) -> None:
         raise lost[0]
 
 
-def default_folder(config: RunConfig, seeds: Sequence[int]) -> Path:
+def new_sweep_folder(config: RunConfig, seeds: Sequence[int]) -> Path:
     """The default folder of a sweep, made: `runs/resnet20-5seeds-<date>-<time>`."""
     return new_folder(f"{config.name.lower()}-{len(seeds)}seeds")
 

@@ -28,6 +28,7 @@ from fastres.bench.report import (
     tables,
     write_json,
 )  # fmt: skip
+from fastres.bench.roofline import Ceilings
 from fastres.cli import run
 from fastres.config import make_config
 from fastres.data.synthetic import make_synthetic
@@ -360,6 +361,14 @@ def test_scaling_takes_the_flags_that_say_how(tmp_path: Path, monkeypatch: pytes
 def test_scaling_stops_where_memory_or_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
+    ceilings: list[object] = []
+
+    def ceiling(*_: object) -> Ceilings:
+        ceilings.append(_)
+        return Ceilings(1e12, 1e12)
+
+    monkeypatch.setattr("fastres.bench.measure.measure_ceilings", ceiling)
+
     def little_memory(cells: list[Cell], **how: Any) -> Any:
         if cells[0].config.recipe.batch_size > 16:
             raise OutOfMemory("out of memory")
@@ -371,6 +380,7 @@ def test_scaling_stops_where_memory_or_patience_ends(tmp_path: Path, monkeypatch
     labels = [cell["label"] for cell in found["cells"]]
     assert labels == ["ResNet8 batch 8", "ResNet8 batch 16", "ResNet14 batch 8", "ResNet14 batch 16"]
     assert sum("from 32 on left out, out of memory" in line for line in said) == 2
+    assert len(ceilings) == 1  # of the machine, not of each cell
     scaling.draw_scaling(found, tmp_path / "scaling.svg")
     assert "ResNet14" in (tmp_path / "scaling.svg").read_text()
     found = scaling.measure_scaling(base, [8], [8, 16], step_seconds=1e-6, rounds=1, say=said.append)
@@ -407,6 +417,8 @@ BAD = {
     "--plot chart.pdf": ".png or .svg",
     "--fail-if-slower 5%": "needs --compare",
     "--profile --scaling": "contradict",
+    "--dataset synthetic --data-dir x": "--data-dir does nothing with built-in data",
+    "--dataset nonsense --data-dir x": "nonsense",
     "--profile --json x.json": "--json does nothing beside --profile",
     "--profile --depth 8,20": "--profile times one cell; give one --depth",
     "--scaling --precision fp32,bf16": "--scaling times one cell; give one --precision",

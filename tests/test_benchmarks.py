@@ -119,6 +119,16 @@ def test_a_folder_without_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "--data-dir x: there is no data_batch_1.bin; give CIFAR-10's binary folder" in capsys.readouterr().err
 
 
+def test_a_race_is_of_single_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["throughput", "--data-dir", str(tmp_path), "--set", "graph_steps=4"])
+    with pytest.raises(SystemExit) as caught:
+        throughput.main()
+    assert caught.value.code == 2
+    assert "--set graph_steps=4: chunks are timed step by step; leave it out" in capsys.readouterr().err
+
+
 def test_a_depth_that_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["throughput", "--data-dir", "x", "--depth", "57"])
     with pytest.raises(SystemExit) as caught:

@@ -215,6 +215,31 @@ def test_toml_then_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert resolved(capsys, "--config", str(file), "--preset", "smoke").recipe.steps == 250
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "same_as"),
+    [
+        ("", "--depth 110", "--depth 110"),  # alone has a warm-up
+        ("--depth 110", "--depth 20", "--depth 20"),
+        ("--preset fast", "--epochs 4", "--preset fast --epochs 4"),  # a tenth of which is its ramp
+        ("", "--model ImageNetResNet18", "--model ImageNetResNet18"),  # projects
+        ("--model ImageNetResNet34", "--model ResNet32", "--model ResNet32"),
+        ("--depth 110 --warmup none", "--depth 164", "--depth 164 --warmup none"),
+        ("--depth 110 --warmup-steps 300", "--seed 1", "--depth 110 --warmup-steps 300 --seed 1"),
+    ],
+)
+def test_flags_over_a_whole_config_are_flags_beside_its_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, first: str, then: str, same_as: str
+) -> None:
+    (tmp_path / "run.toml").write_text(resolved(capsys, *first.split()).to_toml())
+    over = resolved(capsys, "--config", str(tmp_path / "run.toml"), *then.split())
+    assert over == resolved(capsys, *same_as.split())
+
+
+def test_what_a_part_of_a_config_says_stands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('[recipe]\nwarmup = "none"\n')
+    assert resolved(capsys, "--config", str(tmp_path / "run.toml"), "--depth", "110").recipe.warmup == "none"
+
+
 def test_a_run_is_a_config_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """That of its folder, which is not trained into again."""
     config = make_config("smoke", model={"depth": 8}, seed=3, output={"out": str(tmp_path), "log_every": 7})

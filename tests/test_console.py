@@ -181,9 +181,16 @@ def test_download_bar() -> None:
 
 
 def test_auto_is_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    for terminal, expected in ((True, "live"), (False, "lines")):
-        monkeypatch.setattr(module, "_interactive", lambda on=terminal: on)
-        assert Console().verbosity == expected
+    out, err = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    for terminal, other in ((out, err), (err, out)):  # as with `2> log.txt`, and with `--json > result.json`
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
+        monkeypatch.setattr(other, "isatty", lambda: False)
+        assert Console(stderr=terminal is err).verbosity == "live"
+        assert Console(stderr=other is err).verbosity == "lines"
+    monkeypatch.setenv("TERM", "dumb")
+    assert Console(stderr=True).verbosity == "lines"
 
 
 RECORDS: list[dict[str, Any]] = [

@@ -22,6 +22,7 @@ from fastres.config import Model, RunConfig, make_config
 from fastres.configtree import merge
 from fastres.cudagraph import CapturedGraph
 from fastres.data.dali import dali_available
+from fastres.data.imageset import ImageSet
 from fastres.data.plan import EpochPlan
 from fastres.data.synthetic import make_synthetic
 from fastres.data.table import TableLoader
@@ -104,13 +105,19 @@ def test_compiled_bf16_is_as_exact_as_eager_bf16(scope: str) -> None:
     assert_compiled_bf16_is_as_exact_as_eager(scope, torch.device("cuda", 0))
 
 
+def on_cpu(images: ImageSet, dtype: torch.dtype) -> TableLoader:
+    """The CPU's loader of the same samples."""
+    plan = EpochPlan(0, len(images.train_images))
+    how: dict[str, Any] = {"mean": images.mean_image(), "batch_size": 128, "dtype": dtype}
+    return TableLoader(images, plan, device=torch.device("cpu"), **how)
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_batches_on_the_gpu_are_the_cpus(loader: str, precision: str) -> None:
     step, _ = built(config(execution={"loader": loader, "precision": precision, "compile": False, "cuda_graph": False}))
     replica, images = step.replicas[0], make_synthetic()
-    plan = EpochPlan(0, len(images.train_images))
-    reference = TableLoader(images, plan, batch_size=128, device=torch.device("cpu"), dtype=replica.dtype)
+    reference = on_cpu(images, replica.dtype)
     for k in range(3 * len(images.train_images) // 128 + 2):
         replica.loader.prepare(k)
         counter = torch.tensor([k])
@@ -131,8 +138,7 @@ def test_batches_are_right_while_the_host_runs_ahead(loader: str) -> None:
         replica.loader.prepare(k)
         torch.mm(busy, busy)
         sums[k] = (replica.loader.load(counters[k])[0].double() * on_gpu).sum()
-    plan = EpochPlan(0, len(images.train_images))
-    reference = TableLoader(images, plan, batch_size=128, device=torch.device("cpu"), dtype=torch.float32)
+    reference = on_cpu(images, torch.float32)
     for k, ours in enumerate(sums.tolist()):
         reference.prepare(k)
         theirs = float((reference.load(torch.tensor([k]))[0].double() * weights).sum())

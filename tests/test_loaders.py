@@ -82,7 +82,8 @@ def references(images: ImageSet) -> list[Tensor]:
 
 def make(kind: type, images: ImageSet, *, seed: int = 1, dtype: torch.dtype = torch.float32, **how: Any) -> Any:
     plan = EpochPlan(seed, NUM, augment=how.pop("augment", True))
-    return kind(images, plan, batch_size=BATCH, device=CPU, dtype=dtype, **how)
+    how = {"mean": images.mean_image(), "batch_size": BATCH, "device": CPU, "dtype": dtype, **how}
+    return kind(images, plan, **how)
 
 
 def take(loader: Any, step: int) -> tuple[Tensor, Tensor]:

@@ -262,7 +262,7 @@ def test_resume_from_the_previous_checkpoint_when_the_newest_is_damaged(
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
     fastres.train(resume=out, verbosity="quiet")
-    assert "falling back" in (out / "console.log").read_text()
+    assert "; passed over" in (out / "console.log").read_text()
     assert "resuming from step 14" in (out / "console.log").read_text()
     assert_same_run(whole, out)
 

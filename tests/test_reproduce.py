@@ -75,8 +75,26 @@ def test_what_is_in_training_elsewhere_is_not_drawn_over(
     shutil.copytree(whole / "plainnet8/seed0", tmp_path / "plainnet8/seed0")
     with RunDir.create(tmp_path / "resnet8/seed1").locked():
         assert run([*REPRODUCE, "--runs", str(tmp_path)]) == 0
-    assert "1 run in training elsewhere; the process that ends last makes table and figures" in capsys.readouterr().out
+        assert run([*REPRODUCE, "--runs", str(tmp_path), "--assert"]) == 6
+    assert "1 run left to other processes; the last one to end makes table and figures" in capsys.readouterr().out
     assert not list(tmp_path.glob("table6.*"))
+
+
+def test_what_another_process_began_and_left_is_taken_up(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = RunDir.create(tmp_path / "resnet8/seed0").locked()
+    other.__enter__()
+    finish = Member.finish
+
+    def stopped(member: Member, *args: Any) -> Any:
+        if "plainnet8" in str(member.run.path):
+            other.__exit__(None, None, None)
+        return finish(member, *args)
+
+    monkeypatch.setattr(Member, "finish", stopped)
+    assert run([*REPRODUCE, "--runs", str(tmp_path)]) == 0
+    assert timeless_table(tmp_path / "table6.json") == timeless_table(whole / "table6.json")
 
 
 def test_dry_run_lists_what_is_needed_and_does_nothing(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,7 +323,7 @@ def test_a_damaged_result_does_not_stop_the_rest(tmp_path: Path, capsys: pytest.
     (first, config), *_ = stages[0].folders.items()
     RunDir.create(first).write_json("config.json", config.to_dict())
     (first / "result.json").write_text("{}")
-    assert train_missing(stages, console=Console("lines"))
+    assert train_missing(stages, console=Console("lines")) == "whole"
     assert [RunDir(path).status for stage in stages for path in stage.folders] == 3 * ["finished"]
     assert "result.json is damaged" in capsys.readouterr().out
 

@@ -13,7 +13,7 @@ import torch
 from fastres import checkpoint
 from fastres.config import make_config
 from fastres.errors import InputError, MachineError
-from fastres.rundir import CONFIG, DIVERGED, METRICS, RESULT, RunDir, default_path, found_again, remove_empty
+from fastres.rundir import CONFIG, DIVERGED, METRICS, RESULT, RunDir, found_again, new_run_folder, remove_empty
 
 
 def test_non_empty_folders_are_refused_or_moved_aside(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_names_that_no_folder_can_have(tmp_path: Path, name: str) -> None:
 
 def test_a_default_folder_that_stayed_empty_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first, second = default_path(make_config()), default_path(make_config())
+    first, second = new_run_folder(make_config()), new_run_folder(make_config())
     (second / "config.json").touch()
     for path in (first, second):
         remove_empty(path)
@@ -182,7 +182,7 @@ def test_default_paths_do_not_collide(tmp_path: Path, monkeypatch: pytest.Monkey
     config = make_config(model={"depth": 56, "arch": "plain"}, seed=4)
     paths = set()
     for _ in range(3):
-        path = default_path(config)
+        path = new_run_folder(config)
         assert path.is_dir()
         paths.add(path)
     assert len(paths) == 3

@@ -376,7 +376,7 @@ def test_runs_that_another_process_trains(tmp_path: Path, capsys: pytest.Capture
         assert not list(tmp_path.glob("*/config.json"))  # none of them was begun
         train_all(folders, Interrupt(""), console=Console("lines"), side_by_side=3, shared=True)
         assert [RunDir(path).status for path in folders] == ["finished", "missing", "finished"]
-        assert "seed1 is trained by another process: left out" in capsys.readouterr().out
+        assert "seed1 is trained by another process: left to it" in capsys.readouterr().out
         train_all(folders, Interrupt(""), console=Console("lines"), shared=True)  # nothing but that one is left
         assert RunDir(tmp_path / "seed1").status == "missing"
 

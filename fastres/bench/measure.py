@@ -39,36 +39,6 @@ LEAST_ROUNDS = 3
 MAX_STEPS = 1_000_000  # places in a cell's logs; then they are filled anew
 
 
-@dataclass(frozen=True)
-class Timing:
-    """What was measured of a cell. Seconds are of one step."""
-
-    label: str
-    seconds: list[float]  # one value a round: the mean step of its chunk
-    images: int  # in a step: the batch, of each replica
-    compile_seconds: float  # compilation and capture; cells whose networks are equal share it, the first one pays
-    peak_memory: int | None  # bytes of GPU memory that this cell added; None on a CPU
-    floor: float  # seconds: the roofline's
-    parts: dict[str, float]  # seconds by part, and "gaps", of the profiled pass; medians over the rounds
-    profiled_over_step: float  # the profiled pass's step over the unmodified one of the same round; the median
-    joules: float | None  # an image; None where NVML does not count
-
-    @property
-    def step_seconds(self) -> float:
-        """The median over the chunks."""
-        return median(self.seconds)
-
-    @property
-    def images_per_second(self) -> float:
-        """At the median chunk."""
-        return self.images / self.step_seconds
-
-    def spread(self) -> tuple[float, float]:
-        """The 5th and 95th percentile of the chunks, in seconds a step."""
-        low, high = np.percentile(self.seconds, (5, 95)).tolist()
-        return low, high
-
-
 class Bench:
     """A cell that is alive: `train`'s own step, warmed up. `say` is told where another loader takes DALI's place.
 
@@ -211,7 +181,8 @@ def measure(
     max_seconds: float = math.inf,
     say: Callable[[str], None],
     tick: Callable[[int, int], None] = lambda _done, _rounds: None,
-) -> tuple[list[Timing], dict[str, Any]]:
+    ceilings: dict[str, Ceilings] | None = None,
+) -> dict[str, Any]:
     """Time cells, interleaved.
 
     Args:
@@ -222,9 +193,10 @@ def measure(
             and with DALI no less than the steps whose batches are made together.
         say: Takes one-line notices.
         tick: Takes the rounds done and the rounds in all.
+        ceilings: The machine's, as earlier calls found them; what is missing is measured and added.
 
     Returns:
-        The timings, and the report as JSON values: schema, environment, ceilings, cells.
+        The report as JSON values: schema, environment, ceilings, cells.
     """
     with contextlib.ExitStack() as stack:
         benches = list(_alive(cells, stack, say))
@@ -243,15 +215,14 @@ def measure(
                 each.take()
             for each in chunks:
                 each.take_parts()
-        names, ceilings = _ceilings(benches)
-        timings = [each.timing(ceilings[name]) for each, name in zip(chunks, names, strict=True)]
-        report = {
+        ceilings = {} if ceilings is None else ceilings
+        names = _measure_ceilings(benches, ceilings)
+        return {
             "schema": SCHEMA,
             "environment": environment(benches[0].runtime) | nvml.clocks(benches[0].runtime.device),
             "ceilings": {name: dataclasses.asdict(value) for name, value in ceilings.items()},
-            "cells": [_as_json(timing, bench) for timing, bench in zip(timings, benches, strict=True)],
+            "cells": [each.report(ceilings[name]) for each, name in zip(chunks, names, strict=True)],
         }
-    return timings, report
 
 
 @dataclass
@@ -275,35 +246,47 @@ class _Chunks:
         """Time the parts of a step, in a shorter chunk."""
         self.parts.append(self.bench.parts(max(1, round(PROFILED * self.length))))
 
-    def timing(self, ceilings: Ceilings) -> Timing:
-        """The cell's, from all chunks."""
-        bench, num_images = self.bench, len(self.seconds) * self.length * self.bench.images
-        return Timing(
-            bench.cell.label,
-            self.seconds,
-            bench.images,
-            bench.compile_seconds,
-            bench.peak_memory,
-            ceilings.floor(bench.work),
-            {part: median(chunk[part] for chunk in self.parts) for part in (*PARTS, "gaps")},
-            median(sum(chunk.values()) / step for chunk, step in zip(self.parts, self.seconds, strict=True)),
-            self.joules / num_images if self.joules else None,
-        )
+    def report(self, ceilings: Ceilings) -> dict[str, Any]:
+        """The cell's part of the report. Seconds are of one step, at the median chunk if they are one number."""
+        bench, cell = self.bench, self.bench.cell
+        low, step_seconds, high = np.percentile(self.seconds, (5, 50, 95)).tolist()
+        floor, num_images = ceilings.floor(bench.work), len(self.seconds) * self.length * bench.images
+        joules = self.joules / num_images if self.joules else None  # None where NVML does not count
+        over = [sum(chunk.values()) / step for chunk, step in zip(self.parts, self.seconds, strict=True)]
+        return {
+            "label": cell.label,
+            "config": cell.config.to_dict(),
+            "digest": cell.config.digest,
+            "frozen": cell.frozen,
+            "num_replicas": cell.num_replicas,
+            "resolved": bench.runtime.to_dict(),  # what "auto" came to
+            "images_per_second": bench.images / step_seconds,
+            "step_seconds": {"median": step_seconds, "p5": low, "p95": high, "n": len(self.seconds)},
+            "chunks": self.seconds,
+            "compile_seconds": bench.compile_seconds,  # cells whose networks are equal share it, the first one pays
+            "peak_memory": bench.peak_memory,  # bytes of GPU memory that this cell added; None on a CPU
+            "floor_seconds": floor,  # the roofline's
+            "over_floor": step_seconds / floor,
+            "profiled_pass": {part: median(chunk[part] for chunk in self.parts) for part in (*PARTS, "gaps")},
+            "profiled_over_step": median(over),  # of the same round
+            "joules_per_image": joules,
+            "joules_per_paper_run": None if joules is None else joules * 64_000 * 128,
+        }
 
 
-def _ceilings(benches: Sequence[Bench]) -> tuple[list[str], dict[str, Ceilings]]:
-    """The machine's at each precision, and at each number of threads where the cells differ in it, by name.
+def _measure_ceilings(benches: Sequence[Bench], ceilings: dict[str, Ceilings]) -> list[str]:
+    """Add the machine's at each precision, and at each number of threads where the cells differ in it.
 
     Returns:
-        The name of each bench's, and the ceilings.
+        The name of each bench's.
     """
-    ceilings, alike = dict[str, Ceilings](), len({bench.runtime.threads for bench in benches}) == 1
+    alike = len({bench.runtime.threads for bench in benches}) == 1
     names = [b.runtime.precision + ("" if alike else f", threads {b.runtime.threads}") for b in benches]
     for name, bench in zip(names, benches, strict=True):
         if name not in ceilings:
             bench.warm(0)  # threads, and whether a product of fp32 is one of TF32
             ceilings[name] = measure_ceilings(bench.runtime.device, bench.runtime.dtype)
-    return names, ceilings
+    return names
 
 
 def _alive(cells: Sequence[Cell], stack: contextlib.ExitStack, say: Callable[[str], None]) -> Iterator[Bench]:
@@ -324,26 +307,3 @@ def _frozen(loader: Loader, device: torch.device) -> FrozenLoader:
     loader.prepare(0)
     images, labels = loader.load(torch.zeros(1, dtype=torch.int64, device=device))
     return FrozenLoader(images.clone(memory_format=torch.preserve_format), labels.clone())
-
-
-def _as_json(timing: Timing, bench: Bench) -> dict[str, Any]:
-    (low, high), cell, runtime = timing.spread(), bench.cell, bench.runtime
-    return {
-        "label": timing.label,
-        "config": cell.config.to_dict(),
-        "digest": cell.config.digest,
-        "frozen": cell.frozen,
-        "num_replicas": cell.num_replicas,
-        "resolved": runtime.to_dict(),  # what "auto" came to
-        "images_per_second": timing.images_per_second,
-        "step_seconds": {"median": timing.step_seconds, "p5": low, "p95": high, "n": len(timing.seconds)},
-        "chunks": timing.seconds,
-        "compile_seconds": timing.compile_seconds,
-        "peak_memory": timing.peak_memory,
-        "floor_seconds": timing.floor,
-        "over_floor": timing.step_seconds / timing.floor,
-        "profiled_pass": timing.parts,
-        "profiled_over_step": timing.profiled_over_step,
-        "joules_per_image": timing.joules,
-        "joules_per_paper_run": None if timing.joules is None else timing.joules * 64_000 * 128,
-    }

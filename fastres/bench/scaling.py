@@ -9,6 +9,7 @@ from typing import Any
 from fastres.bench.cells import Cell
 from fastres.bench.measure import measure
 from fastres.bench.report import Report
+from fastres.bench.roofline import Ceilings
 from fastres.config import RunConfig
 from fastres.errors import OutOfMemory
 from fastres.files import save_figure
@@ -46,9 +47,9 @@ def measure_scaling(
     Raises:
         OutOfMemory: Nothing fits at all.
     """
-    whole: Report = {}
+    whole, ceilings = Report(), dict[str, Ceilings]()
     for depth in depths:
-        for report in _one_depth(base, depth, batch_sizes, step_seconds, rounds, frozen, say):
+        for report in _one_depth(base, depth, batch_sizes, step_seconds, rounds, frozen, ceilings, say):
             whole = whole or {**report, "cells": []}
             whole["cells"] += report["cells"]
     if not whole:
@@ -63,6 +64,7 @@ def _one_depth(
     step_seconds: float,
     rounds: int,
     frozen: bool,
+    ceilings: dict[str, Ceilings],
     say: Callable[[str], None],
 ) -> Iterator[Report]:
     expected = 0.0
@@ -77,17 +79,14 @@ def _one_depth(
             return
         cell = Cell(f"{config.name} batch {batch_size}", config, frozen=frozen)
         try:
-            timings, report = measure([cell], rounds=rounds, chunk_seconds=0.3, say=_quiet)
+            report = measure([cell], rounds=rounds, chunk_seconds=0.3, say=lambda _: None, ceilings=ceilings)
         except OutOfMemory as error:
             say(f"{config.name}: batches from {batch_size} on left out, {error}")
             return
-        expected = timings[0].step_seconds
-        say(f"{config.name} batch {batch_size}: {timings[0].images_per_second:,.0f} img/s")
+        (found,) = report["cells"]
+        expected = found["step_seconds"]["median"]
+        say(f"{config.name} batch {batch_size}: {found['images_per_second']:,.0f} img/s")
         yield report
-
-
-def _quiet(_: str) -> None:
-    pass
 
 
 def draw_scaling(report: Report, path: Path) -> None:

@@ -106,6 +106,10 @@ def bench(
         raise InputError(f"--seconds is {seconds}; it must be a number above 0")
     if plot is not None:
         check_figure(plot, "--plot")
+    if data_dir and not _given(ctx, "dataset"):
+        dataset = "cifar10"
+    if data_dir and dataset == "synthetic":
+        raise InputError("--data-dir does nothing with built-in data; add --dataset cifar10, or leave it out")
     refuse_both("--profile", profile or None, "--scaling", scaling or None)
     refuse_both("--compare", compare, "--profile" if profile else "--scaling", profile or scaling or None)
     if fail_if_slower is not None and compare is None:
@@ -116,7 +120,7 @@ def bench(
     _refuse_idle(ctx, "reports" if of_reports else mode)
     base = make_config(
         model={"arch": arch},
-        data={"dataset": "cifar10" if data_dir else dataset},
+        data={"dataset": dataset},
         execution=given(
             device=device,
             threads=threads,
@@ -226,7 +230,7 @@ def _measure(
         check_rounds(rounds)
     console = Console("auto", stderr=json_ == "-")
     chunk_seconds = seconds / rounds / len(cells) / 1.25  # the profiled pass takes a quarter of the steps again
-    _, report = measure(
+    report = measure(
         cells,
         rounds=rounds,
         chunk_seconds=chunk_seconds,

@@ -175,15 +175,33 @@ def read_config(path: Path, flag: str) -> RunConfig:
 
 
 def based_on_preset(tree: dict[str, Any], preset: str | None = None) -> dict[str, Any]:
-    """A `--config` file's tree laid over the preset that it names, or that is given, else over "paper"."""
+    """A `--config` file's tree laid over the preset that it names, or that is given, else over "paper".
+
+    Of one that sets everything, as `--dry-run` prints it, what follows from the rest is left out, to follow from what
+    the flags make of it: with --depth 110 the warm-up, with --epochs its length.
+    """
     rest = {key: value for key, value in tree.items() if key != "preset"}
     for section in ("model", "data", "recipe", "execution", "output"):
         if not isinstance(rest.get(section, {}), dict):
             raise InputError(f"{section} is {rest[section]!r}; it must be a table of keys: [{section}]")
     computed = {key for key in leaves(RunConfig().to_dict()) if key.startswith(("model.", "data.", "recipe."))}
-    if preset is not None and computed <= {*leaves(rest)}:
-        raise InputError(f"--preset {preset} changes nothing: the config sets all that a preset would; leave it out")
+    if computed <= {*leaves(rest)}:
+        if preset is not None:
+            raise InputError(
+                f"--preset {preset} changes nothing: the config sets all that a preset would; leave it out"
+            )
+        rest = _without_dependent(rest)
     return merge(preset_tree(preset or tree.get("preset", "paper")), rest)
+
+
+def _without_dependent(tree: dict[str, Any]) -> dict[str, Any]:
+    """A whole config's tree but for what `with_dependent_defaults` would fill in alike."""
+    whole = RunConfig.from_dict(tree)
+    for section, key in (("recipe", "warmup_steps"), ("recipe", "warmup"), ("model", "shortcut")):
+        fewer = {**tree, section: {name: value for name, value in tree[section].items() if name != key}}
+        if RunConfig.from_dict(with_dependent_defaults(fewer)) == whole:
+            tree = fewer
+    return tree
 
 
 def in_steps(

@@ -20,9 +20,10 @@ from fastres.cli.flags import (
     parse_seeds,
     refuse_both,
 )
+from fastres.cli.help import panel
 from fastres.config import make_config, preset_tree
 from fastres.configtree import merge
-from fastres.errors import InputError
+from fastres.errors import InputError, OutsideTolerance
 
 if TYPE_CHECKING:
     from fastres.console import Console
@@ -31,148 +32,106 @@ if TYPE_CHECKING:
 WHAT = ("table6", "fig6", "fig7", "all")
 SMOKE = {"recipe": {"steps": 40}, "output": {"log_every": 5, "eval_every": 10}}  # many networks, so few steps each
 SEEDS = {"paper": "5", "fast": "2", "smoke": "2"}
-NETWORKS, RUNS, ABLATIONS, EXECUTION = "Which networks", "Options", "Ablations (docs/fidelity.md)", "How they run"
+Networks, Runs = panel("Which networks"), panel("Options")
+Ablations, Execution = panel("Ablations (docs/fidelity.md)"), panel("How they run")
 
 
 def reproduce(
     what: Annotated[str, typer.Argument(metavar="table6|fig6|fig7|all", help="What to make; all: the three.")],
     depths: Annotated[
         str | None,
-        typer.Option(
+        Networks(
             help="ResNets of these depths, and plain nets beside them up to 56; 1202 only if named. "
-            "[default: 20,32,44,56,110; fig7: 20,56,110]",
-            rich_help_panel=NETWORKS,
+            "[default: 20,32,44,56,110; fig7: 20,56,110]"
         ),
     ] = None,
     nets: Annotated[
         str | None,
-        typer.Option(
-            help="Networks by name, instead of --depths: ResNet20,PlainNet110,ResNet1202.", rich_help_panel=NETWORKS
-        ),
+        Networks(help="Networks by name, instead of --depths: ResNet20,PlainNet110,ResNet1202."),
     ] = None,
     seeds: Annotated[
         str | None,
-        typer.Option(
-            help="Seeds of each ResNet: 5 (seeds 0 to 4), 2-4, or 1,3. [paper: 5; fast, smoke: 2]",
-            rich_help_panel=NETWORKS,
-        ),
+        Networks(help="Seeds of each ResNet: 5 (seeds 0 to 4), 2-4, or 1,3. [paper: 5; fast, smoke: 2]"),
     ] = None,
-    plain_seeds: Annotated[
-        str, typer.Option(help="Seeds of each plain net, likewise.", rich_help_panel=NETWORKS)
-    ] = "1",
+    plain_seeds: Annotated[str, Networks(help="Seeds of each plain net, likewise.")] = "1",
     preset: Annotated[
         str,
-        typer.Option(
-            help="paper: its recipe; fast: ten epochs; smoke: built-in data, a few minutes.", rich_help_panel=RUNS
-        ),
+        Runs(help="paper: its recipe; fast: ten epochs; smoke: built-in data, a few minutes."),
     ] = "paper",
     steps: Annotated[
         int | None,
-        typer.Option(help="Training steps per run. [paper: 64,000; fast: 3,910; smoke: 40]", rich_help_panel=RUNS),
+        Runs(help="Training steps per run. [paper: 64,000; fast: 3,910; smoke: 40]"),
     ] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="Training epochs per run, instead of --steps.", rich_help_panel=RUNS)
-    ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help=DATA_DIR, rich_help_panel=RUNS)] = None,
-    data_url: Annotated[list[str] | None, typer.Option(metavar="URL", help=MIRROR, rich_help_panel=RUNS)] = None,
+    epochs: Annotated[float | None, Runs(help="Training epochs per run, instead of --steps.")] = None,
+    data_dir: Annotated[Path | None, Runs(help=DATA_DIR)] = None,
+    data_url: Annotated[list[str] | None, Runs(metavar="URL", help=MIRROR)] = None,
     runs: Annotated[
         Path | None,
-        typer.Option(
+        Runs(
             help="Folder in which runs are looked for, and new ones go. "
-            "[default: runs/reproduce; other lengths: runs/reproduce-fast and so on]",
-            rich_help_panel=RUNS,
+            "[default: runs/reproduce; other lengths: runs/reproduce-fast and so on]"
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for tables and figures. [default: --runs]", rich_help_panel=RUNS)
-    ] = None,
+    out: Annotated[Path | None, Runs(help="Folder for tables and figures. [default: --runs]")] = None,
     train: Annotated[
         bool,
-        typer.Option("--train/--no-train", help="Train the runs that are missing.", rich_help_panel=RUNS),
+        Runs("--train/--no-train", help="Train the runs that are missing."),
     ] = True,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="List the runs that are needed, say which are there, and stop.", rich_help_panel=RUNS
-        ),
+        Runs("--dry-run", help="List the runs that are needed, say which are there, and stop."),
     ] = False,
     budget: Annotated[
         float | None,
-        typer.Option(
-            help="Minutes, after which to save, write what there is, and stop. [default: no limit]",
-            rich_help_panel=RUNS,
-        ),
+        Runs(help="Minutes, after which to save, write what there is, and stop. [default: no limit]"),
     ] = None,
     clean: Annotated[
         bool,
-        typer.Option(
-            "--clean", help="Draw in fig6 the error on training images without augmentation.", rich_help_panel=RUNS
-        ),
+        Runs("--clean", help="Draw in fig6 the error on training images without augmentation."),
     ] = False,
     ylim: Annotated[
         float | None,
-        typer.Option(help="Upper end of fig6's y axis in %. [paper: 20; other recipes: 100]", rich_help_panel=RUNS),
+        Runs(help="Upper end of fig6's y axis in %. [paper: 20; other recipes: 100]"),
     ] = None,
-    assert_: Annotated[
-        bool, typer.Option("--assert", help="Exit with code 6 if Table 6 does not hold.", rich_help_panel=RUNS)
-    ] = False,
-    shortcut: Annotated[str | None, typer.Option(help="A or B. [default: A]", rich_help_panel=ABLATIONS)] = None,
+    assert_: Annotated[bool, Runs("--assert", help="Exit with code 6 if Table 6 does not hold.")] = False,
+    shortcut: Annotated[str | None, Ablations(help="A or B. [default: A]")] = None,
     warmup: Annotated[
         str | None,
-        typer.Option(
-            help="Warm-up of ResNet-110 and deeper: constant, error or none. [default: constant]",
-            rich_help_panel=ABLATIONS,
-        ),
+        Ablations(help="Warm-up of ResNet-110 and deeper: constant, error or none. [default: constant]"),
     ] = None,
-    weight_decay_on: Annotated[
-        str | None, typer.Option(help="What decays: all or weights. [default: all]", rich_help_panel=ABLATIONS)
-    ] = None,
+    weight_decay_on: Annotated[str | None, Ablations(help="What decays: all or weights. [default: all]")] = None,
     norm_batch: Annotated[
         int | None,
-        typer.Option(
-            help="Images per batch-norm statistic, as 64; 0: all 128. [default: 0]", rich_help_panel=ABLATIONS
-        ),
+        Ablations(help="Images per batch-norm statistic, as 64; 0: all 128. [default: 0]"),
     ] = None,
     val_split: Annotated[
         bool | None,
-        typer.Option(
-            "--val-split/--no-val-split",
-            help="Train on 45,000 images, test on the other 5,000. [default: off]",
-            rich_help_panel=ABLATIONS,
-        ),
+        Ablations("--val-split/--no-val-split", help="Train on 45,000 images, test on the other 5,000. [default: off]"),
     ] = None,
     lr_in_velocity: Annotated[
         bool | None,
-        typer.Option(
+        Ablations(
             "--lr-in-velocity/--no-lr-in-velocity",
             help="Multiply by lr inside the velocity, as in Caffe. [default: off]",
-            rich_help_panel=ABLATIONS,
         ),
     ] = None,
     init: Annotated[
         str | None,
-        typer.Option(help="He initialisation by fan_in or fan_out. [default: fan_in]", rich_help_panel=ABLATIONS),
+        Ablations(help="He initialisation by fan_in or fan_out. [default: fan_in]"),
     ] = None,
     pad: Annotated[
         str | None,
-        typer.Option(help="Option A's zero channels: both or after. [default: both]", rich_help_panel=ABLATIONS),
+        Ablations(help="Option A's zero channels: both or after. [default: both]"),
     ] = None,
-    device: Annotated[str, typer.Option(help=DEVICES, rich_help_panel=EXECUTION)] = "auto",
-    precision: Annotated[str, typer.Option(help=PRECISIONS, rich_help_panel=EXECUTION)] = "auto",
+    device: Annotated[str, Execution(help=DEVICES)] = "auto",
+    precision: Annotated[str, Execution(help=PRECISIONS)] = "auto",
     loader: Annotated[
         str,
-        typer.Option(
-            help="resident, dali, or auto: dali on a GPU where it is installed, else resident.",
-            rich_help_panel=EXECUTION,
-        ),
+        Execution(help="resident, dali, or auto: dali on a GPU where it is installed, else resident."),
     ] = "auto",
-    side_by_side: Annotated[
-        int, typer.Option(help="Seeds to train at once; 0: up to 8 on a GPU, 1 on a CPU.", rich_help_panel=EXECUTION)
-    ] = 0,
-    threads: Annotated[int, typer.Option(help=THREADS, rich_help_panel=EXECUTION)] = 0,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=EXECUTION)
-    ] = False,
+    side_by_side: Annotated[int, Execution(help="Seeds to train at once; 0: up to 8 on a GPU, 1 on a CPU.")] = 0,
+    threads: Annotated[int, Execution(help=THREADS)] = 0,
+    quiet: Annotated[bool, Execution("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Make the paper's Table 6, Figure 6 or Figure 7. Missing runs are trained, interrupted ones resumed."""
     _check_target(what, clean=clean, ylim=ylim, assert_=assert_)
@@ -227,12 +186,16 @@ def reproduce(
     console, ending = Console("quiet" if quiet else "auto"), "whole"
     if train:
         ending = train_missing(stages, console=console, deadline=deadline, side_by_side=side_by_side)
-    if ending == "elsewhere":
-        return  # what this process can see would replace what the last one draws, and judges
+    if ending == "elsewhere":  # what this process can see would replace what the last one draws
+        if assert_:
+            raise OutsideTolerance("Table 6 cannot be judged yet: other processes have runs of it")
+        return
     if not (found := runs_of(stages)):
         raise InputError(f"{runs} holds no run of these networks yet; leave out --no-train to train them")
     num_missing = len({path for stage in stages for path in stage.folders}) - len(found)
-    _make(what, found, folder, changes["execution"], console, clean=clean, ylim=ylim, num_missing=num_missing)
+    make_folder(folder)
+    with RunDir(folder).locked(wait=True):  # two processes may end at one time
+        _make(what, found, folder, changes["execution"], console, clean=clean, ylim=ylim, num_missing=num_missing)
     if ending == "cut":
         console.say("not all runs are finished: run the same command again to resume")
     if assert_:

@@ -57,7 +57,7 @@ class DaliLoader:
         images: Its training images are used.
         plan: Order, crops and flips.
         others: Plans of runs that train beside this one; one pipeline makes the batches of all, see `seats`.
-        mean: float32 `(32, 32, 3)`, 0 to 255; default: of the training images.
+        mean: float32 `(32, 32, 3)`, 0 to 255, of the training images.
         batch_size: Images a step.
         device, dtype: Of the batches. DALI works in fp32; the cast is made once, when a batch is taken.
         channels_last: Memory format of the batches; False makes another copy.
@@ -79,7 +79,7 @@ class DaliLoader:
         plan: EpochPlan,
         *,
         others: Sequence[EpochPlan] = (),
-        mean: Float32Array | None = None,
+        mean: Float32Array,
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
@@ -96,7 +96,6 @@ class DaliLoader:
             )
         self.plans, self.batch_size, self.channels_last = (plan, *others), batch_size, channels_last
         self.period = self.steps_per_run = max(ahead, steps_per_run or FRAMES_PER_RUN // (batch_size * len(self.plans)))
-        mean = images.mean_image() if mean is None else mean
         self._labels = torch.from_numpy(images.train_labels.astype(np.int64)).to(device)
         self._codes = [DevicePlan(each, batch_size, device) for each in self.plans]
         shape = (RING_RUNS * self.steps_per_run, len(self.plans), batch_size, IMAGE_SIZE, IMAGE_SIZE, 3)

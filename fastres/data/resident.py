@@ -23,7 +23,7 @@ class ResidentLoader:
     Args:
         images: Its training images are used; uint8, 3,072 bytes each on the device.
         plan: Order, crops and flips.
-        mean: float32 `(32, 32, 3)`, 0 to 255; default: of the training images.
+        mean: float32 `(32, 32, 3)`, 0 to 255, of the training images.
         batch_size: Images a step.
         device, dtype: Of the batches.
         channels_last: Memory format of the batches; False makes another copy.
@@ -37,7 +37,7 @@ class ResidentLoader:
         images: ImageSet,
         plan: EpochPlan,
         *,
-        mean: Float32Array | None = None,
+        mean: Float32Array,
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
@@ -47,7 +47,7 @@ class ResidentLoader:
         self.dtype, self.channels_last = dtype, channels_last
         self.window = DevicePlan(plan, batch_size, device)
         self._pixels = torch.from_numpy(images.train_images).view(-1, 3).to(device)
-        self._mean = torch.from_numpy(images.mean_image() if mean is None else mean).view(-1, 3).to(device)
+        self._mean = torch.from_numpy(mean).view(-1, 3).to(device)
         self._labels = torch.from_numpy(images.train_labels.astype(np.int64)).to(device)
         self._batch: Callable[..., tuple[Tensor, Tensor]] = _batch
         if compiled:

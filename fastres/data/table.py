@@ -29,7 +29,7 @@ class TableLoader:
     Args:
         images: Its training images are used.
         plan: Order, crops and flips.
-        mean: float32 `(32, 32, 3)`, 0 to 255; default: of the training images.
+        mean: float32 `(32, 32, 3)`, 0 to 255, of the training images.
         batch_size: Images a step.
         device, dtype: Of the batches.
         channels_last: Memory format of the batches; False makes another copy.
@@ -42,14 +42,13 @@ class TableLoader:
         images: ImageSet,
         plan: EpochPlan,
         *,
-        mean: Float32Array | None = None,
+        mean: Float32Array,
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
         channels_last: bool = True,
     ) -> None:
         self.plan, self.batch_size, self.device, self.channels_last = plan, batch_size, device, channels_last
-        mean = images.mean_image() if mean is None else mean
         num_images = len(images.train_images)
         half = MARGIN + num_images * IMAGE_PITCH
         table = torch.zeros(2 * half, 3, dtype=dtype, device=device)

@@ -30,7 +30,7 @@ class TorchvisionLoader:
     Args:
         images: Its training images are used.
         plan: Order; seed of crops and flips; whether there are any.
-        mean: float32 `(32, 32, 3)`, 0 to 255; default: of the training images.
+        mean: float32 `(32, 32, 3)`, 0 to 255, of the training images.
         batch_size: Images a step.
         device, dtype: Of the batches.
         channels_last: Memory format of the batches.
@@ -45,7 +45,7 @@ class TorchvisionLoader:
         images: ImageSet,
         plan: EpochPlan,
         *,
-        mean: Float32Array | None = None,
+        mean: Float32Array,
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
@@ -58,7 +58,7 @@ class TorchvisionLoader:
             raise ValueError(f"num_workers is {num_workers}; it must be at least 1")
         self.plan, self.batch_size, self.device, self.channels_last = plan, batch_size, device, channels_last
         self.num_workers, self.prefetched = num_workers, num_workers * PREFETCH_FACTOR
-        self._dataset = _Images(images, images.mean_image() if mean is None else mean, plan)
+        self._dataset = _Images(images, mean, plan)
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
         self._next = -1  # the step that `_batches` gives next
         # Steps that are prepared before the first of them is launched find their batches here.

@@ -133,5 +133,5 @@ def on_images(config: RunConfig, run: RunDir) -> list[str]:
 
 
 def _changed(config: RunConfig, is_open: bool) -> list[str]:
-    said = ("data.dataset", "data.val_split")  # in `_on_images`
+    said = ("data.dataset", "data.val_split")  # in `on_images`
     return [str(one) for one in paper.differences(config) if one.is_open is is_open and one.path not in said]

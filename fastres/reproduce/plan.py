@@ -133,7 +133,7 @@ def train_missing(
         _check_images(folders, console)
     whole, interrupt = OverallProgress(folders), Interrupt(AGAIN, deadline)
     try:
-        for number, stage in enumerate(stages, 1):
+        for number, stage in 2 * list(enumerate(stages, 1)):  # again, for what another process began and left since
             if all(RunDir(path).ended for path in stage.folders):
                 continue
             head = f"[{number}/{len(stages)}] {stage.name}, {_plural(len(stage.folders), 'run')}"
@@ -153,7 +153,10 @@ def train_missing(
     finally:
         console.overall = None
     if left := sum(not RunDir(path).ended for path in folders):
-        console.say(f"{_plural(left, 'run')} in training elsewhere; the process that ends last makes table and figures")
+        console.say(
+            f"{_plural(left, 'run')} left to other processes; the last one to end makes table and figures. Should one "
+            "have been stopped, run the same command again"
+        )
         return "elsewhere"
     return "whole"
 

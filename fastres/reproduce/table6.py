@@ -3,8 +3,6 @@
 Every number is of the last step, and stands beside the run folders that it comes from.
 """
 
-import csv
-import io
 import math
 import os
 import re
@@ -12,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 from urllib.parse import quote
 
 from rich.table import Table
 
 from fastres.errors import InputError, OutsideTolerance
 from fastres.files import write_json, write_text
+from fastres.reproduce.figure import write_csv
 from fastres.reproduce.networks import Network, by_network, sentence
 from fastres.reproduce.paper import TABLE_6, TOLERANCE, differences
 from fastres.result import RunResult, result_of
@@ -190,7 +188,7 @@ def write(rows: Sequence[Row], folder: Path, *, note: str) -> list[Path]:
     rows = [replace(row, runs=tuple(_seen_from(folder, run) for run in row.runs)) for row in rows]
     paths = [folder / f"table6.{suffix}" for suffix in ("md", "csv", "json")]
     write_text(paths[0], markdown(rows, note=note))
-    write_text(paths[1], _csv(rows))
+    _write_csv(paths[1], rows)
     write_json(paths[2], {"schema": 2, "note": note, "tolerance": TOLERANCE, "rows": [asdict(row) for row in rows]})
     return paths
 
@@ -312,16 +310,13 @@ def _escaped(name: str) -> str:
     return re.sub(r"([\\`*_\[\]|<>])", r"\\\1", name)
 
 
-def _csv(rows: Sequence[Row]) -> str:
-    text = io.StringIO()
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
     names = [name for name in Row.__dataclass_fields__ if name != "interval"]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*names, "interval_low", "interval_high"])
+    flat = []
     for row in rows:
-        values: list[Any] = [getattr(row, name) for name in names]
-        flat = ["; ".join(value) if isinstance(value, tuple) else value for value in values]
-        writer.writerow(["" if value is None else value for value in (*flat, *(row.interval or ("", "")))])
-    return text.getvalue()
+        values = [getattr(row, name) for name in names]
+        flat.append(["; ".join(v) if isinstance(v, tuple) else v for v in values] + [*(row.interval or ("", ""))])
+    write_csv(path, [*names, "interval_low", "interval_high"], flat)
 
 
 def _mean(values: Sequence[float]) -> float | None:
