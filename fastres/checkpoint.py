@@ -61,10 +61,10 @@ def load(path: Path) -> Checkpoint:
         InputError: The file is missing, truncated, altered, or of another format.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, safetensors.SafetensorError) as error:
+        header, tensors = _metadata(path), safetensors.torch.load(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} is not a readable checkpoint: {error}") from error
     if "fastres" not in header:
         raise InputError(f"{path} is a safetensors file, but not a checkpoint of a run: it has no metadata of fastres")
@@ -82,17 +82,34 @@ def load(path: Path) -> Checkpoint:
 def is_checkpoint(path: Path) -> bool:
     """Whether a file is safetensors and says that it is a checkpoint of a run."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return "fastres" in (file.metadata() or {})
-    except (OSError, safetensors.SafetensorError):
+        return "fastres" in _metadata(path)
+    except (OSError, ValueError):
         return False
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """A safetensors file's own. safetensors' `safe_open` takes only paths in UTF-8, and misreports permissions.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is none.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("its header is cut off")
+        header = json.loads(file.read(length))
+    found = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(found, dict):
+        raise ValueError("its header is none of safetensors")
+    return found
 
 
 def load_all(folder: Path, *, most: int = 2) -> tuple[list[Checkpoint], list[str]]:
     """The whole checkpoints of a run folder, newest first, at most `most`; and a line for each that is not whole.
 
     Raises:
-        InputError: Checkpoints exist, but none of them is whole.
+        InputError: Checkpoints exist, but none of them is whole, or one may not be read.
     """
     whole: list[Checkpoint] = []
     problems: list[str] = []
@@ -101,6 +118,8 @@ def load_all(folder: Path, *, most: int = 2) -> tuple[list[Checkpoint], list[str
             try:
                 whole.append(load(path))
             except InputError as error:
+                if isinstance(error.__cause__, PermissionError):  # it may be whole, and then it is the newest
+                    raise
                 problems.append(str(error))
     if problems and not whole:
         raise InputError(f"no whole checkpoint is left: {'; '.join(problems)}; start anew, with another --out")
@@ -111,9 +130,8 @@ def steps(folder: Path) -> set[int]:
     """The steps at which a run folder's checkpoints were saved, as they say; unreadable ones are left out."""
     found = set()
     for path in (folder / NEWEST, folder / PREVIOUS):
-        unreadable = (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError)
-        with contextlib.suppress(*unreadable), safetensors.safe_open(path, framework="pt") as file:
-            found.add(int(json.loads(file.metadata()["fastres"])["step"]))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found.add(int(json.loads(_metadata(path)["fastres"])["step"]))
     return found
 
 

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,9 +47,19 @@ def write_bytes(path: Path, content: bytes, *, keep: Path | None = None) -> None
         raise disk_error(error, path.parent, len(content)) from error
 
 
+def typed(path: Path) -> str:
+    """A path as an argument that can be typed, whatever is in its name."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+
+
+def printable(text: str) -> str:
+    """A text as UTF-8 can have it: of a file's name, bytes that are none stand as backslash escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text, in UTF-8, whole or not at all."""
-    write_bytes(path, text.encode())
+    write_bytes(path, printable(text).encode())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

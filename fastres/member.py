@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from fastres.config import RunConfig
 from fastres.data.imageset import Float32Array, ImageSet
 from fastres.errors import Diverged, InputError
 from fastres.evaluator import Evaluation, Evaluator
+from fastres.files import typed
 from fastres.models.cifar import num_parameters
 from fastres.optim import LrSchedule
 from fastres.plots.curves import draw_curves
@@ -177,7 +177,7 @@ class Member:
             path = self.run.path
             raise InputError(
                 f"{path / METRICS} has no record of the training, which the result needs. The weights are whole: "
-                f"fastres eval {shlex.quote(str(path))}; for a result train anew, with another --out"
+                f"fastres eval {typed(path)}; for a result train anew, with another --out"
             )
         result = RunResult(
             run=self.run.path,

@@ -1,6 +1,5 @@
 """What a finished run gave: the value, its file, and how it is told to a person."""
 
-import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from fastres.config import RunConfig
 from fastres.console import duration, percent
 from fastres.data.imageset import ImageSet, short_digest
 from fastres.errors import InputError
+from fastres.files import typed
 from fastres.plots.series import is_number
 from fastres.rundir import RESULT, RunDir
 
@@ -46,9 +46,7 @@ class RunResult:
 
 def result_of(run: RunDir) -> RunResult:
     """The result of a finished run. Raises InputError where it is not finished or its file is damaged."""
-    remedy = (
-        f"Remove that file, and resuming the run makes it again: fastres train --resume {shlex.quote(str(run.path))}"
-    )
+    remedy = f"Remove that file, and resuming the run makes it again: fastres train --resume {typed(run.path)}"
     try:
         values = run.read_json(RESULT)
     except InputError as error:
@@ -104,8 +102,8 @@ def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]
         *lines,
         f"  run folder        {result.run}",
         f"  curves            {result.run / 'curves.png'}",
-        f"  evaluate          fastres eval {shlex.quote(str(result.run))}",
-        f"  more plots        fastres plot {shlex.quote(str(result.run))}",
+        f"  evaluate          fastres eval {typed(result.run)}",
+        f"  more plots        fastres plot {typed(result.run)}",
     ]
 
 

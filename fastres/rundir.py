@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ import filelock
 
 from fastres.config import RunConfig
 from fastres.errors import InputError, InUse, MachineError
-from fastres.files import disk_error, write_json, write_text
+from fastres.files import disk_error, typed, write_json, write_text
 
 CONFIG, ENVIRONMENT, METRICS, RESULT, DIVERGED, CONSOLE = (
     "config.json",
@@ -302,7 +301,7 @@ def new_folder(name: str) -> Path:
 
 def resume_with(path: Path) -> str:
     """How to resume a run or a sweep."""
-    return f"resume with: fastres train --resume {shlex.quote(str(path))}"
+    return f"resume with: fastres train --resume {typed(path)}"
 
 
 def found_again(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,8 +85,10 @@ def _blocks_by_stage(state: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 def _read_safetensors(path: Path) -> object:
     try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        return safetensors.torch.load(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except safetensors.SafetensorError as error:
         raise InputError(f"{path} is not a readable safetensors file: {error}") from error
 
 

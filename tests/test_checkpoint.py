@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -81,6 +82,41 @@ def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path: Path) 
     (tmp_path / checkpoint.PREVIOUS).write_bytes(b"")
     with pytest.raises(InputError, match=r"no whole checkpoint.*another --out"):
         checkpoint.load_all(tmp_path)
+
+
+def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / "bad\udcff"
+    folder.mkdir()
+    path = checkpoint.save(folder, tensors(), {"step": 3})
+    assert checkpoint.is_checkpoint(path)
+    assert checkpoint.steps(folder) == {3}
+    assert checkpoint.load(path).meta["step"] == 3
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, tensors(), {"step": step})
+    opened = Path.open
+
+    def refuse(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == checkpoint.NEWEST:
+            raise PermissionError(13, os.strerror(13), str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=rf"{checkpoint.NEWEST} cannot be read: Permission denied$"):
+        checkpoint.load_all(tmp_path)  # the one before would be taken, and the newest moved aside
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 20, b"\x02" + bytes(7) + b"[]", b"\x08" + bytes(7) + b'{"a": 1'])
+def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / checkpoint.NEWEST).write_bytes(content)
+    assert not checkpoint.is_checkpoint(tmp_path / checkpoint.NEWEST)
+    assert checkpoint.steps(tmp_path) == set()
+    with pytest.raises(InputError, match="is not a readable checkpoint"):
+        checkpoint.load(tmp_path / checkpoint.NEWEST)
 
 
 def test_foreign_safetensors_and_future_formats_are_refused(tmp_path: Path) -> None:

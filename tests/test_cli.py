@@ -532,6 +532,45 @@ def test_an_architecture_that_is_none_is_not_taken_for_resnet(
 
 
 @pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 3),
+        (OSError("libcudart.so.13: cannot open shared object file: No such file or directory"), 3),
+    ],
+)
+def test_a_package_that_does_not_work(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fastres.loop.train", broken)
+    assert run(["train", "--preset", "smoke"]) == code
+    assert capsys.readouterr().err.strip().endswith(f"{type(error).__name__}: {error}; see fastres doctor")
+    with pytest.raises(type(error)):
+        run(["train", "--preset", "smoke", "--debug"])
+
+
+def test_the_shell_completes_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("COMP_WORDS", "fastres train --de"), ("COMP_CWORD", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("_FASTRES_COMPLETE", "complete_bash")
+    with pytest.raises(SystemExit) as ended:
+        run([])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.split() == ["--depth", "--device", "--deterministic"]
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ImportError("cannot import name 'x' from 'fastres.loop'", name="fastres.loop")
+
+    monkeypatch.setattr("fastres.loop.train", broken)
+    with pytest.raises(ImportError):
+        run(["train", "--preset", "smoke"])
+
+
+@pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["reproduce", "table6", "--dry-run", "--seeds", "1000000000"], "--seeds is '1000000000'"),

@@ -1,6 +1,7 @@
 """`fastres doctor`: every ill is named with its cure, and no check takes the others down."""
 
 import ctypes
+import importlib.util
 import io
 import json
 import shutil
@@ -305,7 +306,16 @@ def test_dali(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu((9, 0))
     assert (one(checks.dali()).mark, one(checks.dali()).stops) == ("note", False)
     installed["nvidia-dali-cuda130"] = "2.4.0"
+    monkeypatch.setattr("fastres.data.dali.check_starts", lambda _: None)
     assert one(checks.dali()) == Finding("ok", "DALI", "nvidia-dali-cuda130 2.4.0")
+
+    def fails(_: object) -> None:
+        raise MachineError("DALI does not start: No module named 'optree'")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastres.data.dali.check_starts", fails)
+        assert (one(checks.dali()).mark, one(checks.dali()).stops) == ("error", False)
+        assert "does not start: No module named 'optree'" in one(checks.dali()).value
     installed["nvidia-dali-cuda120"] = "2.4.0"
     both = one(checks.dali())
     assert (both.mark, both.stops) == ("error", True)
@@ -321,12 +331,54 @@ def test_a_python_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "has no build for Python" in one(checks.dali()).value
 
 
+def homeless() -> Path:
+    raise MachineError("no cache folder: there is no home")
+
+
+def test_how_packages_are_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clone = tmp_path / "my clone"
+    monkeypatch.setattr(sys, "prefix", str(clone / ".venv"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert checks._pip() == f"VIRTUAL_ENV='{clone}/.venv' uv pip"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    assert checks._pip() == f"{sys.executable} -m pip"
+    (clone / ".uv/bin").mkdir(parents=True)
+    (clone / ".uv/bin/uv").touch()
+    monkeypatch.chdir(clone)
+    assert checks._pip() == ".uv/bin/uv pip"  # as the README has it
+    monkeypatch.chdir(tmp_path)
+    assert checks._pip() == "'my clone/.uv/bin/uv' pip"
+
+
+def test_kernels_are_kept_where_it_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert host.kernel_cache_dir() == tmp_path / "cache"
+    monkeypatch.setattr(host, "writable", lambda _: False)
+    own = host.kernel_cache_dir()
+    assert (own.parent, own.stat().st_mode & 0o777) == (tmp_path, 0o700)
+    monkeypatch.setattr(host, "default_cache_dir", homeless)
+    assert host.kernel_cache_dir() == own
+    monkeypatch.setattr("os.getuid", lambda: 4321)
+    (tmp_path / "fastres_4321").mkdir()  # somebody else's, who may put code there
+    with pytest.raises(MachineError, match="fastres_4321 cannot be used; set FASTRES_CACHE to one"):
+        host.kernel_cache_dir()
+
+
 def test_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Never fetched; what is pointed to and is none stops, what is not official is said."""
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
     absent = one(checks.data(None))
     assert (absent.mark, absent.stops) == ("note", False)
     assert "--dataset synthetic" in absent.remedy
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "writable", lambda _: False)
+        nowhere = one(checks.data(None))
+        assert (nowhere.mark, nowhere.stops) == ("error", True)
+        assert nowhere.value == f"not here, and {tmp_path}/cache, where it would be downloaded to, cannot be written"
+        patch.setattr(host, "default_cache_dir", homeless)
+        assert one(checks.data(None)).value == "not here, and no cache folder: there is no home"
+        assert one(checks.data(None)).stops
     wrong = one(checks.data(tmp_path / "nowhere"))
     assert (wrong.mark, wrong.stops) == ("error", True)
     assert "does not exist" in wrong.value

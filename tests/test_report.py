@@ -182,6 +182,12 @@ def test_equal_runs_give_equal_bytes(run: Path) -> None:
     assert reported(run, evaluate=True).source == reported(run, evaluate=True).source
 
 
+def test_a_run_whose_name_is_no_utf8(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "bad\udcff")
+    assert command(["report", str(tmp_path / "bad\udcff"), "--no-eval", "--out", str(tmp_path / "report.html")]) == 0
+    assert r"bad\udcff" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_without_evaluation_nothing_is_tested(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "answers_of", lambda *_: pytest.fail("tested"))
     document = reported(run)

@@ -13,6 +13,7 @@ import torch
 from fastres import checkpoint
 from fastres.config import make_config
 from fastres.errors import InputError, MachineError
+from fastres.files import typed
 from fastres.rundir import CONFIG, DIVERGED, METRICS, RESULT, RunDir, found_again, new_run_folder, remove_empty
 
 
@@ -61,6 +62,12 @@ def test_only_runs_are_moved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_names_that_no_folder_can_have(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="cannot be a folder's name here"):
         RunDir.create(tmp_path / name)
+
+
+def test_a_path_to_type() -> None:
+    assert [typed(Path(name)) for name in ("runs/a", "my run", "-dash", "--x y")] == [
+        "runs/a", "'my run'", "./-dash", "'./--x y'",
+    ]  # fmt: skip
 
 
 def test_a_default_folder_that_stayed_empty_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

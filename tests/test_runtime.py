@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+import fastres
 from fastres import runtime
 from fastres.cli.flags import parse_channels
 from fastres.config import Execution
 from fastres.errors import InputError, MachineError, OutOfMemory, says_out_of_memory
 from fastres.machine import driver, gpu, host
-from fastres.machine.environment import environment
+from fastres.machine.environment import _commit, environment
 from fastres.runtime import prepare
 
 
@@ -322,7 +323,21 @@ def test_environment_is_json_and_names_the_machine() -> None:
     assert found["device"] == "cpu"
     assert found["gpu"] is None
     assert found["cores"] >= 1
-    assert found["fastres"]
+    assert found["fastres"] == fastres.__version__
+
+
+def test_the_commit_is_that_of_this_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("GIT_DIR", "GIT_WORK_TREE"):  # as in a hook of another repository, whose commit it is not
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("FASTRES_COMMIT", "told")
+    if (Path(fastres.__file__).parents[1] / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{40}\+?", str(_commit()))
+    else:
+        assert _commit() == "told"
+    monkeypatch.setattr("fastres.machine.environment._git", lambda *_: None)  # there is none
+    assert _commit() == "told"
+    monkeypatch.setenv("FASTRES_COMMIT", "")
+    assert _commit() is None
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told anything")

@@ -23,13 +23,13 @@ from fastres.cli.report import report
 from fastres.cli.reproduce import reproduce
 from fastres.cli.responses import responses
 from fastres.cli.train import train
-from fastres.errors import FastresError, InputError, OutOfMemory, Stop, first_line, says_out_of_memory
+from fastres.errors import FastresError, InputError, MachineError, OutOfMemory, Stop, first_line, says_out_of_memory
 
 app = typer.Typer(
     name="fastres",
     cls=Group,
     help="Train the CIFAR-10 ResNets and PlainNets of He et al. (CVPR 2016), fast and faithfully.",
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its tables cut flags at 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -100,7 +100,15 @@ def run(argv: list[str]) -> int:
             raise
         _tell(f"fastres: out of memory: {first_line(error)}; free some, or use another --device")
         return OutOfMemory.exit_code
+    except ImportError as error:  # a package is missing, or a library of one
+        if debug or (error.name or "").partition(".")[0] == "fastres":
+            raise
+        _tell(f"fastres: a package does not work: {first_line(error)}; see fastres doctor")
+        return MachineError.exit_code
     except OSError as error:  # a path of the user's that may not be looked at, or is too long to be one
+        if not debug and "shared object file" in str(error):  # of torch, which loads its libraries itself
+            _tell(f"fastres: a package does not work: {first_line(error)}; see fastres doctor")
+            return MachineError.exit_code
         if debug or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) or error.filename is None:
             raise
         _tell(f"fastres: {str(error.filename)[:200]}: {error.strerror}")
@@ -146,7 +154,8 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere on the line.")

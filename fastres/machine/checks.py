@@ -3,9 +3,11 @@
 Nothing is downloaded or trained. torch is imported only inside, since it may be what is broken.
 """
 
+import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastres.errors import FastresError, first_line
+from fastres.errors import FastresError, MachineError, first_line
 from fastres.machine import driver, host
 
 MIN_TORCH = (2, 11)
@@ -193,7 +195,7 @@ def dali() -> Iterable[Finding]:
     """Which DALI there is; both builds together break each other."""
     import torch
 
-    from fastres.data.dali import dali_available
+    from fastres.data.dali import check_starts, dali_available
 
     gpu = torch.cuda.is_available()
     found = {name: version for name in DALI if (version := host.version_of(name))}
@@ -205,7 +207,12 @@ def dali() -> Iterable[Finding]:
         remedy = f"{_pip()} install --force-reinstall {next(iter(found))}"
         yield Finding("error", "DALI", f"{said} is listed, but its files are gone", remedy)
     elif found:
-        yield Finding("ok", "DALI", said)
+        try:
+            check_starts(torch.device("cuda", 0) if gpu else torch.device("cpu"))
+        except MachineError as error:
+            yield Finding("error" if gpu else "note", "DALI", f"{said}, but {error}")
+        else:
+            yield Finding("ok", "DALI", said)
     elif sys.version_info >= DALI_PYTHON or sys.platform != "linux":
         where = f"Python {platform.python_version()}" if sys.platform == "linux" else platform.system()
         yield Finding("note" if gpu else "ok", "DALI", f"has no build for {where}; the resident loader does without")
@@ -220,15 +227,26 @@ def data(data_dir: Path | None) -> Iterable[Finding]:
     from fastres.data.imageset import short_digest
 
     named = data_dir is not None or bool(os.environ.get("FASTRES_DATA"))
-    cached = host.default_cache_dir() / REMOTE.name
-    if not named and not cached.exists():
-        value = f"not here; fastres train downloads it ({REMOTE.num_bytes / 1e6:.0f} MB) into {cached.parent}"
-        yield Finding("note", "CIFAR-10", value, "without a network: fastres train --dataset synthetic")
-        return
+    if not named:
+        otherwise = "give its folder with --data-dir, or fastres train --dataset synthetic"
+        try:
+            data_dir = host.default_cache_dir() / REMOTE.name
+        except MachineError as error:
+            yield Finding("error", "CIFAR-10", f"not here, and {error}", otherwise, stops=True)
+            return
+        cache = data_dir.parent
+        if not data_dir.exists() and not host.writable(cache):
+            value = f"not here, and {cache}, where it would be downloaded to, cannot be written"
+            yield Finding("error", "CIFAR-10", value, f"set FASTRES_CACHE, {otherwise}", stops=True)
+            return
+        if not data_dir.exists():
+            value = f"not here; fastres train downloads it ({REMOTE.num_bytes / 1e6:.0f} MB) into {cache}"
+            yield Finding("note", "CIFAR-10", value, "without a network: fastres train --dataset synthetic")
+            return
     try:
-        images = load_cifar10(data_dir if named else cached, say=lambda _: None)
+        images = load_cifar10(data_dir, say=lambda _: None)
     except FastresError as error:
-        remedy = "give its folder: fastres doctor --data-dir FOLDER" if named else f"rm {cached}"
+        remedy = "give its folder: fastres doctor --data-dir FOLDER" if named else f"rm {data_dir}"
         yield Finding("error", "CIFAR-10", str(error), remedy, stops=named)
         return
     if images.official:
@@ -271,6 +289,10 @@ def _cache(what: str, folder: Path, variable: str) -> Finding:
 
 
 def _pip() -> str:
-    """How packages are put into this environment: by the clone's own uv, as the README has it, or by pip."""
-    uv = Path(sys.prefix).parent / ".uv" / "bin" / "uv"
-    return ".uv/bin/uv pip" if uv.exists() else "python -m pip"
+    """How packages are put into this environment: by the clone's own uv, as the README has it, by pip, or by any uv."""
+    clone = Path(sys.prefix).parent
+    if (clone / ".uv" / "bin" / "uv").exists():
+        return f"{shlex.quote(os.path.relpath(clone / '.uv' / 'bin' / 'uv'))} pip"
+    if importlib.util.find_spec("pip"):
+        return f"{shlex.quote(sys.executable)} -m pip"
+    return f"VIRTUAL_ENV={shlex.quote(sys.prefix)} uv pip"

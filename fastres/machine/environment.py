@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastres import __version__
 from fastres.machine import driver, host
 from fastres.runtime import Runtime
 
@@ -16,7 +17,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
     """Machine, versions and commit, as JSON values, for `environment.json` and benchmark results."""
     cuda = runtime.device.type == "cuda"
     return {
-        "fastres": host.version_of("fastres"),
+        "fastres": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -38,20 +39,22 @@ def environment(runtime: Runtime) -> dict[str, Any]:
 def _commit() -> str | None:
     """The commit of the source tree that runs, with "+" where files differ from it; None where nothing says.
 
-    A copy without its .git may be told by FASTRES_COMMIT.
+    A copy without its .git, or where git says nothing, may be told by FASTRES_COMMIT.
     """
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return os.environ.get("FASTRES_COMMIT")
-    commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
-    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
-    return commit and commit + ("" if changed == "" else "+")  # None: git did not say, so they may
+    if (root / ".git").exists() and (commit := _git(root, "rev-parse", "HEAD")):
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        return commit + ("" if changed == "" else "+")  # None: git did not say, so they may
+    return os.environ.get("FASTRES_COMMIT") or None
 
 
-def _output(command: list[str]) -> str | None:
-    """The first line that a command prints; None where it fails."""
+def _git(root: Path, *command: str) -> str | None:
+    """The first line that git prints; None where it fails."""
+    # Of this tree: not of the one whose hook runs this, and also where another user owns it, as in a container.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    line = ["git", "-c", f"safe.directory={root}", "-C", str(root), *command]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=10, check=True, env=env)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip().split("\n")[0]

@@ -132,13 +132,25 @@ def make_inductor_cache() -> Path:
 
 
 def triton_cache_dir() -> Path:
-    """Where the kernels that Triton compiled are kept: `$TRITON_CACHE_DIR`, or beside what fastres keeps.
-
-    A temporary folder where that cannot be written.
-    """
+    """Where the kernels that Triton compiled are kept: `$TRITON_CACHE_DIR`, or beside fastres' own."""
     if asked := os.environ.get("TRITON_CACHE_DIR"):
         return Path(asked)
+    return kernel_cache_dir() / "triton"
+
+
+def kernel_cache_dir() -> Path:
+    """Where kernels are kept: `default_cache_dir`; a temporary folder of this user's own where that cannot be written.
+
+    Raises:
+        MachineError: That one is another user's, whose code would be run.
+    """
     with contextlib.suppress(MachineError):
-        if writable(folder := default_cache_dir() / "triton"):
+        if writable(folder := default_cache_dir()):
             return folder
-    return Path(tempfile.gettempdir()) / f"fastres_{os.getuid() if hasattr(os, 'getuid') else ''}" / "triton"
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    folder = Path(tempfile.gettempdir()) / f"fastres_{user}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if user in ("", folder.stat().st_uid):
+            return folder
+    raise MachineError(f"no cache folder: {folder} cannot be used; set FASTRES_CACHE to one")

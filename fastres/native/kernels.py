@@ -15,7 +15,7 @@ from typing import Any
 import torch  # before the library is loaded, which then shares torch's OpenMP and its threads
 
 from fastres.errors import MachineError
-from fastres.machine.host import cpu_info, default_cache_dir
+from fastres.machine.host import cpu_info, kernel_cache_dir
 
 FOLDER = Path(__file__).parent
 COMPILER = "g++"  # since torch's OpenMP on Linux is GCC's
@@ -83,7 +83,7 @@ def _build() -> Kernels:
     # By all that the result depends on: the compiler and, by -march=native, this very CPU. A home may be on several.
     macros = _run([compiler, *FLAGS, "-dM", "-E", "-x", "c++", "/dev/null"])
     key = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr((FLAGS, macros)).encode()).hexdigest()
-    path = default_cache_dir() / f"native-{key[:16]}.so"
+    path = kernel_cache_dir() / f"native-{key[:16]}.so"
     try:
         if not _is_whole(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +100,7 @@ def _build() -> Kernels:
                 )
                 code = built.read_bytes()
                 built.write_bytes(code + hashlib.sha256(code).digest())
+                built.chmod(0o755)  # others may share the cache
                 built.replace(path)
         return Kernels(ctypes.CDLL(str(path)))
     except OSError as error:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from fastres.files import printable
+
 # Nothing may be loaded and nothing may run, whatever a run folder holds: images are data URIs, styles are in the page.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -16,13 +18,13 @@ def page(title: str, body: str) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 
 def text(value: object) -> str:
     """Text as HTML: nothing in it is markup."""
-    return escape(str(value))
+    return escape(printable(str(value)))
 
 
 def section(title: str, body: str) -> str:

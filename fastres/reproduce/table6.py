@@ -299,7 +299,7 @@ def markdown(rows: Sequence[Row], *, note: str) -> str:
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
     lines += ["", LEGEND, ""]
     for row in rows:
-        links = (f"[{_escaped(Path(run).name)}]({quote(run)})" for run in row.runs)
+        links = (f"[{_escaped(Path(run).name)}]({quote(os.fsencode(run))})" for run in row.runs)
         machine = f" ({', '.join(row.machines)})" if row.machines else ""
         lines.append(f"- {row.network}{machine}: {', '.join(links)}")
     return "\n".join(lines) + "\n"
