@@ -98,7 +98,10 @@ def _metadata(path: Path) -> dict[str, str]:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
             raise ValueError("its header is cut off")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except RecursionError as error:
+            raise ValueError("its header is nested without end") from error
     found = header.get("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(found, dict):
         raise ValueError("its header is none of safetensors")

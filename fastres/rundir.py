@@ -307,7 +307,8 @@ def resume_with(path: Path) -> str:
 def found_again(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A stored config, without a data folder that is gone since (the run was moved): it is looked for as by default."""
     execution = dict(tree.get("execution", {}))
-    if execution.get("data_dir") and not os.path.exists(execution["data_dir"]):  # noqa: PTH110 (False where it may not look)
+    folder = execution.get("data_dir")
+    if folder and isinstance(folder, str) and not os.path.exists(folder):  # noqa: PTH110 (False where it may not look)
         execution["data_dir"] = None
     return {**tree, "execution": execution}
 

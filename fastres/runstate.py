@@ -160,11 +160,13 @@ def take_folders(
             stack.enter_context(run.locked())
             if (path / CONFIG).exists():
                 run.check_same(config)
-            if run.status == "finished":
+            if run.status == "finished" or (shared and run.ended):
                 raise InUse(f"{path} was finished by another process just now; nothing is left to train")
         except InUse:
             if not shared:
                 raise
+            if (path / CONFIG).exists():
+                run.check_same(config)
             say(f"{path} is trained by another process: left to it")
             continue
         taken[run] = config
@@ -220,7 +222,7 @@ def _choices(run: RunDir, say: Callable[[str], None]) -> list[Checkpoint]:
 
 
 # Of environment.json: where one differs, sums are taken in another order or rounded otherwise.
-ROUNDING = ("device", "gpu", "cpu", "threads", "precision", "native", "layer_kernels", "compile", "torch")
+ROUNDING = ("gpu", "cpu", "threads", "precision", "native", "layer_kernels", "compile", "torch")
 
 
 def data_note(images: ImageSet) -> dict[str, Any]:

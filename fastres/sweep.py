@@ -129,7 +129,7 @@ def train_all(
     clocks: Clocks | None = None,
     shared: bool = False,
     on_begin: Callable[[Sequence[Path]], None] = lambda _: None,
-) -> None:
+) -> bool:
     """Train those of the runs that are not finished; configs that differ in more than their seed go apart.
 
     Args:
@@ -138,23 +138,39 @@ def train_all(
         side_by_side, console, clocks: As `train_seeds`.
         shared: Leave runs that another process trains to it; else they are an error.
         on_begin: Takes the folders of the runs that are trained next, side by side.
+
+    Returns:
+        Whether there was one to train.
+
+    Raises:
+        As `train_seeds`; InputError where a folder is another run's, also of one that came meanwhile.
     """
-    for path, config in folders.items():
-        try:
-            RunDir.check_free(path, overwrite=False)
-        except InputError:
-            if not (path / CONFIG).exists():
-                raise
-            RunDir(path).check_same(config)
-    for number, planned in enumerate(_groups(folders, side_by_side)):
-        group = {path: config for path, config in planned.items() if not RunDir(path).ended}  # by another process
-        if not group:
-            continue
+    trained, tried = False, set[Path]()
+    while True:
+        for path, config in folders.items():
+            _check_place(path, config)
+        # Planned anew each time: other processes may have finished runs since, or brought them to another step.
+        todo = {path: config for path, config in folders.items() if path not in tried}
+        group = next(iter(_groups(todo, side_by_side)), None)
+        if group is None:
+            return trained
         # It came when the group before had no step left to cut.
-        if interrupt.signum is not None or (number and perf_counter() >= interrupt.deadline):
+        if interrupt.signum is not None or (tried and perf_counter() >= interrupt.deadline):
             raise stopped(interrupt, f"before {', '.join(map(str, group))}")
-        train_together(group, interrupt, console=console, clocks=clocks, brief=True, shared=shared, on_begin=on_begin)
+        how: dict[str, Any] = {"console": console, "clocks": clocks, "shared": shared, "on_begin": on_begin}
+        trained |= bool(train_together(group, interrupt, brief=True, **how))
+        tried |= group.keys()
         clocks = None  # what came before the first group is its own
+
+
+def _check_place(path: Path, config: RunConfig) -> None:
+    """Raise InputError where a run of `config` can neither begin nor go on in a folder."""
+    try:
+        RunDir.check_free(path, overwrite=False)
+    except InputError:
+        if not (path / CONFIG).exists():
+            raise
+        RunDir(path).check_same(config)
 
 
 def outcome_of(path: Path) -> Outcome:

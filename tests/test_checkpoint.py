@@ -110,7 +110,12 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_lost(
         checkpoint.load_all(tmp_path)  # the one before would be taken, and the newest moved aside
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 20, b"\x02" + bytes(7) + b"[]", b"\x08" + bytes(7) + b'{"a": 1'])
+NESTED = (200_000).to_bytes(8, "little") + b"[" * 200_000
+
+
+@pytest.mark.parametrize(
+    "content", [b"", NESTED, b"\xff" * 20, b"\x02" + bytes(7) + b"[]", b"\x08" + bytes(7) + b'{"a": 1']
+)
 def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / checkpoint.NEWEST).write_bytes(content)
     assert not checkpoint.is_checkpoint(tmp_path / checkpoint.NEWEST)

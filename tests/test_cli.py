@@ -235,6 +235,18 @@ def test_flags_over_a_whole_config_are_flags_beside_its_own(
     assert over == resolved(capsys, *same_as.split())
 
 
+def test_a_whole_config_stands_whatever_preset_it_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('preset = "fast"\n' + make_config().to_toml())
+    assert resolved(capsys, "--config", str(tmp_path / "run.toml")) == make_config()
+
+
+def test_flags_may_mend_a_whole_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    broken = make_config(recipe={"batch_size": 96}).to_toml().replace("norm_batch = 0", "norm_batch = 64")
+    (tmp_path / "run.toml").write_text(broken)
+    assert run(["train", "--config", str(tmp_path / "run.toml"), "--dry-run"]) == 2
+    assert resolved(capsys, "--config", str(tmp_path / "run.toml"), "--norm-batch", "32").model.norm_batch == 32
+
+
 def test_what_a_part_of_a_config_says_stands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text('[recipe]\nwarmup = "none"\n')
     assert resolved(capsys, "--config", str(tmp_path / "run.toml"), "--depth", "110").recipe.warmup == "none"
@@ -249,7 +261,13 @@ def test_a_run_is_a_config_too(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         assert found == dataclasses.replace(config, seed=4, output=dataclasses.replace(config.output, out=None))
     moved = config.to_dict() | {"execution": {"data_dir": str(tmp_path / "gone")}}
     (tmp_path / "config.json").write_text(json.dumps(moved))
-    assert resolved(capsys, "--config", str(tmp_path)).execution.data_dir is None  # looked for anew
+    assert run(["train", "--config", str(tmp_path), "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert RunConfig.from_dict(tomllib.loads(out)).execution.data_dir is None
+    assert f"{tmp_path}/gone, where that run's data was, is gone: CIFAR-10 is looked for anew" in err
+    (tmp_path / "config.json").write_text(json.dumps({"execution": {"data_dir": ["x"]}}))
+    assert run(["train", "--config", str(tmp_path), "--dry-run"]) == 2
+    assert "data_dir is ['x']; it must be text" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("[1]")
     for text, says in (("[1]", "holds no object of JSON"), ("{", "is not JSON")):
         (tmp_path / "config.json").write_text(text)

@@ -428,11 +428,15 @@ def test_tritons_cache(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     gpu((9, 0))
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
     _, found = checks.compile_cache()
     assert (found.mark, found.what) == ("ok", "Triton cache")
     assert found.value.startswith(f"{tmp_path}/cache/triton")
     monkeypatch.setattr(host, "writable", lambda folder: tmp_path not in folder.parents)
-    assert tmp_path not in host.triton_cache_dir().parents  # a temporary folder
+    assert host.triton_cache_dir().is_relative_to(tmp_path / "tmp")
+    monkeypatch.setattr(host, "writable", lambda folder: folder.name not in ("triton", "mine"))  # made by somebody else
+    assert host.triton_cache_dir().is_relative_to(tmp_path / "tmp")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "mine"))
     _, found = checks.compile_cache()
     assert (found.mark, found.value) == ("error", f"{tmp_path}/mine cannot be written")

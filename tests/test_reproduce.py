@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -68,32 +69,67 @@ def test_two_processes_share_the_work(whole: Path, tmp_path: Path) -> None:
     assert sum(trained) == 3, said
 
 
-def test_what_is_in_training_elsewhere_is_not_drawn_over(
+def test_what_is_in_training_elsewhere_is_left_out(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(whole / "resnet8/seed0", tmp_path / "resnet8/seed0")
-    shutil.copytree(whole / "plainnet8/seed0", tmp_path / "plainnet8/seed0")
+    for run_folder in ("resnet8/seed0", "plainnet8/seed0"):
+        shutil.copytree(whole / run_folder, tmp_path / run_folder)
     with RunDir.create(tmp_path / "resnet8/seed1").locked():
         assert run([*REPRODUCE, "--runs", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert "1 run left to other processes; they make table and figures anew when they end" in said
+        assert "not all runs are finished" in said
+        table = json.loads((tmp_path / "table6.json").read_text())
+        assert [row["n"] for row in table["rows"]] == [1, 1]
+        assert "1 of the runs asked for not begun" in table["note"]
         assert run([*REPRODUCE, "--runs", str(tmp_path), "--assert"]) == 6
-    assert "1 run left to other processes; the last one to end makes table and figures" in capsys.readouterr().out
-    assert not list(tmp_path.glob("table6.*"))
+        capsys.readouterr()
+        with RunDir.create(tmp_path / "none/plainnet8/seed0").locked():
+            line = ["reproduce", "table6", "--preset", "smoke", "--nets", "PlainNet8", "--runs", str(tmp_path / "none")]
+            assert run(line) == 2
+        assert "holds no run of these networks yet; wait for the processes" in capsys.readouterr().err
 
 
 def test_what_another_process_began_and_left_is_taken_up(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = RunDir.create(tmp_path / "resnet8/seed0").locked()
-    other.__enter__()
-    finish = Member.finish
+    """And what a third left while that was trained."""
+    others = {k: RunDir.create(tmp_path / f"resnet8/seed{k}").locked() for k in (0, 1)}
+    for other in others.values():
+        other.__enter__()
+    finish, finished = Member.finish, list[str]()
 
-    def stopped(member: Member, *args: Any) -> Any:
-        if "plainnet8" in str(member.run.path):
-            other.__exit__(None, None, None)
+    def leaves(member: Member, *args: Any) -> Any:
+        finished.append(str(member.run.path.relative_to(tmp_path)))
+        if len(finished) <= 2:
+            others[2 - len(finished)].__exit__(None, None, None)
         return finish(member, *args)
 
-    monkeypatch.setattr(Member, "finish", stopped)
+    monkeypatch.setattr(Member, "finish", leaves)
     assert run([*REPRODUCE, "--runs", str(tmp_path)]) == 0
+    assert finished == ["plainnet8/seed0", "resnet8/seed1", "resnet8/seed0"]
+    assert timeless_table(tmp_path / "table6.json") == timeless_table(whole / "table6.json")
+
+
+def test_who_draws_last_sees_all(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that end together: the one that waits for the other looks at the runs after it."""
+    for run_folder in ("resnet8/seed0", "plainnet8/seed0"):
+        shutil.copytree(whole / run_folder, tmp_path / run_folder)
+    waits, locked = threading.Event(), RunDir.locked
+
+    def noted(folder: RunDir, *, wait: bool = False) -> Any:
+        if wait:
+            waits.set()
+        return locked(folder, wait=wait)
+
+    line = ["reproduce", "table6", *REPRODUCE[2:], "--runs", str(tmp_path), "--no-train"]
+    with locked(RunDir(tmp_path)):
+        monkeypatch.setattr(RunDir, "locked", noted)
+        thread = threading.Thread(target=run, args=[line])
+        thread.start()
+        assert waits.wait(60)
+        shutil.copytree(whole / "resnet8/seed1", tmp_path / "resnet8/seed1")
+    thread.join()
     assert timeless_table(tmp_path / "table6.json") == timeless_table(whole / "table6.json")
 
 
@@ -323,7 +359,7 @@ def test_a_damaged_result_does_not_stop_the_rest(tmp_path: Path, capsys: pytest.
     (first, config), *_ = stages[0].folders.items()
     RunDir.create(first).write_json("config.json", config.to_dict())
     (first / "result.json").write_text("{}")
-    assert train_missing(stages, console=Console("lines")) == "whole"
+    assert train_missing(stages, console=Console("lines"))
     assert [RunDir(path).status for stage in stages for path in stage.folders] == 3 * ["finished"]
     assert "result.json is damaged" in capsys.readouterr().out
 

@@ -32,7 +32,7 @@ from fastres.rundir import CONFIG, RunDir, find_runs
 from fastres.step import Replica
 from fastres.sweep import train_all, train_seeds
 from tests.runs import assert_same_run, tiny
-from tests.test_loop import interrupt_at
+from tests.test_loop import interrupt_at, train_until
 
 SEEDS = (0, 1, 2)
 needs_dali = pytest.mark.skipif(not dali_available(), reason="DALI is not installed")
@@ -377,8 +377,45 @@ def test_runs_that_another_process_trains(tmp_path: Path, capsys: pytest.Capture
         train_all(folders, Interrupt(""), console=Console("lines"), side_by_side=3, shared=True)
         assert [RunDir(path).status for path in folders] == ["finished", "missing", "finished"]
         assert "seed1 is trained by another process: left to it" in capsys.readouterr().out
-        train_all(folders, Interrupt(""), console=Console("lines"), shared=True)  # nothing but that one is left
+        assert not train_all(folders, Interrupt(""), console=Console("lines"), shared=True)  # no other is left
         assert RunDir(tmp_path / "seed1").status == "missing"
+        other = tiny(tmp_path, recipe={"steps": 3}, seed=1)
+        RunDir(tmp_path / "seed1").write_json(CONFIG, other.to_dict())  # as it turns out, another experiment
+        with pytest.raises(InputError, match=r"seed1 was started with another config \(recipe.steps: 3 -> 2"):
+            train_all(folders, Interrupt(""), console=Console("lines"), shared=True)
+
+
+def test_a_run_that_diverged_elsewhere_meanwhile_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = sweep.seed_folders(tmp_path, tiny(tmp_path, recipe={"steps": 2}), [0])
+
+    def meanwhile(*args: Any, **options: Any) -> Any:
+        run = RunDir.create(tmp_path / "seed0")
+        run.write_json(CONFIG, folders[run.path].to_dict())
+        run.write_json("diverged.json", {"why": "NaN"})
+        return load_images(*args, **options)
+
+    monkeypatch.setattr("fastres.loop.load_images", meanwhile)
+    assert not train_all(folders, Interrupt(""), console=Console("quiet"), shared=True)
+    assert RunDir(tmp_path / "seed0").status == "diverged"
+
+
+def test_groups_are_made_anew_when_the_one_before_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what another process brought to a later step meanwhile would begin anew, beside one at step 0."""
+    folders = sweep.seed_folders(tmp_path / "sweep", tiny(tmp_path), range(4))
+    with monkeypatch.context() as patch:
+        train_until(patch, 9, tiny(tmp_path / "seed2", seed=2))
+
+    def meanwhile(paths: Sequence[Path]) -> None:
+        begun.append([path.name for path in paths])
+        if len(begun) == 1:
+            (tmp_path / "seed2").rename(tmp_path / "sweep/seed2")
+
+    begun: list[list[str]] = []
+    train_all(folders, Interrupt(""), console=Console("quiet"), side_by_side=2, on_begin=meanwhile)
+    assert begun == [["seed0", "seed1"], ["seed2"], ["seed3"]]
+    assert "resuming from step 10 of" in (tmp_path / "sweep/seed2/console.log").read_text()
 
 
 def test_a_run_that_began_elsewhere_a_moment_ago_is_no_occupied_folder(

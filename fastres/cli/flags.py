@@ -1,7 +1,9 @@
 """Options that several commands share, and what their values mean: parsing, contradictions, epochs. No torch."""
 
+import contextlib
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -165,7 +167,10 @@ def read_file(path: Path, flag: str = "--config") -> dict[str, Any]:
     if kind == "JSON" and isinstance(tree.get("output"), dict):
         tree["output"].pop("out", None)
     if kind == "JSON" and isinstance(tree.get("execution"), dict):
-        tree = found_again(tree)
+        if (found := found_again(tree)) != tree:
+            gone = tree["execution"]["data_dir"]
+            print(f"fastres: {gone}, where that run's data was, is gone: CIFAR-10 is looked for anew", file=sys.stderr)
+        tree = found
     return tree
 
 
@@ -185,22 +190,24 @@ def based_on_preset(tree: dict[str, Any], preset: str | None = None) -> dict[str
         if not isinstance(rest.get(section, {}), dict):
             raise InputError(f"{section} is {rest[section]!r}; it must be a table of keys: [{section}]")
     computed = {key for key in leaves(RunConfig().to_dict()) if key.startswith(("model.", "data.", "recipe."))}
-    if computed <= {*leaves(rest)}:
-        if preset is not None:
-            raise InputError(
-                f"--preset {preset} changes nothing: the config sets all that a preset would; leave it out"
-            )
-        rest = _without_dependent(rest)
-    return merge(preset_tree(preset or tree.get("preset", "paper")), rest)
+    is_whole = computed <= {*leaves(rest)}
+    if preset is not None and is_whole:
+        raise InputError(f"--preset {preset} changes nothing: the config sets all that a preset would; leave it out")
+    whole = merge(preset_tree(preset or tree.get("preset", "paper")), rest)
+    return _without_dependent(whole) if is_whole else whole
 
 
 def _without_dependent(tree: dict[str, Any]) -> dict[str, Any]:
     """A whole config's tree but for what `with_dependent_defaults` would fill in alike."""
-    whole = RunConfig.from_dict(tree)
+    try:
+        whole = RunConfig.from_dict(tree)
+    except InputError:
+        return tree  # the flags may make it one that can be; else it is refused when they are laid over it
     for section, key in (("recipe", "warmup_steps"), ("recipe", "warmup"), ("model", "shortcut")):
         fewer = {**tree, section: {name: value for name, value in tree[section].items() if name != key}}
-        if RunConfig.from_dict(with_dependent_defaults(fewer)) == whole:
-            tree = fewer
+        with contextlib.suppress(InputError):
+            if RunConfig.from_dict(with_dependent_defaults(fewer)) == whole:
+                tree = fewer
     return tree
 
 

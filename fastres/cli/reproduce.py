@@ -23,7 +23,7 @@ from fastres.cli.flags import (
 from fastres.cli.help import panel
 from fastres.config import make_config, preset_tree
 from fastres.configtree import merge
-from fastres.errors import InputError, OutsideTolerance
+from fastres.errors import InputError
 
 if TYPE_CHECKING:
     from fastres.console import Console
@@ -183,20 +183,17 @@ def reproduce(
     folder = out or runs / variant
     if train:
         make_folder(folder)  # before hours are spent
-    console, ending = Console("quiet" if quiet else "auto"), "whole"
+    console, whole = Console("quiet" if quiet else "auto"), True
     if train:
-        ending = train_missing(stages, console=console, deadline=deadline, side_by_side=side_by_side)
-    if ending == "elsewhere":  # what this process can see would replace what the last one draws
-        if assert_:
-            raise OutsideTolerance("Table 6 cannot be judged yet: other processes have runs of it")
-        return
-    if not (found := runs_of(stages)):
-        raise InputError(f"{runs} holds no run of these networks yet; leave out --no-train to train them")
-    num_missing = len({path for stage in stages for path in stage.folders}) - len(found)
+        whole = train_missing(stages, console=console, deadline=deadline, side_by_side=side_by_side)
     make_folder(folder)
-    with RunDir(folder).locked(wait=True):  # two processes may end at one time
+    with RunDir(folder).locked(wait=True):  # several processes may end at one time; the last one to draw sees all
+        if not (found := runs_of(stages)):
+            way_on = "wait for the processes that train them" if train else "leave out --no-train to train them"
+            raise InputError(f"{runs} holds no run of these networks yet; {way_on}")
+        num_missing = len({path for stage in stages for path in stage.folders}) - len(found)
         _make(what, found, folder, changes["execution"], console, clean=clean, ylim=ylim, num_missing=num_missing)
-    if ending == "cut":
+    if not whole:
         console.say("not all runs are finished: run the same command again to resume")
     if assert_:
         table6.check(table6.rows_of(found), num_missing=num_missing)

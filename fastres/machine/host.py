@@ -135,22 +135,25 @@ def triton_cache_dir() -> Path:
     """Where the kernels that Triton compiled are kept: `$TRITON_CACHE_DIR`, or beside fastres' own."""
     if asked := os.environ.get("TRITON_CACHE_DIR"):
         return Path(asked)
-    return kernel_cache_dir() / "triton"
+    return kernel_cache_dir("triton")
 
 
-def kernel_cache_dir() -> Path:
+def kernel_cache_dir(name: str = "") -> Path:
     """Where kernels are kept: `default_cache_dir`; a temporary folder of this user's own where that cannot be written.
+
+    Args:
+        name: Of a folder in it.
 
     Raises:
         MachineError: That one is another user's, whose code would be run.
     """
     with contextlib.suppress(MachineError):
-        if writable(folder := default_cache_dir()):
+        if writable(folder := default_cache_dir() / name):
             return folder
     user = os.getuid() if hasattr(os, "getuid") else ""
     folder = Path(tempfile.gettempdir()) / f"fastres_{user}"
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
         if user in ("", folder.stat().st_uid):
-            return folder
+            return folder / name
     raise MachineError(f"no cache folder: {folder} cannot be used; set FASTRES_CACHE to one")

@@ -6,12 +6,13 @@ another recipe does not.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 from fastres.build import load_images
 from fastres.config import RunConfig, make_config
@@ -110,13 +111,13 @@ def stages_of(
 
 def train_missing(
     stages: Sequence[Need], *, console: Console, deadline: float = math.inf, side_by_side: int = 0
-) -> Literal["whole", "cut", "elsewhere"]:
+) -> bool:
     """Train what is missing and go on with what was cut, stage by stage; says how far it is and how long it may take.
 
     Several processes may share the runs, on a GPU each: what one trains, the others leave to it.
 
     Returns:
-        "whole": all is done. "cut": the deadline came first; all is saved. "elsewhere": other processes have the rest.
+        Whether all is done; False where the deadline came first (all saved), or other processes are not done yet.
     """
     folders = {path: config for stage in stages for path, config in stage.folders.items()}
     counts = [RunDir(path).status for path in folders]
@@ -131,34 +132,31 @@ def train_missing(
                 console.say(str(error))
     if "missing" in counts or "cut" in counts:
         _check_images(folders, console)
-    whole, interrupt = OverallProgress(folders), Interrupt(AGAIN, deadline)
-    try:
-        for number, stage in 2 * list(enumerate(stages, 1)):  # again, for what another process began and left since
-            if all(RunDir(path).ended for path in stage.folders):
-                continue
-            head = f"[{number}/{len(stages)}] {stage.name}, {_plural(len(stage.folders), 'run')}"
+    whole, interrupt, announced = OverallProgress(folders), Interrupt(AGAIN, deadline), set[str]()
+
+    def begin(head: str, paths: Sequence[Path]) -> None:
+        if head not in announced:
+            announced.add(head)
             console.say(f"{head}; {whole.between_stages()}")
-            console.overall = whole.at_step
-            train_all(
-                stage.folders,
-                interrupt,
-                console=console,
-                side_by_side=side_by_side,
-                shared=True,
-                on_begin=whole.begins,
-            )
+        whole.begins(paths)
+
+    how: dict[str, Any] = {"console": console, "side_by_side": side_by_side, "shared": True}
+    console.overall = whole.at_step
+    try:
+        trained = True
+        while trained:  # once more, for what another process began and left since; the last time there is nothing
+            trained = False
+            for number, stage in enumerate(stages, 1):
+                head = f"[{number}/{len(stages)}] {stage.name}, {_plural(len(stage.folders), 'run')}"
+                trained |= train_all(stage.folders, interrupt, **how, on_begin=functools.partial(begin, head))
     except OutOfTime as cut:
         console.say(str(cut))
-        return "cut"
+        return False
     finally:
         console.overall = None
     if left := sum(not RunDir(path).ended for path in folders):
-        console.say(
-            f"{_plural(left, 'run')} left to other processes; the last one to end makes table and figures. Should one "
-            "have been stopped, run the same command again"
-        )
-        return "elsewhere"
-    return "whole"
+        console.say(f"{_plural(left, 'run')} left to other processes; they make table and figures anew when they end")
+    return not left
 
 
 def _check_images(folders: Mapping[Path, RunConfig], console: Console) -> None:
@@ -181,7 +179,7 @@ class OverallProgress:
     """How much of all the runs is done, and how long the rest may take.
 
     The rate is that of this process while it trains, set-up and compilation left out; before it has one, that of the
-    finished runs, wherever they were trained.
+    finished runs, wherever they were trained. How far other processes are is seen when a group of runs begins.
 
     Args:
         folders: Configs of all the runs, by run folder.
