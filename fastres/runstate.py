@@ -165,8 +165,6 @@ def take_folders(
         except InUse:
             if not shared:
                 raise
-            if (path / CONFIG).exists():
-                run.check_same(config)
             say(f"{path} is trained by another process: left to it")
             continue
         taken[run] = config
