@@ -228,17 +228,15 @@ def read_sweep(folder: Path) -> dict[str, Any]:
             "used one by one"
         )
     seeds, config = stored.get("seeds"), stored.get("config")
-    what = "its seeds are no list of numbers"
-    if isinstance(seeds, list) and seeds and all(map(is_int, seeds)):
-        what = "it has no config"
-        if isinstance(config, dict):
-            try:
-                RunConfig.from_dict({**config, "seed": 0})
-            except InputError as error:
-                what = str(error)
-            else:
-                return stored
-    raise InputError(f"{folder / SWEEP} is damaged: {what}. {remedy}")
+    try:
+        if not (isinstance(seeds, list) and seeds and all(map(is_int, seeds))):
+            raise InputError("its seeds are no list of numbers")
+        if not isinstance(config, dict):
+            raise InputError("it has no config")
+        RunConfig.from_dict({**config, "seed": 0})
+    except InputError as error:
+        raise InputError(f"{folder / SWEEP} is damaged: {error}. {remedy}") from error
+    return stored
 
 
 def is_sweep(path: Path) -> bool:
