@@ -64,14 +64,16 @@ def load(path: Path) -> Checkpoint:
         header, tensors = _metadata(path), safetensors.torch.load(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, safetensors.SafetensorError) as error:
+    except (ValueError, KeyError, safetensors.SafetensorError) as error:  # KeyError: a dtype that torch lacks
         raise InputError(f"{path} is not a readable checkpoint: {error}") from error
     if "fastres" not in header:
         raise InputError(f"{path} is a safetensors file, but not a checkpoint of a run: it has no metadata of fastres")
     try:
         meta = json.loads(header["fastres"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: its metadata is not JSON") from error
+    if not isinstance(meta, dict):
+        raise InputError(f"{path} is damaged: its metadata is no object of JSON")
     if meta.get("format") != FORMAT:
         raise InputError(f"{path} has checkpoint format {meta.get('format')}; this version reads format {FORMAT}")
     if header.get("digest") != _digest(tensors, meta):
@@ -125,7 +127,7 @@ def load_all(folder: Path, *, most: int = 2) -> tuple[list[Checkpoint], list[str
                     raise
                 problems.append(str(error))
     if problems and not whole:
-        raise InputError(f"no whole checkpoint is left: {'; '.join(problems)}; start anew, with another --out")
+        raise InputError(f"no whole checkpoint is left: {'; '.join(problems)}; to begin anew move {folder} aside")
     return whole, problems
 
 
@@ -133,7 +135,7 @@ def steps(folder: Path) -> set[int]:
     """The steps at which a run folder's checkpoints were saved, as they say; unreadable ones are left out."""
     found = set()
     for path in (folder / NEWEST, folder / PREVIOUS):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             found.add(int(json.loads(_metadata(path)["fastres"])["step"]))
     return found
 

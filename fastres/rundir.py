@@ -70,8 +70,8 @@ class RunDir:
         return RunDir(path)
 
     @staticmethod
-    def check_free(path: Path, *, overwrite: bool) -> None:
-        """Raise InputError where `create` would refuse `path`."""
+    def check_free(path: Path, *, overwrite: bool, way_out: str | None = None) -> None:
+        """Raise InputError where `create` would refuse `path`; `way_out` says what to do, where it is not --out."""
         try:
             str(path).encode()
             occupied = _occupied(path)
@@ -83,7 +83,7 @@ class RunDir:
             aside = ", or --overwrite moves it aside" if is_run else ""
             way_on = f"; to resume it: --resume {path}" if (path / CONFIG).exists() else ""
             what = "is not empty" if path.is_dir() else "is a file"
-            raise InputError(f"{path} {what}; give another --out{aside}{way_on}")
+            raise InputError(f"{path} {what}; {way_out or f'give another --out{aside}{way_on}'}")
         if occupied and not ((path / CONFIG).exists() or folders_below(path)):
             raise InputError(f"{path} holds no run, and --overwrite moves only runs aside; give another --out")
         if occupied and path.resolve() in (Path.cwd(), *Path.cwd().parents):
@@ -311,6 +311,12 @@ def found_again(tree: Mapping[str, Any]) -> dict[str, Any]:
     if folder and isinstance(folder, str) and not os.path.exists(folder):  # noqa: PTH110 (False where it may not look)
         execution["data_dir"] = None
     return {**tree, "execution": execution}
+
+
+def remove_lone_lock(path: Path) -> None:
+    """Remove the lock of a folder that holds nothing else."""
+    if [inside.name for inside in path.iterdir()] == [LOCK]:
+        (path / LOCK).unlink(missing_ok=True)
 
 
 def remove_empty(path: Path) -> None:

@@ -18,7 +18,7 @@ from fastres.config import RunConfig
 from fastres.configtree import is_int
 from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError
-from fastres.files import write_json
+from fastres.files import make_folder, write_json
 from fastres.guards import Interrupt, stopped
 from fastres.loop import check_config, check_loader, train_together
 from fastres.machine import gpu
@@ -31,6 +31,7 @@ from fastres.rundir import (
     is_left_behind,
     new_folder,
     remove_empty,
+    remove_lone_lock,
     resume_with,
 )
 
@@ -85,16 +86,24 @@ def train_seeds(
     seed_folders(Path(), config, seeds)  # a seed that cannot be, before a folder is made
     folder = folder or (Path(config.output.out) if config.output.out else new_sweep_folder(config, seeds))
     folders = seed_folders(folder, config, seeds)
-    is_new = not is_sweep(folder)
-    _write_sweep(folder, config, seeds)
+    if not (is_sweep(folder) or _holds_only_seeds(folder)):
+        RunDir.check_free(folder, overwrite=False, way_out="give another --out")
+    make_folder(folder)
     interrupt = Interrupt(resume_with(folder), deadline)
     try:
-        train_all(folders, interrupt, side_by_side=side_by_side, console=console, clocks=clocks)
+        with RunDir(folder).locked():  # else another process could write sweep.json anew, or remove it
+            is_new = not is_sweep(folder)
+            _write_sweep(folder, config, seeds)
+            try:
+                train_all(folders, interrupt, side_by_side=side_by_side, console=console, clocks=clocks)
+            except BaseException:
+                if is_new and not _begun(folders):  # nothing came of it: it would be in the way of the next
+                    (folder / SWEEP).unlink(missing_ok=True)
+                raise
     except BaseException:
-        if is_new and not _begun(folders):  # nothing came of it: what it left would be in the way of the next
-            (folder / SWEEP).unlink(missing_ok=True)
-            if not config.output.out:
-                remove_empty(folder)
+        remove_lone_lock(folder)
+        if not config.output.out:
+            remove_empty(folder)
         raise
     outcomes = [outcome_of(path) for path in folders]
     console.say(f"{spread(config.name, outcomes)}; {folder}")
@@ -166,7 +175,7 @@ def train_all(
 def _check_place(path: Path, config: RunConfig) -> None:
     """Raise InputError where a run of `config` can neither begin nor go on in a folder."""
     try:
-        RunDir.check_free(path, overwrite=False)
+        RunDir.check_free(path, overwrite=False, way_out="move that aside, and the same command trains this run")
     except InputError:
         if not (path / CONFIG).exists():
             raise
@@ -255,8 +264,6 @@ def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
         theirs, known = RunConfig.from_dict({**stored["config"], "seed": 0}), stored["seeds"]
         if changed := theirs.differs_from(config, but_seed=True):
             raise InputError(f"{folder} is a sweep of another config ({'; '.join(changed)}); give another --out")
-    elif not _holds_only_seeds(folder):
-        RunDir.check_free(folder, overwrite=False)
     write_json(folder / SWEEP, {"schema": SCHEMA, "config": own, "seeds": list(dict.fromkeys([*known, *seeds]))})
 
 

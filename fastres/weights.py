@@ -88,7 +88,7 @@ def _read_safetensors(path: Path) -> object:
         return safetensors.torch.load(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except safetensors.SafetensorError as error:
+    except (KeyError, safetensors.SafetensorError) as error:  # KeyError: a dtype that torch lacks
         raise InputError(f"{path} is not a readable safetensors file: {error}") from error
 
 

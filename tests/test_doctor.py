@@ -331,6 +331,14 @@ def test_a_python_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "has no build for Python" in one(checks.dali()).value
 
 
+def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(checks.packages()) == []
+    monkeypatch.setitem(sys.modules, "tomli_w", None)  # as if it were not there
+    found = one(checks.packages())
+    assert (found.mark, found.what, found.stops) == ("error", "tomli-w", True)
+    assert found.remedy.endswith(" install --force-reinstall tomli-w")
+
+
 def homeless() -> Path:
     raise MachineError("no cache folder: there is no home")
 
@@ -359,8 +367,15 @@ def test_kernels_are_kept_where_it_can_be_written(monkeypatch: pytest.MonkeyPatc
     assert (own.parent, own.stat().st_mode & 0o777) == (tmp_path, 0o700)
     monkeypatch.setattr(host, "default_cache_dir", homeless)
     assert host.kernel_cache_dir() == own
+    own.chmod(0o777)  # others may put code there
+    with pytest.raises(MachineError, match="cannot be used; set FASTRES_CACHE to one"):
+        host.kernel_cache_dir()
+    own.rmdir()
+    own.symlink_to(tmp_path)
+    with pytest.raises(MachineError, match="cannot be used; set FASTRES_CACHE to one"):
+        host.kernel_cache_dir()
     monkeypatch.setattr("os.getuid", lambda: 4321)
-    (tmp_path / "fastres_4321").mkdir()  # somebody else's, who may put code there
+    (tmp_path / "fastres_4321").mkdir()  # somebody else's
     with pytest.raises(MachineError, match="fastres_4321 cannot be used; set FASTRES_CACHE to one"):
         host.kernel_cache_dir()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastres.build import build_net
 from fastres.config import Execution, make_config
 from fastres.errors import InputError, MachineError, says_out_of_memory
+from fastres.machine import host
 from fastres.models.layer import layer
 from fastres.models.norm import BatchNorm
 from fastres.native import kernels as native
@@ -393,10 +394,26 @@ def no_header(monkeypatch: pytest.MonkeyPatch, _: Path) -> str:
     return r"g\+\+ cannot build them: .*error: no-such-header.h: No such file"
 
 
-def no_cache(_: pytest.MonkeyPatch, folder: Path) -> str:
+def no_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
     folder.rmdir()
     folder.write_text("in the way")
-    return "set FASTRES_CACHE to another folder"
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(folder))
+    return "set FASTRES_CACHE to one"
+
+
+def test_without_a_cache_they_are_kept_in_the_temporary_folder(
+    cache: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path_factory.mktemp("tmp")
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(temporary))
+    monkeypatch.setattr(host, "writable", lambda folder: folder != cache)
+    assert prepare(Execution(device="cpu", threads=1)).native
+    (built,) = temporary.glob("fastres_*/native-*.so")
+    assert not list(cache.iterdir())
+    built.rename(cache / built.name)  # one that somebody else built there, for all
+    native._built.cache_clear()
+    assert prepare(Execution(device="cpu", threads=1)).native
+    assert not built.exists()
 
 
 @pytest.mark.parametrize("lacks", [no_compiler, other_system, broken_compiler, no_header, no_cache])

@@ -90,6 +90,20 @@ def test_what_is_in_training_elsewhere_is_left_out(
         assert "holds no run of these networks yet; wait for the processes" in capsys.readouterr().err
 
 
+def test_without_weights_yet_the_rest_is_drawn(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where another process trains all there is, and has not saved yet."""
+    shutil.copytree(whole / "plainnet8/seed0", tmp_path / "plainnet8/seed0")
+    for name in ("result.json", "checkpoint.safetensors", "checkpoint.previous.safetensors"):
+        (tmp_path / "plainnet8/seed0" / name).unlink(missing_ok=True)
+    line = [*REPRODUCE, "--nets", "PlainNet8", "--runs", str(tmp_path)]
+    with RunDir(tmp_path / "plainnet8/seed0").locked():
+        assert run(line) == 0
+    said = capsys.readouterr().out
+    assert "Figure 7 is left out: no run has saved weights yet" in said
+    assert "fig6.png" in said
+    assert not (tmp_path / "fig7.png").exists()
+
+
 def test_what_another_process_began_and_left_is_taken_up(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -368,6 +368,27 @@ def test_what_another_process_finished_meanwhile_is_left_alone(alone: Path, tmp_
     assert (tmp_path / "sweep/seed1/result.json").read_bytes() == (alone / "seed1/result.json").read_bytes()
 
 
+def test_a_sweep_belongs_to_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one would write sweep.json anew for its own runs, or remove it when it is stopped."""
+    config = tiny(tmp_path / "sweep", recipe={"steps": 2})
+
+    def meanwhile(*args: Any, **options: Any) -> Any:
+        before = (tmp_path / "sweep/sweep.json").read_bytes()
+        for seeds, other in ([2, 3], config), ([0], tiny(tmp_path / "sweep", recipe={"steps": 2, "lr": 0.1})):
+            with pytest.raises(InUse, match="sweep is being trained by another process"):
+                train_seeds(other, seeds, verbosity="quiet")
+        assert (tmp_path / "sweep/sweep.json").read_bytes() == before
+        return load_images(*args, **options)
+
+    monkeypatch.setattr("fastres.loop.load_images", meanwhile)
+    train_seeds(config, [0], verbosity="quiet")
+    monkeypatch.setattr("fastres.loop.load_images", load_images)
+    with pytest.raises(InputError, match="seed0 is not empty; give another --out") as no:
+        train_seeds(tiny(tmp_path / "sweep/seed0", recipe={"steps": 2}), [0], verbosity="quiet")
+    assert "--overwrite" not in str(no.value)  # which --seeds does not go with
+    assert not (tmp_path / "sweep/seed0/sweep.json").exists()
+
+
 def test_runs_that_another_process_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = sweep.seed_folders(tmp_path, tiny(tmp_path, recipe={"steps": 2}), SEEDS)
     with RunDir.create(tmp_path / "seed1").locked():

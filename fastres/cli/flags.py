@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ import typer
 from fastres.config import RunConfig, preset_tree, with_dependent_defaults
 from fastres.configtree import leaves, merge
 from fastres.errors import InputError
-from fastres.rundir import found_again
 
 T = TypeVar("T")
 MAX_SEEDS = 1_000  # more is a slip of the hand
@@ -167,10 +165,9 @@ def read_file(path: Path, flag: str = "--config") -> dict[str, Any]:
     if kind == "JSON" and isinstance(tree.get("output"), dict):
         tree["output"].pop("out", None)
     if kind == "JSON" and isinstance(tree.get("execution"), dict):
-        if (found := found_again(tree)) != tree:
-            gone = tree["execution"]["data_dir"]
-            print(f"fastres: {gone}, where that run's data was, is gone: CIFAR-10 is looked for anew", file=sys.stderr)
-        tree = found
+        from fastres.rundir import found_again
+
+        tree = found_again(tree)
     return tree
 
 

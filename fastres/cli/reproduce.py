@@ -1,7 +1,8 @@
 """`fastres reproduce`: the paper's Table 6, Figure 6 and Figure 7, the runs that they need included."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +24,7 @@ from fastres.cli.flags import (
 from fastres.cli.help import panel
 from fastres.config import make_config, preset_tree
 from fastres.configtree import merge
-from fastres.errors import InputError
+from fastres.errors import InputError, InUse
 
 if TYPE_CHECKING:
     from fastres.console import Console
@@ -187,7 +188,7 @@ def reproduce(
     if train:
         whole = train_missing(stages, console=console, deadline=deadline, side_by_side=side_by_side)
     make_folder(folder)
-    with RunDir(folder).locked(wait=True):  # several processes may end at one time; the last one to draw sees all
+    with _alone_in(folder, console):  # several processes may end at one time; the last one to draw sees all
         if not (found := runs_of(stages)):
             way_on = "wait for the processes that train them" if train else "leave out --no-train to train them"
             raise InputError(f"{runs} holds no run of these networks yet; {way_on}")
@@ -267,6 +268,20 @@ def _networks(
     return stages_of(chosen, parse_seeds(seeds), parse_seeds(plain_seeds, "--plain-seeds"))
 
 
+@contextlib.contextmanager
+def _alone_in(folder: Path, console: "Console") -> Iterator[None]:
+    """Hold a folder, and say so where that takes waiting for another process."""
+    from fastres.rundir import RunDir
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(RunDir(folder).locked())
+        except InUse:
+            console.say(f"waiting for the process that writes into {folder}")
+            stack.enter_context(RunDir(folder).locked(wait=True))
+        yield
+
+
 def _make(
     what: str,
     found: "list[RunDir]",
@@ -284,19 +299,26 @@ def _make(
     from fastres.reproduce.paper import departures
 
     missing = f"{num_missing} of the runs asked for not begun" if num_missing else ""
-    note, paths = "; ".join(filter(None, [note_of(found), missing])), list[Path]()
+    note = "; ".join(filter(None, [note_of(found), missing]))
+
+    def tell(paths: Iterable[Path]) -> None:
+        for path in paths:
+            console.say(f"wrote {path}")
+
     if note:
         console.say(f"note: {note}")
     if what in ("table6", "all"):
         rows = table6.rows_of(found)
-        paths += table6.write(rows, folder, note=note)
+        paths = table6.write(rows, folder, note=note)
         console.print(table6.terminal(rows))
+        tell(paths)
     if what in ("fig6", "all"):
         # The paper's axis, but for runs that are not the paper's: most of their curves would lie above it.
         usual = 1.0 if any(departures(run.config()) for run in found) else fig6.PAPER_YLIM
         upper = usual if ylim is None else ylim / 100
-        paths += fig6.draw(found, folder, note=note, clean=clean, ylim=upper)
+        tell(fig6.draw(found, folder, note=note, clean=clean, ylim=upper))
     if what in ("fig7", "all"):
-        paths += fig7.draw(found, folder, execution, note=note, say=console.say)
-    for path in paths:
-        console.say(f"wrote {path}")
+        if all(run.ended for run in found) or any(fig7.has_weights(run) for run in found):
+            tell(fig7.draw(found, folder, execution, note=note, say=console.say))
+        else:
+            console.say("Figure 7 is left out: no run has saved weights yet")

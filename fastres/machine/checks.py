@@ -3,6 +3,7 @@
 Nothing is downloaded or trained. torch is imported only inside, since it may be what is broken.
 """
 
+import importlib
 import importlib.util
 import os
 import platform
@@ -20,6 +21,10 @@ from fastres.errors import FastresError, MachineError, first_line
 from fastres.machine import driver, host
 
 MIN_TORCH = (2, 11)
+PACKAGES = {  # by module
+    "numpy": "numpy", "safetensors.torch": "safetensors", "filelock": "filelock", "matplotlib.figure": "matplotlib",
+    "torchvision": "torchvision", "PIL.Image": "pillow", "tomli_w": "tomli-w",
+}  # fmt: skip
 DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 DALI_PYTHON = (3, 15)  # the first Python that DALI has no build for
 RUN_BYTES, ROOM_BYTES = 200_000_000, 2_000_000_000  # on the disk: without it no run; with less a note
@@ -76,6 +81,16 @@ def torch_build() -> Iterable[Finding]:
         yield Finding("note", "torch", f"{torch.__version__}, {build}, but there is an NVIDIA driver", remedy)
         return
     yield Finding("ok", "torch", f"{torch.__version__}, {build}")
+
+
+def packages() -> Iterable[Finding]:
+    """What else fastres needs: whether it can be imported. Nothing is said where all can."""
+    for module, name in PACKAGES.items():
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: torchvision beside another torch
+            remedy = f"{_pip()} install --force-reinstall {name}"
+            yield Finding("error", name, f"cannot be imported: {first_line(error)}", remedy, stops=True)
 
 
 def gpus() -> Iterable[Finding]:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import sysconfig
 import tempfile
 from importlib import metadata
@@ -102,7 +103,7 @@ def default_cache_dir() -> Path:
 def writable(folder: Path) -> bool:
     """Whether a folder that need not be there yet can be written."""
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110 (False where it may not look)
-    return os.access(there, os.W_OK)
+    return there.is_dir() and os.access(there, os.W_OK)
 
 
 def user_name() -> str:
@@ -145,7 +146,7 @@ def kernel_cache_dir(name: str = "") -> Path:
         name: Of a folder in it.
 
     Raises:
-        MachineError: That one is another user's, whose code would be run.
+        MachineError: That one is another user's, or open to others, whose code would be run.
     """
     with contextlib.suppress(MachineError):
         if writable(folder := default_cache_dir() / name):
@@ -154,6 +155,7 @@ def kernel_cache_dir(name: str = "") -> Path:
     folder = Path(tempfile.gettempdir()) / f"fastres_{user}"
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
-        if user in ("", folder.stat().st_uid):
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and user in ("", found.st_uid) and not found.st_mode & 0o022:
             return folder / name
     raise MachineError(f"no cache folder: {folder} cannot be used; set FASTRES_CACHE to one")

@@ -1,5 +1,6 @@
 """Builds and loads the C++ beside it: kernels for training on a CPU."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,7 +16,7 @@ from typing import Any
 import torch  # before the library is loaded, which then shares torch's OpenMP and its threads
 
 from fastres.errors import MachineError
-from fastres.machine.host import cpu_info, kernel_cache_dir
+from fastres.machine.host import cpu_info, default_cache_dir, kernel_cache_dir
 
 FOLDER = Path(__file__).parent
 COMPILER = "g++"  # since torch's OpenMP on Linux is GCC's
@@ -83,7 +84,11 @@ def _build() -> Kernels:
     # By all that the result depends on: the compiler and, by -march=native, this very CPU. A home may be on several.
     macros = _run([compiler, *FLAGS, "-dM", "-E", "-x", "c++", "/dev/null"])
     key = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr((FLAGS, macros)).encode()).hexdigest()
-    path = kernel_cache_dir() / f"native-{key[:16]}.so"
+    name = f"native-{key[:16]}.so"
+    with contextlib.suppress(MachineError, OSError):  # there may be one that this user may only read
+        if _is_whole(shared := default_cache_dir() / name):
+            return Kernels(ctypes.CDLL(str(shared)))
+    path = kernel_cache_dir() / name
     try:
         if not _is_whole(path):
             path.parent.mkdir(parents=True, exist_ok=True)

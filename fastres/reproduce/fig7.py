@@ -59,7 +59,7 @@ def draw(
         InputError: Runs of one network differ in more than the seed, or no run has a checkpoint.
         MachineError: No data, no such device, or the files cannot be written.
     """
-    networks = _as_in_the_paper(by_network([run for run in runs if _has_weights(run, say)]), say)
+    networks = _as_in_the_paper(by_network([run for run in runs if has_weights(run, say)]), say)
     if not networks:
         raise InputError("Figure 7 needs weights, and none of the runs has a checkpoint; give runs that kept theirs")
     named = execution.get("precision", "auto")
@@ -124,7 +124,8 @@ def plot(lines: Sequence[Line], note: str) -> "Figure":
     return figure
 
 
-def _has_weights(run: RunDir, say: Callable[[str], None]) -> bool:
+def has_weights(run: RunDir, say: Callable[[str], None] = lambda _: None) -> bool:
+    """Whether a run has saved what can be measured; `say` is told if not."""
     if any((run.path / name).exists() for name in (checkpoint.NEWEST, checkpoint.PREVIOUS)):
         return True
     say(f"{run.path} has no checkpoint: left out of Figure 7")
