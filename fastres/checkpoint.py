@@ -6,11 +6,12 @@ weights file; what else a run needs is named with a slash (`momentum/conv1.weigh
 
 import contextlib
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -61,7 +62,8 @@ def load(path: Path) -> Checkpoint:
         InputError: The file is missing, truncated, altered, or of another format.
     """
     try:
-        header, tensors = _metadata(path), safetensors.torch.load(path.read_bytes())
+        content = path.read_bytes()  # all at once: a save may put another file in its place
+        header, tensors = _metadata(io.BytesIO(content)), safetensors.torch.load(content)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, safetensors.SafetensorError) as error:  # KeyError: a dtype that torch lacks
@@ -84,26 +86,28 @@ def load(path: Path) -> Checkpoint:
 def is_checkpoint(path: Path) -> bool:
     """Whether a file is safetensors and says that it is a checkpoint of a run."""
     try:
-        return "fastres" in _metadata(path)
+        with path.open("rb") as file:
+            return "fastres" in _metadata(file)
     except (OSError, ValueError):
         return False
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def _metadata(file: BinaryIO) -> dict[str, str]:
     """A safetensors file's own. safetensors' `safe_open` takes only paths in UTF-8, and misreports permissions.
 
     Raises:
         OSError: It cannot be read.
         ValueError: It is none.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError("its header is cut off")
-        try:
-            header = json.loads(file.read(length))
-        except RecursionError as error:
-            raise ValueError("its header is nested without end") from error
+    num_bytes = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if length > num_bytes:
+        raise ValueError("its header is cut off")
+    try:
+        header = json.loads(file.read(length))
+    except RecursionError as error:
+        raise ValueError("its header is nested without end") from error
     found = header.get("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(found, dict):
         raise ValueError("its header is none of safetensors")
@@ -135,8 +139,9 @@ def steps(folder: Path) -> set[int]:
     """The steps at which a run folder's checkpoints were saved, as they say; unreadable ones are left out."""
     found = set()
     for path in (folder / NEWEST, folder / PREVIOUS):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            found.add(int(json.loads(_metadata(path)["fastres"])["step"]))
+        unreadable = (OSError, ValueError, KeyError, TypeError, RecursionError)
+        with contextlib.suppress(*unreadable), path.open("rb") as file:
+            found.add(int(json.loads(_metadata(file)["fastres"])["step"]))
     return found
 
 

@@ -17,7 +17,7 @@ from fastres.clock import Clocks
 from fastres.config import RunConfig
 from fastres.configtree import is_int
 from fastres.console import Console, Verbosity, percent
-from fastres.errors import Diverged, InputError
+from fastres.errors import Diverged, InputError, InUse
 from fastres.files import make_folder, write_json
 from fastres.guards import Interrupt, stopped
 from fastres.loop import check_config, check_loader, train_together
@@ -100,8 +100,9 @@ def train_seeds(
                 if is_new and not _begun(folders):  # nothing came of it: it would be in the way of the next
                     (folder / SWEEP).unlink(missing_ok=True)
                 raise
-    except BaseException:
-        remove_lone_lock(folder)
+    except BaseException as error:
+        if not isinstance(error, InUse):  # else the lock is another process's
+            remove_lone_lock(folder)
         if not config.output.out:
             remove_empty(folder)
         raise

@@ -389,6 +389,15 @@ def test_a_sweep_belongs_to_one_process_at_a_time(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "sweep/seed0/sweep.json").exists()
 
 
+def test_the_lock_of_another_process_stays(tmp_path: Path) -> None:
+    """Also before there is anything else in the folder: else a third process would get in."""
+    with RunDir.create(tmp_path / "sweep").locked():
+        (tmp_path / "sweep/console.log").unlink()
+        with pytest.raises(InUse):
+            train_seeds(tiny(tmp_path / "sweep"), [0], verbosity="quiet")
+        assert [path.name for path in (tmp_path / "sweep").iterdir()] == [".lock"]
+
+
 def test_runs_that_another_process_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = sweep.seed_folders(tmp_path, tiny(tmp_path, recipe={"steps": 2}), SEEDS)
     with RunDir.create(tmp_path / "seed1").locked():

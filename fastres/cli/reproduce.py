@@ -187,11 +187,12 @@ def reproduce(
     console, whole = Console("quiet" if quiet else "auto"), True
     if train:
         whole = train_missing(stages, console=console, deadline=deadline, side_by_side=side_by_side)
+    if not runs_of(stages):
+        way_on = "wait for the processes that train them" if train else "leave out --no-train to train them"
+        raise InputError(f"{runs} holds no run of these networks yet; {way_on}")
     make_folder(folder)
     with _alone_in(folder, console):  # several processes may end at one time; the last one to draw sees all
-        if not (found := runs_of(stages)):
-            way_on = "wait for the processes that train them" if train else "leave out --no-train to train them"
-            raise InputError(f"{runs} holds no run of these networks yet; {way_on}")
+        found = runs_of(stages)
         num_missing = len({path for stage in stages for path in stage.folders}) - len(found)
         _make(what, found, folder, changes["execution"], console, clean=clean, ylim=ylim, num_missing=num_missing)
     if not whole:
