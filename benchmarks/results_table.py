@@ -52,7 +52,9 @@ def results() -> list[Path]:
 def _table6(folder: Path) -> tuple[Result, str]:
     text = (folder / "table6.md").read_text(encoding="utf-8")
     env = json.loads(min(folder.glob("*/*/environment.json")).read_text(encoding="utf-8"))
-    note = "" if env["data"]["official"] else "Of images that are not the official CIFAR-10 files:\n\n"
+    note = (
+        "" if env["data"]["official"] else "Trained and tested on images that are not the official CIFAR-10 files:\n\n"
+    )
     return env, note + "".join(f"{line}\n" for line in text.splitlines() if line.startswith("|"))
 
 
@@ -84,7 +86,7 @@ def _report(report: Result) -> str:
         )
         for cell in report["cells"]
     ]
-    return _markdown(("cell", "img/s", "ms a step", "p5 to p95", "times the machine's floor"), rows)
+    return _markdown(("cell", "img/s", "ms/step", "p5 to p95", "times the machine's floor"), rows)
 
 
 def _race(race: Result) -> str:

@@ -287,7 +287,7 @@ def with_dependent_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     """Fill in what depends on something else; what the caller set is left alone.
 
     ResNet-110 alone warms up (section 4.2); deeper ResNets are treated likewise. A ramp takes a tenth of the steps. The
-    ImageNet networks project where the shape changes (section 4.1); the first of them has 18 layers.
+    ImageNet networks project where the shape changes, as the paper's bottlenecks do (section 4.1); the least has 18 layers.
     """
     model, recipe = tree.get("model", {}), tree.get("recipe", {})
     if not isinstance(model, Mapping) or not isinstance(recipe, Mapping):

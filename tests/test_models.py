@@ -336,7 +336,8 @@ def test_he_initialisation(mode: Literal["fan_in", "fan_out"]) -> None:
     init_he_(net, mode=mode, generator=torch.Generator().manual_seed(0))
     weights = {name: p for name, p in net.named_parameters() if p.ndim > 1}
     for name, weight in weights.items():
-        fan = weight[0].numel() if mode == "fan_in" else weight.shape[0] * weight[0, 0].numel()
+        by_outputs = mode == "fan_out" and weight.ndim == 4
+        fan = weight.shape[0] * weight[0, 0].numel() if by_outputs else weight[0].numel()
         unit = weight.detach().flatten() / math.sqrt(2 / fan)  # standard normal
         margin = 5 / math.sqrt(len(unit))  # five standard errors of the mean; those of the deviation are smaller
         assert abs(unit.mean()) < margin, name

@@ -244,7 +244,7 @@ def test_an_ablation_makes_its_own_table(whole: Path) -> None:
     assert run([*line, "--weight-decay-on", "weights"]) == 0
     assert (whole / "table6.md").read_bytes() == before
     text = (whole / "weight-decay-on-weights/table6.md").read_text()
-    assert "where the paper is silent: weight decay on all -> weights" in text
+    assert "where the paper leaves it open: weight decay on all -> weights" in text
     assert "](resnet8/seed0)" in text
 
 

@@ -94,7 +94,7 @@ def reproduce(
         float | None,
         Runs(help="Upper end of fig6's y axis in %. [paper: 20; other recipes: 100]"),
     ] = None,
-    assert_: Annotated[bool, Runs("--assert", help="Exit with code 6 if Table 6 does not hold.")] = False,
+    assert_: Annotated[bool, Runs("--assert", help="Exit with code 6 unless Table 6 is reproduced.")] = False,
     shortcut: Annotated[str | None, Ablations(help="A or B. [default: A]")] = None,
     warmup: Annotated[
         str | None,

@@ -168,20 +168,21 @@ class CifarNet(nn.Module):
 def init_he_(net: nn.Module, *, mode: Literal["fan_in", "fan_out"], generator: torch.Generator) -> None:
     """Initialise in place: He normal weights (arXiv:1502.01852), batch norm to identity, the fc bias to zero.
 
-    Weights have the standard deviation sqrt(2 / fan). They are drawn on the CPU in fp32, in the order of
-    `net.named_parameters()`, so that a seed means the same weights on every device, and one block's weights do not
-    depend on what comes after it.
+    Weights have the standard deviation sqrt(2 / fan); of linear layers the fan-in always, since the fan-out of the last
+    one is the number of classes, which makes its logits several times as large. They are drawn on the CPU in fp32, in
+    the order of `net.named_parameters()`, so that a seed means the same weights on every device, and one block's
+    weights do not depend on what comes after it.
 
     Args:
         net: A network of convolutions, batch norms and linear layers.
-        mode: Which fan: "fan_in" keeps the scale of activations, "fan_out" that of gradients. The paper cites
-            He et al. 2015, which derives both.
+        mode: Which fan of convolutions: "fan_in" keeps the scale of activations, "fan_out" that of gradients. The paper
+            cites He et al. 2015, which derives both.
         generator: On the CPU; advanced by the weights drawn.
     """
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            weight = torch.empty(module.weight.shape)
-            module.weight.copy_(nn.init.kaiming_normal_(weight, mode=mode, nonlinearity="relu", generator=generator))
+            weight, fan = torch.empty(module.weight.shape), mode if isinstance(module, nn.Conv2d) else "fan_in"
+            module.weight.copy_(nn.init.kaiming_normal_(weight, mode=fan, nonlinearity="relu", generator=generator))
             if module.bias is not None:
                 module.bias.zero_()
         elif isinstance(module, nn.BatchNorm2d):

@@ -1,6 +1,6 @@
 """Curves of runs as PNG and SVG.
 
-Training error is thin and test error bold, as in the paper's Figure 6; both have their run's colour. What was logged is
+Training error is thin and test error bold; both have their run's colour. What was logged is
 pale where a smoothed line stands in front of it. Training error is the running error over the augmented stream.
 """
 

@@ -36,8 +36,8 @@ def draw(
 
     Training error thin and dashed, test error bold; the mean over a network's seeds as far as all of them got, with a
     band from the lowest to the highest. Plain nets left, ResNets in the middle, those of 110 layers and more right;
-    like the paper, ResNet-110 is in both. Training error is the running error over the augmented stream, as in the
-    paper's figure.
+    like the paper, ResNet-110 is in both. Training error is the running error over the augmented stream; the paper does
+    not say whether its own is.
 
     Args:
         runs: Run folders; of one network only those that differ in the seed alone.

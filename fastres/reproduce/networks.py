@@ -113,9 +113,9 @@ def note_of(runs: Iterable[RunDir]) -> str:
 
 
 def recipe_notes(named: Iterable[tuple[str, RunConfig]]) -> list[str]:
-    """In what networks were not trained as the paper has it, then what else was chosen where it is silent."""
+    """In what networks were not trained as the paper has it, then what else was chosen where it leaves a choice."""
     named, notes = list(named), []
-    for heading, is_open in (("not the paper's recipe", False), ("where the paper is silent", True)):
+    for heading, is_open in (("not the paper's recipe", False), ("where the paper leaves it open", True)):
         changed = remarks((name, _changed(config, is_open)) for name, config in named)
         notes += [f"{heading}: {', '.join(changed)}"] if changed else []
     return notes

@@ -16,7 +16,7 @@ class Published:
     std: float | None = None  # of five runs
 
 
-# By architecture and depth. Of the plain nets the paper prints no numbers: Figure 6 has their curves.
+# By architecture and depth. The plain nets have curves in Figure 6, and one number: plain-110 "is higher than 60%".
 TABLE_6: dict[tuple[str, int], Published] = {
     ("resnet", 20): Published(0.0875),
     ("resnet", 32): Published(0.0751),
@@ -27,7 +27,7 @@ TABLE_6: dict[tuple[str, int], Published] = {
 }
 
 # How far a mean may lie from the printed number and still agree with it. The paper's own five runs of ResNet-110 have a
-# standard deviation of 0.16 points; the other rows are one run each, so of both sides together about 0.2.
+# standard deviation of 0.16 points; the other rows, presumably, are one run each: of both sides together about 0.2.
 TOLERANCE = 0.002
 
 # What Table 6 needs, best evidence for the time first: networks, and how many seeds of each.
@@ -46,7 +46,7 @@ STAGES: tuple[tuple[str, int, int | None], ...] = (
 FIGURE_7 = (("plain", 20), ("plain", 56), ("resnet", 20), ("resnet", 56), ("resnet", 110))
 
 
-# What the paper says nothing of: any choice is the paper's experiment as far as one can tell (docs/fidelity.md).
+# What the paper leaves open: any choice is the paper's experiment as far as one can tell (docs/fidelity.md).
 OPEN = (
     "model.pad",
     "model.init",
@@ -66,7 +66,7 @@ class Difference:
     path: str  # recipe.steps
     default: Any
     value: Any
-    is_open: bool  # the paper says nothing of it, or both
+    is_open: bool  # the paper leaves it open
 
     def __str__(self) -> str:
         """ "steps 64,000 -> 3,910"."""

@@ -236,7 +236,9 @@ def _shown(values: Mapping[str, Any], remarks: Mapping[str, str] | None = None) 
 
 def _remark(difference: Difference) -> str:
     default = show_value(difference.path, difference.default)
-    return f"our default: {default}; the paper is silent" if difference.is_open else f"the paper's recipe: {default}"
+    if difference.is_open:
+        return f"our default: {default}; the paper leaves it open"
+    return f"the paper's recipe: {default}"
 
 
 def environment(subject: Subject) -> str:
