@@ -246,9 +246,9 @@ def _environment(flags: dict[str, Any], depth: int) -> dict[str, Any]:
     """Of fastres' side."""
     from fastres.config import make_config
     from fastres.machine.environment import environment
-    from fastres.resolve import runtime_of
+    from fastres.resolve import prepare_for
 
-    return environment(runtime_of(make_config(model={"depth": depth}, execution=flags)))
+    return environment(prepare_for(make_config(model={"depth": depth}, execution=flags)))
 
 
 def _value(text: str) -> Any:

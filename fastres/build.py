@@ -20,7 +20,7 @@ from fastres.models.norm import BatchNorm
 from fastres.native.fusednet import Inference
 from fastres.native.layernet import LayerInference
 from fastres.optim import make_sgd
-from fastres.runtime import Runtime, seeded_generator
+from fastres.runtime import Runtime
 from fastres.step import Loader
 
 EVALUATION_BATCH = 1_000  # images; fits any machine that trains
@@ -65,9 +65,9 @@ def _made_by(make: Callable[[], ImageSet]) -> ImageSet:
 
 
 def build_net(config: RunConfig, runtime: Runtime, *, num_classes: int) -> Network:
-    """The network on its device with initial weights, which depend on the seed alone."""
+    """The network on its device with initial weights, which depend on the seed alone, not on the device."""
     net = empty_net(config.model, num_classes=num_classes)
-    init_he_(net, mode=config.model.init, generator=seeded_generator(config.seed))
+    init_he_(net, mode=config.model.init, generator=torch.Generator().manual_seed(config.seed))
     return place(net, config.execution, runtime)
 
 
@@ -81,9 +81,10 @@ def empty_net(model: cfg.Model, *, num_classes: int) -> Network:
         "bn_eps": model.bn_eps,
         "bn_momentum": model.bn_momentum,
     }
-    if model.arch == "imagenet":
-        return ImageNetNet(model.depth, **options)
-    return CifarNet(model.depth, residual=model.arch == "resnet", **options)
+    with torch.random.fork_rng(devices=[]):  # torch's layers draw weights that are thrown away
+        if model.arch == "imagenet":
+            return ImageNetNet(model.depth, **options)
+        return CifarNet(model.depth, residual=model.arch == "resnet", **options)
 
 
 def place(net: Network, execution: cfg.Execution, runtime: Runtime) -> Network:

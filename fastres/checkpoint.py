@@ -131,7 +131,9 @@ def load_all(folder: Path, *, most: int = 2) -> tuple[list[Checkpoint], list[str
                     raise
                 problems.append(str(error))
     if problems and not whole:
-        raise InputError(f"no whole checkpoint is left: {'; '.join(problems)}; to begin anew move {folder} aside")
+        raise InputError(
+            f"no whole checkpoint is left: {'; '.join(problems)}; to begin anew: {files.move_aside(folder)}"
+        )
     return whole, problems
 
 

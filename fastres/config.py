@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from fastres.configtree import build, coerced, differences, is_int, merge, nearest
@@ -173,20 +174,20 @@ class RunConfig:
 
     def idle_keys(self) -> set[str]:
         """Keys of the experiment that do nothing beside the others, by their whole path."""
-        model, recipe, keys = self.model, self.recipe, set[str]()
-        if model.arch == "plain":
-            keys |= {"model.shortcut", "model.pad"}
-        if model.shortcut == "B":
-            keys |= {"model.pad"}
-        if recipe.schedule == "linear":
-            keys |= {"recipe.milestones", "recipe.lr_decay"}
-        if recipe.warmup in ("none", "error"):
-            keys |= {"recipe.warmup_steps"}
-        if recipe.warmup in ("none", "ramp"):
-            keys |= {"recipe.warmup_lr"}
-        if recipe.momentum == 0:
-            keys |= {"recipe.lr_in_velocity"}
-        return keys
+        model, recipe, linear = self.model, self.recipe, self.recipe.schedule == "linear"
+        falls = any(milestone < recipe.steps for milestone in recipe.milestones)
+        idle = {
+            "model.shortcut": model.arch == "plain",
+            "model.pad": model.arch == "plain" or model.shortcut == "B",
+            "model.norm_batch": model.norm_batch == recipe.batch_size,
+            "recipe.milestones": linear or recipe.lr_decay == 1 or not (falls or recipe.steps > Recipe.milestones[0]),
+            "recipe.lr_decay": linear or not falls,
+            "recipe.warmup_steps": recipe.warmup in ("none", "error"),
+            "recipe.warmup_lr": recipe.warmup in ("none", "ramp"),
+            "recipe.weight_decay_on": recipe.weight_decay == 0,
+            "recipe.lr_in_velocity": recipe.momentum == 0,
+        }
+        return {key for key, is_idle in idle.items() if is_idle}
 
     @property
     def digest(self) -> str:
@@ -286,21 +287,22 @@ def preset_tree(name: object) -> dict[str, Any]:
 def with_dependent_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     """Fill in what depends on something else; what the caller set is left alone.
 
-    ResNet-110 alone warms up (section 4.2); deeper ResNets are treated likewise. A ramp takes a tenth of the steps. The
-    ImageNet networks project where the shape changes, as the paper's bottlenecks do (section 4.1); the least has 18 layers.
+    ResNet-110 alone warms up (section 4.2), over 400 steps; deeper ResNets are treated likewise. A ramp takes a tenth
+    of the steps, and so does the other where 400 are too many. A warm-up of a length is constant. The ImageNet networks
+    project where the shape changes, as the paper's bottlenecks do (section 4.1); the first of them has 18 layers.
     """
     model, recipe = tree.get("model", {}), tree.get("recipe", {})
     if not isinstance(model, Mapping) or not isinstance(recipe, Mapping):
         return tree  # refused when the config is built
-    steps = recipe.get("steps", Recipe.steps)
-    if recipe.get("warmup") == "ramp" and "warmup_steps" not in recipe and is_int(steps):
-        tree = merge(tree, {"recipe": {"warmup_steps": max(1, steps // 10)}})
     if model.get("arch") == "imagenet":
         tree = merge({"model": {"depth": 18, "shortcut": "B"}}, tree)
     deep_resnet = model.get("arch", "resnet") == "resnet" and is_int(model.get("depth")) and model["depth"] >= 110
-    if deep_resnet and "warmup" not in recipe and recipe.get("schedule", "step") == "step":
-        tree = merge(tree, {"recipe": {"warmup": "constant"}})
-    return tree
+    warms_up = "warmup_steps" in recipe or (deep_resnet and recipe.get("schedule", "step") == "step")
+    kind, steps = recipe.get("warmup", "constant" if warms_up else "none"), recipe.get("steps", Recipe.steps)
+    filled = {"warmup": kind} if kind != "none" else {}
+    if is_int(steps) and (kind == "ramp" or (kind == "constant" and steps < Recipe.warmup_steps)):
+        filled["warmup_steps"] = max(1, steps // 10)
+    return merge(tree, {"recipe": {**filled, **recipe}}) if filled else tree
 
 
 def _validate(config: RunConfig) -> None:
@@ -327,11 +329,9 @@ def _validate(config: RunConfig) -> None:
         need(holds, key, value, f"it must be a finite number {'at least' if low_ok else 'above'} 0")
     need(1e-6 <= recipe.lr_decay <= 1, "lr_decay", recipe.lr_decay, "it must be 1e-6 to 1")
     need(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "it must be at least 0 and below 1")
-    in_order = all(a < b for a, b in zip(recipe.milestones, recipe.milestones[1:], strict=False))
-    rises = in_order and all(milestone > 0 for milestone in recipe.milestones)
+    rises = all(a < b for a, b in pairwise((0, *recipe.milestones)))
     need(rises, "milestones", list(recipe.milestones), "they must rise, from above 0")
-    rule = "it must be at least 1; --warmup none turns it off"
-    need(recipe.warmup_steps >= 1, "warmup_steps", recipe.warmup_steps, rule)
+    need(recipe.warmup_steps >= 1, "warmup_steps", recipe.warmup_steps, "it must be at least 1, or --warmup none")
     if recipe.warmup in ("ramp", "constant"):
         rule = f"it must end within the {recipe.steps} steps: give fewer --warmup-steps, or --warmup none turns it off"
         need(recipe.warmup_steps <= recipe.steps, "warmup_steps", recipe.warmup_steps, rule)

@@ -120,16 +120,16 @@ class Console:
         """A line that stays. With `run` it concerns that run alone, and stands in no other's log."""
         if run:
             run.say(text)
-        elif self._runs:
-            self._log(text)
         else:
-            self._early.append(text)
+            self._keep(text)
         if self.verbosity != "quiet":
             self._rich.print(Text(text))
 
     def say_once(self, text: str) -> None:
-        """A line that is the same for every run of several."""
-        if text not in self._once:
+        """A line that is the same for every run of several: it is printed once, and stands in each one's log."""
+        if text in self._once:
+            self._keep(text)
+        else:
             self._once.add(text)
             self.say(text)
 
@@ -180,6 +180,13 @@ class Console:
         if self._live:
             self._live.stop()
             self._live = None
+
+    def _keep(self, text: str) -> None:
+        """In the log, also of runs that are yet to come."""
+        if self._runs:
+            self._log(text)
+        else:
+            self._early.append(text)
 
     def _log(self, text: str) -> None:
         for run in self._runs:

@@ -143,8 +143,10 @@ def load_trained(
         raise InputError("--std goes with --mean, the other half of what the weights were trained with; add it")
     foreign = None if saved else read_weights(target)  # before a download for nothing
     config = RunConfig.from_dict(saved.meta["config"]) if saved else None
-    tree = here((config or RunConfig()).to_dict(), execution)
-    data = {**tree["data"], **({"dataset": dataset} if dataset else {})}
+    tree = for_one_pass((config or RunConfig()).to_dict(), execution)
+    data = tree["data"]
+    if dataset and dataset != data["dataset"]:  # which has no validation split of the run's
+        data = {**data, "dataset": dataset, "val_split": False}
     if test_set:
         if not data["val_split"]:
             raise InputError(
@@ -155,7 +157,10 @@ def load_trained(
     runtime = prepare(chosen.execution)
     images = load_images(chosen.data, chosen.execution, train=saved is None and mean is None, say=say)
     if saved and config:
-        _check(saved, config, images, target, arch, say)
+        _check(saved, config, target, arch)
+        theirs, ours = saved.meta["data"]["test_digest"], images.test_digest()
+        if theirs != ours and not test_set:
+            say(f"tested on other images ({short_digest(ours)}) than the run was tested on ({short_digest(theirs)})")
         model, weights, step = config.model, saved.weights, saved.meta["step"]
         mean_image: Float32Array = saved.tensors["data/mean"].numpy()
     else:
@@ -203,7 +208,7 @@ def _assumed(target: Path, model: Model, *, guessed: bool, mean: Channels | None
     return f"{target}: taken for {kind}; {pixels}"
 
 
-def here(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def for_one_pass(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A stored config for a single pass on this machine, which may be another one.
 
     Args:
@@ -239,17 +244,12 @@ def read_checkpoint(target: Path, say: Callable[[str], None]) -> checkpoint.Chec
 def _check(
     saved: checkpoint.Checkpoint,
     config: RunConfig,
-    images: ImageSet,
     target: Path,
     arch: str | None,
-    say: Callable[[str], None],
 ) -> None:
-    """Raise InputError where a checkpoint contradicts the command line or this fastres; name other test images."""
+    """Raise InputError where a checkpoint contradicts the command line or this fastres."""
     if arch is not None and arch != config.model.arch:
         raise InputError(f"--arch {arch}: {target} says of itself that it is {config.model.arch}")
-    theirs, ours = saved.meta["data"]["test_digest"], images.test_digest()
-    if theirs != ours:
-        say(f"tested on other images ({short_digest(ours)}) than the run was tested on ({short_digest(theirs)})")
     if saved.meta["data"]["scale"] != SCALE:
         raise InputError(f"{target} was trained with pixels scaled by {saved.meta['data']['scale']}, not {SCALE}")
 

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Mapping
@@ -50,6 +51,24 @@ def write_bytes(path: Path, content: bytes, *, keep: Path | None = None) -> None
 def typed(path: Path) -> str:
     """A path as an argument that can be typed, whatever is in its name."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+
+
+def aside(path: Path) -> Path:
+    """Where to move a folder that is in the way. Under such a name it is found by no command that is not given it."""
+    count = 1
+    while (there := path.with_name(f"{path.name}.old-{count}")).exists():
+        count += 1
+    return there
+
+
+def is_aside(name: str) -> bool:
+    """Whether a folder's name is one of `aside`."""
+    return re.fullmatch(r".*\.old-\d+", name, re.DOTALL) is not None
+
+
+def move_aside(path: Path) -> str:
+    """The command that does."""
+    return f"mv {typed(path)} {typed(aside(path))}"
 
 
 def printable(text: str) -> str:

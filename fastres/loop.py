@@ -21,11 +21,11 @@ from fastres.member import Member, make_members
 from fastres.models.cifar import num_parameters
 from fastres.models.depth import IMAGENET_BLOCKS
 from fastres.optim import LrSchedule
-from fastres.resolve import runtime_of
+from fastres.resolve import prepare_for
 from fastres.result import RunResult, result_of, summary
 from fastres.rundir import CONFIG, DIVERGED, RunDir, found_again, new_run_folder, remove_empty, resume_with
 from fastres.runstate import RunState, load_states, record_environment, record_loader, take_folders
-from fastres.runtime import Runtime, peak_memory, synchronize, usual_torch
+from fastres.runtime import Runtime, peak_memory, reset_peak_memory, synchronize, usual_torch
 from fastres.step import TrainStep
 from fastres.steptimer import StepTimer, milliseconds
 
@@ -59,7 +59,7 @@ def train(
         MachineError: No data and no network, no GPU where one was asked for, a full disk.
         OutOfMemory: The batch does not fit.
         Diverged: The loss became NaN or Inf; the last good checkpoint is kept.
-        Interrupted: SIGINT or SIGTERM (main thread only); the state was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP (main thread only); the state was saved.
         OutOfTime: The deadline has come; the state was saved.
     """
     check_config(config)
@@ -123,7 +123,7 @@ def train_together(
     check_loader(config)
     with usual_torch(), clocks("other"), contextlib.closing(console), contextlib.ExitStack() as stack:
         with clocks("compile"):
-            runtime = runtime_of(config, console.say)
+            runtime = prepare_for(config, console.say)
         check_memory(config, runtime, num_replicas=len(folders))
         for note in runtime.notes:
             console.say_once(note)
@@ -168,6 +168,7 @@ def _run(
 
     with contextlib.ExitStack() as stack:
         # Build. Chance is a function of the seed: weights here, samples in the epoch plan.
+        reset_peak_memory(runtime.device)
         mean = images.mean_image()
         members = make_members(configs, runs, images, mean, runtime, clocks, stack, console.say)
         record_loader(runs, members[0].replica.loader.name)

@@ -95,9 +95,10 @@ class Member:
         for offset, loss in enumerate(self._window.losses):
             if not math.isfinite(loss):
                 step = self._window.start + offset + 1
+                how = f"lr {schedule.at(step - 1, self.state.warmup_end):.4g}, {precision}"
                 self._give_up(
                     step,
-                    f"the loss became {loss} at step {step:,} (lr {self.lr:.4g}, {precision}); {last_good(self.run)}. "
+                    f"the loss became {loss} at step {step:,} ({how}); {last_good(self.run)}. "
                     "Try a lower --lr, a --warmup, or --precision fp32",
                 )
                 return

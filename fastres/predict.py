@@ -12,7 +12,7 @@ from fastres.config import RunConfig
 from fastres.data.imageset import IMAGE_SIZE, Bytes, Float32Array
 from fastres.data.resident import evaluation_batches
 from fastres.errors import InputError
-from fastres.evaluate import here, read_checkpoint
+from fastres.evaluate import for_one_pass, read_checkpoint
 from fastres.models.imagenet import Network
 from fastres.runtime import Runtime, autocast, prepare, usual_torch
 
@@ -95,7 +95,7 @@ def load(
         raise InputError(f"{path} is no checkpoint of fastres; `fastres eval` reads other projects' weights")
     config = RunConfig.from_dict(saved.meta["config"])
     asked = {"device": device} | ({"precision": precision} if precision else {})
-    execution = RunConfig.from_dict({"execution": here(config.to_dict(), asked)["execution"]}).execution
+    execution = RunConfig.from_dict({"execution": for_one_pass(config.to_dict(), asked)["execution"]}).execution
     runtime, names = prepare(execution), tuple(saved.meta["data"]["class_names"])
     net = empty_net(config.model, num_classes=len(names))
     net.load_state_dict(saved.weights)

@@ -30,8 +30,8 @@ SMALL = 14  # layers: two blocks a stage, so that every kernel of a deeper netwo
 FACTOR, NEAR = 4.0, 2**-6
 
 
-def runtime_of(config: RunConfig, say: Callable[[str], None] | None = None) -> Runtime:
-    """What a config's execution resolves to for its network, its kernels checked on this machine.
+def prepare_for(config: RunConfig, say: Callable[[str], None] | None = None) -> Runtime:
+    """Prepare this process for a run: `runtime.prepare` for its network, the kernels checked on this machine.
 
     Args:
         config: The run's.
@@ -41,7 +41,7 @@ def runtime_of(config: RunConfig, say: Callable[[str], None] | None = None) -> R
         InputError, MachineError: As of `runtime.prepare`; or kernels that were asked for do not go with the network or
             the batch, do not run on this GPU, or compute something else there.
     """
-    runtime, execution, batch_size = suiting(config), config.execution, config.recipe.batch_size
+    runtime, execution, batch_size = prepare_unchecked(config), config.execution, config.recipe.batch_size
     while runtime.native and runtime.device.type == "cuda":
         bare = replace(runtime, compile_scope="none", compile_mode="default", cuda_graph=False, threads=1, notes=())
         verdict = check_kernels(bare, replace(config.model, depth=SMALL), batch_size, say)
@@ -57,8 +57,8 @@ def runtime_of(config: RunConfig, say: Callable[[str], None] | None = None) -> R
     return runtime
 
 
-def suiting(config: RunConfig) -> Runtime:
-    """`runtime_of` without the check: all kernels that network and batch allow, nothing compiled."""
+def prepare_unchecked(config: RunConfig) -> Runtime:
+    """`prepare_for` without the check: with all kernels that network and batch allow, nothing compiled."""
     runtime, batch_size = prepare(config.execution, depth=config.model.depth), config.recipe.batch_size
     wanted = config.execution.layer_kernels
     if wanted or (wanted is None and layernet.BY_DEFAULT and runtime.native and runtime.device.type == "cuda"):
@@ -136,7 +136,6 @@ def check_kernels(runtime: Runtime, model: Model, batch_size: int, say: Callable
             if runtime.device.type == "cuda":
                 with contextlib.suppress(RuntimeError):  # of a GPU that is lost, which is told by then
                     torch.cuda.empty_cache()  # for DALI, which has memory of its own
-                    torch.cuda.reset_peak_memory_stats(runtime.device)  # what is reported is of training
     return _VERDICTS[key]
 
 

@@ -25,7 +25,7 @@ import filelock
 
 from fastres.config import RunConfig
 from fastres.errors import InputError, InUse, MachineError
-from fastres.files import disk_error, typed, write_json, write_text
+from fastres.files import aside, disk_error, is_aside, typed, write_json, write_text
 
 CONFIG, ENVIRONMENT, METRICS, RESULT, DIVERGED, CONSOLE = (
     "config.json",
@@ -62,7 +62,7 @@ class RunDir:
                     if lock.exists():  # else nobody trains there
                         with RunDir(lock.parent).locked():
                             pass
-                path.rename(_aside(path))
+                path.rename(aside(path))
             path.mkdir(parents=True, exist_ok=True)
             (path / CONSOLE).touch()
         except OSError as error:
@@ -80,10 +80,10 @@ class RunDir:
             raise InputError(f"{shown[:100]} cannot be a folder's name here: {error}; give another --out") from error
         if occupied and not overwrite:
             is_run = path.is_dir() and ((path / CONFIG).exists() or bool(folders_below(path)))
-            aside = ", or --overwrite moves it aside" if is_run else ""
+            or_move = ", or --overwrite moves it aside" if is_run else ""
             way_on = f"; to resume it: --resume {path}" if (path / CONFIG).exists() else ""
             what = "is not empty" if path.is_dir() else "is a file"
-            raise InputError(f"{path} {what}; {way_out or f'give another --out{aside}{way_on}'}")
+            raise InputError(f"{path} {what}; {way_out or f'give another --out{or_move}{way_on}'}")
         if occupied and not ((path / CONFIG).exists() or folders_below(path)):
             raise InputError(f"{path} holds no run, and --overwrite moves only runs aside; give another --out")
         if occupied and path.resolve() in (Path.cwd(), *Path.cwd().parents):
@@ -274,9 +274,13 @@ def find_runs(paths: Iterable[Path]) -> list[RunDir]:
 
 
 def folders_below(root: Path) -> list[Path]:
-    """Run folders up to `DEEPEST` levels below a folder: a sweep's, or those of `fastres reproduce`; by name."""
+    """Run folders up to `DEEPEST` levels below a folder, by name: a sweep's, or those of `fastres reproduce`.
+
+    Those that were moved aside (`files.aside`) are left out.
+    """
     levels = ("/".join(["*"] * level) for level in range(1, DEEPEST + 1))
-    return sorted(file.parent for level in levels for file in root.glob(f"{level}/{CONFIG}"))
+    found = (file.parent for level in levels for file in root.glob(f"{level}/{CONFIG}"))
+    return sorted(path for path in found if not any(map(is_aside, path.relative_to(root).parts)))
 
 
 def new_run_folder(config: RunConfig) -> Path:
@@ -315,8 +319,9 @@ def found_again(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def remove_lone_lock(path: Path) -> None:
     """Remove the lock of a folder that holds nothing else."""
-    if [inside.name for inside in path.iterdir()] == [LOCK]:
-        (path / LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the folder was moved
+        if [inside.name for inside in path.iterdir()] == [LOCK]:
+            (path / LOCK).unlink()
 
 
 def remove_empty(path: Path) -> None:
@@ -333,13 +338,6 @@ def _occupied(path: Path) -> bool:
 def is_left_behind(path: Path) -> bool:
     """Whether a file says nothing: a folder of such files is one whose run was killed before it had a config."""
     return path.name in (CONSOLE, LOCK) or re.fullmatch(r"\..*\.tmp", path.name) is not None
-
-
-def _aside(path: Path) -> Path:
-    count = 1
-    while (aside := path.with_name(f"{path.name}.old-{count}")).exists():
-        count += 1
-    return aside
 
 
 def _jsonable(value: Any) -> Any:

@@ -106,7 +106,8 @@ class RunState:
                         f"{saved.path} does not fit the run's network: {name} is missing or has another shape"
                     )
                 tensor.copy_(saved.tensors[name])
-        replica.scaler.load_state_dict(meta["scaler"])
+        if meta["scaler"]:  # else it was saved in another precision
+            replica.scaler.load_state_dict(meta["scaler"])
         return RunState(
             meta["step"],
             meta["logged"],
@@ -250,7 +251,12 @@ def record_environment(
     if saved is None or not (run.path / ENVIRONMENT).exists():
         run.write_json(ENVIRONMENT, now)
         return
-    first = run.read_json(ENVIRONMENT)
+    try:
+        first = run.read_json(ENVIRONMENT)
+    except InputError as error:
+        say(f"{error}; written anew, as of this process")
+        run.write_json(ENVIRONMENT, now)
+        return
     before = first.get("resumed")
     resumed = [*(before if isinstance(before, list) else []), {"step": saved.meta["step"], **now}]
     run.write_json(ENVIRONMENT, {**first, "resumed": resumed})

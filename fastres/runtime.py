@@ -168,6 +168,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def usual_torch() -> Iterator[None]:
     """Torch as a process finds it, whatever the caller of the library has set: gradients, float32, the CPU by default.
 
+    That, and the threads and the precision of products that `prepare` sets, are the caller's again afterwards.
+
     Raises:
         InputError: Inside `torch.autocast`, which keeps weights that it has cast until its outermost block ends.
     """
@@ -177,6 +179,7 @@ def usual_torch() -> Iterator[None]:
             "and choose the precision in the config"
         )
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_default_dtype(torch.float32)
     if device.type != "cpu":
         torch.set_default_device(None)
@@ -184,14 +187,11 @@ def usual_torch() -> Iterator[None]:
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(matmul)
         torch.set_default_dtype(dtype)
         if device.type != "cpu":
             torch.set_default_device(device)
-
-
-def seeded_generator(seed: int) -> torch.Generator:
-    """A CPU generator for initial weights: the same seed gives the same weights on every device."""
-    return torch.Generator().manual_seed(seed)
 
 
 @contextmanager
@@ -207,8 +207,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin `peak_memory` anew on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch held on a GPU, or that this process held in host memory, so far."""
+    """Bytes: the most that torch held on a GPU since `reset_peak_memory`, or that this process ever held in memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

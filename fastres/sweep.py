@@ -18,7 +18,7 @@ from fastres.config import RunConfig
 from fastres.configtree import is_int
 from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError, InUse
-from fastres.files import make_folder, write_json
+from fastres.files import make_folder, move_aside, write_json
 from fastres.guards import Interrupt, stopped
 from fastres.loop import check_config, check_loader, train_together
 from fastres.machine import gpu
@@ -138,6 +138,7 @@ def train_all(
     console: Console,
     clocks: Clocks | None = None,
     shared: bool = False,
+    again: bool = False,
     on_begin: Callable[[Sequence[Path]], None] = lambda _: None,
 ) -> bool:
     """Train those of the runs that are not finished; configs that differ in more than their seed go apart.
@@ -147,6 +148,7 @@ def train_all(
         interrupt: Its deadline is kept, and a signal that came too late to cut what was trained before is heeded.
         side_by_side, console, clocks: As `train_seeds`.
         shared: Leave runs that another process trains to it; else they are an error.
+        again: The deadline counts from the first step on. Else a call trains a little even if it has passed.
         on_begin: Takes the folders of the runs that are trained next, side by side.
 
     Returns:
@@ -165,7 +167,7 @@ def train_all(
         if group is None:
             return trained
         # It came when the group before had no step left to cut.
-        if interrupt.signum is not None or (tried and perf_counter() >= interrupt.deadline):
+        if interrupt.signum is not None or ((tried or again) and perf_counter() >= interrupt.deadline):
             raise stopped(interrupt, f"before {', '.join(map(str, group))}")
         how: dict[str, Any] = {"console": console, "clocks": clocks, "shared": shared, "on_begin": on_begin}
         trained |= bool(train_together(group, interrupt, brief=True, **how))
@@ -176,7 +178,9 @@ def train_all(
 def _check_place(path: Path, config: RunConfig) -> None:
     """Raise InputError where a run of `config` can neither begin nor go on in a folder."""
     try:
-        RunDir.check_free(path, overwrite=False, way_out="move that aside, and the same command trains this run")
+        RunDir.check_free(
+            path, overwrite=False, way_out=f"to train this run: {move_aside(path)}, then the same command"
+        )
     except InputError:
         if not (path / CONFIG).exists():
             raise

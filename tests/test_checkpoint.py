@@ -80,7 +80,7 @@ def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path: Path) 
     assert checkpoint.load_all(tmp_path) == ([], [])
     (tmp_path / checkpoint.NEWEST).write_bytes(b"rubbish")
     (tmp_path / checkpoint.PREVIOUS).write_bytes(b"")
-    with pytest.raises(InputError, match=r"no whole checkpoint.*to begin anew move .* aside"):
+    with pytest.raises(InputError, match=r"no whole checkpoint.*to begin anew: mv (\S+) \1\.old-1"):
         checkpoint.load_all(tmp_path)
 
 

@@ -149,7 +149,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"recipe": {"milestones": ["a"]}}, r"milestones\[0\]"),
     ({"recipe": {"warmup": "ramp", "warmup_steps": 11, "steps": 10}}, "must end within the 10 steps"),
     ({"recipe": {"warmup": "constant", "warmup_steps": 11, "steps": 10}}, "must end within the 10 steps"),
-    ({"model": {"depth": 110}, "recipe": {"steps": 300}}, "warmup_steps is 400; it must end within the 300 steps"),
+    ({"recipe": {"steps": 300, "warmup_steps": 400}}, "warmup_steps is 400; it must end within the 300 steps"),
     ({"recipe": {"warmup_steps": 0}}, "warmup none"),
     ({"seed": -1}, "seed is -1"),
     ({"seed": 2**63}, "seed is"),
@@ -200,10 +200,16 @@ def test_numbers_of_numpy_and_paths_are_taken() -> None:
         ({"model": {"arch": "plain"}}, {"model": {"shortcut": "B", "pad": "after"}}),
         ({"model": {"shortcut": "B"}}, {"model": {"pad": "after"}}),
         ({"recipe": {"schedule": "linear"}}, {"recipe": {"milestones": [5], "lr_decay": 0.5}}),
-        ({}, {"recipe": {"warmup_steps": 7, "warmup_lr": 0.02}}),
+        ({"recipe": {"warmup": "none"}}, {"recipe": {"warmup_steps": 7, "warmup_lr": 0.02}}),
         ({"recipe": {"warmup": "ramp", "warmup_steps": 9}}, {"recipe": {"warmup_lr": 0.02}}),
         ({"recipe": {"warmup": "error"}}, {"recipe": {"warmup_steps": 7}}),
         ({"recipe": {"momentum": 0.0}}, {"recipe": {"lr_in_velocity": True}}),
+        ({"recipe": {"weight_decay": 0.0}}, {"recipe": {"weight_decay_on": "weights"}}),
+        ({"recipe": {"lr_decay": 1.0}}, {"recipe": {"milestones": [5]}}),
+        ({"recipe": {"steps": 100}}, {"recipe": {"milestones": [100, 200], "lr_decay": 0.5}}),
+        ({"recipe": {"steps": 100}}, {"recipe": {"milestones": [], "lr_decay": 0.5}}),
+        ({"recipe": {"milestones": []}}, {"recipe": {"lr_decay": 0.5}}),
+        ({"recipe": {"batch_size": 32}}, {"model": {"norm_batch": 32}}),
     ],
     ids=str,
 )
@@ -211,7 +217,7 @@ def test_what_has_no_effect_makes_no_other_experiment(base: dict[str, Any], chan
     ours, theirs = make_config(**base), make_config(**merge(base, changes))
     assert ours != theirs
     assert ours.digest == theirs.digest
-    with_effect = make_config(**merge(base, {"recipe": {"batch_size": 64}}))
+    with_effect = make_config(**merge(base, {"recipe": {"batch_size": 96}}))
     assert with_effect.digest != ours.digest
 
 
@@ -232,6 +238,35 @@ def test_ramp_takes_a_tenth_of_the_steps_unless_told() -> None:
     assert make_config("fast", recipe={"steps": 1}).recipe.warmup_steps == 1
     assert make_config(recipe={"warmup": "ramp"}).recipe.warmup_steps == 6_400
     assert make_config("fast", recipe={"steps": 500, "warmup_steps": 7}).recipe.warmup_steps == 7
+
+
+def test_milestones_that_come_are_an_experiment() -> None:
+    digests = {make_config(recipe={"milestones": m, "steps": n}).digest for n, m in MILESTONES}
+    assert len(digests) == len(MILESTONES)
+
+
+MILESTONES: list[tuple[int, list[int]]] = [
+    (100, [99]), (100, [50]), (100, []), (64_000, []), (64_000, [32_000, 48_000]), (64_000, [70_000, 80_000, 90_000])
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "warmup"),
+    [
+        ({"recipe": {"warmup_steps": 50}}, ("constant", 50)),
+        ({"recipe": {"warmup_steps": 50, "warmup": "ramp"}}, ("ramp", 50)),
+        ({"recipe": {"warmup_steps": 50, "warmup": "none"}}, ("none", 50)),
+        ({"model": {"depth": 110}}, ("constant", 400)),
+        ({"model": {"depth": 110}, "recipe": {"steps": 400}}, ("constant", 400)),
+        ({"model": {"depth": 110}, "recipe": {"steps": 399}}, ("constant", 39)),
+        ({"model": {"depth": 110}, "recipe": {"steps": 3}}, ("constant", 1)),
+        ({"model": {"depth": 110}, "recipe": {"steps": 300, "warmup": "none"}}, ("none", 400)),
+    ],
+    ids=str,
+)
+def test_warm_ups(how: dict[str, Any], warmup: tuple[str, int]) -> None:
+    recipe = make_config(**how).recipe
+    assert (recipe.warmup, recipe.warmup_steps) == warmup
 
 
 def test_differences_name_the_keys() -> None:

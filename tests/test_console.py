@@ -70,6 +70,18 @@ def test_lines_mode_prints_only_lines_that_end_an_epoch(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "console.log").read_text() == stream.getvalue()
 
 
+def test_what_all_runs_share_is_printed_once_and_stands_in_each_log(tmp_path: Path) -> None:
+    console, stream = on("lines")
+    runs = [RunDir.create(tmp_path / name) for name in ("first", "second")]
+    for run in runs:
+        console.say_once("before")
+        console.attach(run)
+        console.say_once("in it")
+        console.attach()
+    assert stream.getvalue() == "before\nin it\n"
+    assert [(run.path / "console.log").read_text() for run in runs] == 2 * [stream.getvalue()]
+
+
 def test_quiet_prints_nothing_and_logs_all(tmp_path: Path) -> None:
     console, stream = on("quiet")
     console.attach(RunDir.create(tmp_path / "run"))

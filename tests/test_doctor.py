@@ -264,6 +264,13 @@ def test_what_the_driver_library_answers(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_compilers(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "cpp_compiler", lambda: None)
     assert (one(checks.compiler()).mark, one(checks.compiler()).stops) == ("note", False)
+    monkeypatch.setattr(host, "cpp_compiler", lambda: "/usr/bin/clang++")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda _: None)
+        patch.setattr(sys, "platform", "linux")
+        found = one(checks.compiler())
+        assert (found.mark, found.remedy) == ("note", "apt-get install g++")
+        assert "own CPU kernels need g++" in found.value
     gpu((9, 0))
     monkeypatch.setattr(host, "c_compiler", lambda: None)
     found = one(checks.compiler())

@@ -237,6 +237,9 @@ def test_the_test_set_of_a_run_that_was_validated(run: Path, tmp_path: Path, mon
         outcome = evaluate_target(tmp_path / checkpoint.NEWEST, CPU, test_set=test_set, say=lambda _: None)
         assert outcome.held_out == held_out
     assert asked == [True, False]
+    said: list[str] = []
+    monkeypatch.undo()  # other images, which have no such split
+    assert evaluate_target(tmp_path / checkpoint.NEWEST, CPU, dataset="synthetic", say=said.append).held_out == "test"
 
 
 def test_what_is_assumed_of_foreign_weights_is_told(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_unfinished_and_diverged_runs_are_marked(tmp_path: Path, drawn: list[Fig
     runs[1].write_json("diverged.json", {"step": 20_001})
     fig6.draw(runs, tmp_path, note="")
     left, middle, _ = drawn[0].axes
-    assert labels(left) == ["plain-20 (unfinished, at 40,000)", "plain-56 (diverged at 20,000)"]
+    assert labels(left) == ["plain-20 (unfinished, at 40,000)", "plain-56 (diverged after 20,000)"]
     assert labels(middle) == ["ResNet-20 (n = 2, 1 unfinished)"]
     assert curves(left)[1].get_xdata()[-1] == 4.0
 

@@ -23,7 +23,7 @@ from fastres.config import Execution, make_config
 from fastres.errors import InputError, MachineError
 from fastres.models.cifar import CifarNet, logits_of, predict_maps
 from fastres.native.fusednet import FusedNet, Inference, Launch, split, supports
-from fastres.resolve import Verdict, runtime_of
+from fastres.resolve import Verdict, prepare_for
 from fastres.runtime import Runtime, prepare
 from fastres.shadow import ShadowedSgd
 from tests.interpreted import CASES
@@ -153,12 +153,12 @@ def test_what_suits(model: dict[str, Any], batch_size: int, suited: bool, monkey
     some_gpu(monkeypatch)
     config = make_config(model=model, recipe={"batch_size": batch_size}, execution={"threads": 1})
     assert supports(config.model, batch_size) == suited
-    runtime = runtime_of(config)
+    runtime = prepare_for(config)
     assert runtime.native == suited
     assert any("training without fastres' own GPU kernels" in note for note in runtime.notes) != suited
     by_name = replace(config, execution=replace(config.execution, native=True))
     with contextlib.nullcontext() if suited else pytest.raises(InputError, match="--native kernels on a GPU are for"):
-        assert runtime_of(by_name).native
+        assert prepare_for(by_name).native
 
 
 @pytest.mark.parametrize("batch_size", [*range(1, 33), 48, 64, 96, 100, 125, 128, 250, 256, 500, 1000, 1024, 8192])

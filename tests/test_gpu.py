@@ -31,7 +31,7 @@ from fastres.models.cifar import CifarNet
 from fastres.native.fusednet import FusedNet, Inference
 from fastres.native.layernet import LayerInference
 from fastres.optim import LrSchedule
-from fastres.resolve import SMALL, Verdict, check_kernels, runtime_of, suiting
+from fastres.resolve import SMALL, Verdict, check_kernels, prepare_for, prepare_unchecked
 from fastres.step import Replica, TrainStep
 from fastres.steptimer import StepTimer
 from tests.interpreted import far, network
@@ -73,8 +73,8 @@ def config(**changes: Any) -> RunConfig:
 def built(config: RunConfig, *, seeds: tuple[int, ...] = (0,)) -> tuple[TrainStep, Any]:
     """A TrainStep, warmed up and captured as `train` does, and its evaluator."""
     images = make_synthetic()
-    runtime, mean = runtime_of(config), images.mean_image()
-    assert runtime.native == suiting(config).native  # else this would be a test of torch's kernels
+    runtime, mean = prepare_for(config), images.mean_image()
+    assert runtime.native == prepare_unchecked(config).native  # else this would be a test of torch's kernels
     configs = [RunConfig.from_dict({**config.to_dict(), "seed": seed}) for seed in seeds]
     replicas = []
     for one, loader in zip(configs, build_loaders(configs, images, mean, runtime), strict=True):
@@ -197,7 +197,7 @@ def test_fused_is_as_exact_as_autocast_and_the_same_each_time(residual: bool) ->
 def test_a_run_finds_no_fault_with_them(deterministic: bool, layer_kernels: bool) -> None:
     how = {"device": "cuda", "deterministic": deterministic, "layer_kernels": layer_kernels}
     for batch_size in (128, 100, 8):
-        runtime = suiting(make_config(recipe={"batch_size": batch_size}, execution=how))
+        runtime = prepare_unchecked(make_config(recipe={"batch_size": batch_size}, execution=how))
         bare = replace(runtime, compile_scope="none", cuda_graph=False)
         for arch in ("resnet", "plain"):
             assert check_kernels(bare, Model(arch=arch, depth=SMALL), batch_size) == Verdict(), (batch_size, arch)

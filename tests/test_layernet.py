@@ -29,7 +29,7 @@ from fastres.native.layernet import (
     shares_for,
     splits_evenly,
 )
-from fastres.resolve import runtime_of
+from fastres.resolve import prepare_for
 from tests import emulated
 from tests.interpreted import far, network
 from tests.test_fusednet import some_gpu
@@ -588,12 +588,12 @@ def test_what_suits(model: dict[str, Any], batch_size: int, suited: bool, monkey
     changes: dict[str, Any] = {"model": model, "recipe": {"batch_size": batch_size}}
     why = "cannot share out --batch-size 997 over 132 multi" if batch_size == 997 else "are for the paper's"
     with contextlib.nullcontext() if suited else pytest.raises(InputError, match=f"--layer-kernels {why}"):
-        assert runtime_of(make_config(**changes, execution={"threads": 1, "layer_kernels": True})).layer_kernels
+        assert prepare_for(make_config(**changes, execution={"threads": 1, "layer_kernels": True})).layer_kernels
     for by_default in (False, True):
         monkeypatch.setattr(layernet, "BY_DEFAULT", by_default)
-        assert runtime_of(make_config(**changes, execution={"threads": 1})).layer_kernels == (by_default and suited)
+        assert prepare_for(make_config(**changes, execution={"threads": 1})).layer_kernels == (by_default and suited)
         without = make_config(**changes, execution={"threads": 1, "layer_kernels": False})
-        assert not runtime_of(without).layer_kernels
+        assert not prepare_for(without).layer_kernels
 
 
 def roomy_gpu(monkeypatch: pytest.MonkeyPatch, shared: int = 232_448) -> None:
@@ -605,7 +605,7 @@ def roomy_gpu(monkeypatch: pytest.MonkeyPatch, shared: int = 232_448) -> None:
 def test_where_they_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(*, by_name: bool = True, **how: Any) -> bool:
         wanted = True if by_name else None
-        return runtime_of(make_config(execution={"threads": 1, "layer_kernels": wanted, **how})).layer_kernels
+        return prepare_for(make_config(execution={"threads": 1, "layer_kernels": wanted, **how})).layer_kernels
 
     monkeypatch.setattr(layernet, "BY_DEFAULT", True)
     assert not ask(by_name=False, device="cpu")

@@ -111,16 +111,24 @@ def test_equal_seeds_equal_runs_and_other_seeds_not(whole: Path, tmp_path: Path)
 
 def test_what_the_caller_has_set_changes_nothing(whole: Path, tmp_path: Path) -> None:
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    usual_threads, threads = torch.get_num_threads(), 3
     try:
+        torch.set_num_threads(threads)
         torch.set_default_dtype(torch.float64)
         torch.set_default_device("meta")
         torch.set_float32_matmul_precision("medium")
+        torch.manual_seed(5)
+        chance = torch.rand(1, device="cpu")
+        torch.manual_seed(5)
         with torch.inference_mode():
             fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
             fastres.load(tmp_path / "run", device="cpu")(np.zeros((1, 32, 32, 3), np.uint8))
         assert torch.get_default_dtype() == torch.float64
         assert torch.get_default_device().type == "meta"
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert (torch.get_num_threads(), torch.rand(1, device="cpu")) == (threads, chance)
     finally:
+        torch.set_num_threads(usual_threads)
         torch.set_default_dtype(dtype)
         torch.set_default_device(None)
         torch.set_float32_matmul_precision(precision)
@@ -137,6 +145,16 @@ def test_a_resume_with_other_arithmetic_says_so(tmp_path: Path, monkeypatch: pyt
     fastres.train(resume=out, verbosity="quiet")
     said = (out / "console.log").read_text()
     assert f"begun with other arithmetic (threads 77 -> {environment['threads']}): from here on" in said
+
+
+def test_a_damaged_record_of_the_machine_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    train_until(monkeypatch, 9, tiny(out))
+    written = json.loads((out / "environment.json").read_text())
+    (out / "environment.json").write_text('{"x": [')
+    fastres.train(resume=out, verbosity="quiet")
+    assert json.loads((out / "environment.json").read_text()).keys() == written.keys()
+    assert "environment.json cannot be read" in (out / "console.log").read_text()
 
 
 def test_a_result_needs_a_record_of_the_training(whole: Path, tmp_path: Path) -> None:
@@ -348,8 +366,9 @@ def test_a_nan_loss_stops_at_the_next_log_step_and_keeps_the_good_checkpoint(
         return 1
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
-    with pytest.raises(Diverged, match=r"nan at step 18.*last good checkpoint"):
-        fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
+    config = tiny(tmp_path / "run", recipe={"schedule": "step", "milestones": [18, 19]})  # of the 18th step 0.05
+    with pytest.raises(Diverged, match=r"nan at step 18 \(lr 0\.05, .*last good checkpoint"):
+        fastres.train(config, verbosity="quiet")
     saved = checkpoint.load(tmp_path / "run" / checkpoint.NEWEST)
     assert saved.meta["step"] == 14
     assert checkpoint.all_finite(saved.tensors)
@@ -465,6 +484,22 @@ def test_fp16_scaler_survives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyP
     train_until(monkeypatch, 2, tiny(tmp_path / "cut", **half))
     fastres.train(resume=tmp_path / "cut", verbosity="quiet")
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_goes_on_in_another_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = replace(synthetic.make_synthetic(), test_images=np.zeros((4, 32, 32, 3), np.uint8), test_labels=FOUR)
+    monkeypatch.setattr(synthetic, "make_synthetic", lambda: few)
+
+    def config(precision: str) -> RunConfig:
+        return tiny(tmp_path / "run", execution={"precision": precision}, recipe={"steps": 6, "batch_size": 4})
+
+    train_until(monkeypatch, 1, config("fp32"))
+    for step, precision in ((2, "fp16"), (3, "bf16")):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, step)
+            with pytest.raises(Interrupted):
+                fastres.train(config(precision), resume=tmp_path / "run", verbosity="quiet")
+    assert math.isfinite(fastres.train(config("fp16"), resume=tmp_path / "run", verbosity="quiet").test_loss)
 
 
 def test_loaders_give_the_same_run(whole: Path, tmp_path: Path) -> None:

@@ -364,6 +364,13 @@ def test_initialisation_leaves_the_global_generator_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_its_batch_norms_can_be_replaced() -> None:
+    net, images = make(8), torch.randn(2, 3, 32, 32)
+    setattr(net, "bn1", nn.Identity())  # noqa: B010 (typed as it was)
+    net.get_submodule("layer1.0").register_module("bn2", nn.BatchNorm2d(16))
+    assert net(images).shape == (2, 10)
+
+
 @pytest.mark.parametrize(
     ("depth", "nearest"), [(21, "20 and 26"), (109, "104 and 110"), (7, "8"), (2, "8"), (-4, "8"), (112, "110 and 116")]
 )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fastres.cli import run
 from fastres.cli.reproduce import _lengths
 from fastres.console import Console, Progress
 from fastres.errors import Interrupted
+from fastres.files import aside
 from fastres.member import Member
 from fastres.reproduce import fig7
 from fastres.reproduce.plan import OverallProgress, needs, train_missing
@@ -370,6 +372,28 @@ def test_a_signal_that_comes_too_late_for_one_network_stops_before_the_next(
     with pytest.raises(Interrupted, match=r"stopped by SIGTERM before .*plainnet8/seed0, all saved"):
         train_missing(stages, console=Console("quiet"))
     assert [RunDir(path).status for stage in stages for path in stage.folders] == ["finished", "missing"]
+
+
+def test_a_budget_that_ends_with_one_network_begins_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages, deadline = needs([("resnet", 8, [0]), ("plain", 8, [0])], tmp_path, "smoke", SHORT), perf_counter() + 3_600
+    finish = Member.finish
+
+    def last(*args: Any) -> Any:
+        monkeypatch.setattr("fastres.sweep.perf_counter", lambda: deadline)
+        return finish(*args)
+
+    monkeypatch.setattr(Member, "finish", last)
+    assert not train_missing(stages, console=Console("quiet"), deadline=deadline)
+    assert [RunDir(path).status for stage in stages for path in stage.folders] == ["finished", "missing"]
+
+
+def test_a_run_that_is_moved_aside_is_trained_again(tmp_path: Path) -> None:
+    (stage,) = needs([("resnet", 8, [0])], tmp_path, "smoke", SHORT)
+    (path, config), *_ = stage.folders.items()
+    RunDir.create(path).write_json("config.json", config.to_dict())
+    path.rename(aside(path))
+    (again,) = needs([("resnet", 8, [0])], tmp_path, "smoke", SHORT)
+    assert list(again.folders) == [path]
 
 
 def test_a_damaged_result_does_not_stop_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from fastres.models.cifar import CifarNet
 from fastres.native import fusednet
 from fastres.native.fusednet import layers_of
 from fastres.native.layernet import LayerInference, LayerNet, kind_of
-from fastres.resolve import Verdict, check_kernels, runtime_of
+from fastres.resolve import Verdict, check_kernels, prepare_for
 from fastres.runtime import Runtime
 from tests.test_fusednet import Double, needs_triton
 from tests.test_layernet import folder, launched, needs_compiler, roomy_gpu, weights_of  # noqa: F401 (fixtures)
@@ -175,14 +175,14 @@ def test_torchs_kernels_take_the_place_of_those_with_a_fault(layers: bool, monke
     roomy_gpu(monkeypatch)
     monkeypatch.setattr("fastres.native.layernet.BY_DEFAULT", layers)
     monkeypatch.setattr(resolve, "check_kernels", lambda runtime, *_: Verdict("are wrong" if runtime.native else None))
-    runtime = runtime_of(make_config(execution={"threads": 1}))
+    runtime = prepare_for(make_config(execution={"threads": 1}))
     assert not runtime.native
     assert not runtime.layer_kernels
     assert "training without --native kernels, more slowly: they are wrong" in runtime.notes
     with pytest.raises(MachineError, match="--native kernels are wrong; use --no-native"):
-        runtime_of(make_config(execution={"threads": 1, "native": True}))
+        prepare_for(make_config(execution={"threads": 1, "native": True}))
     with pytest.raises(MachineError, match="--layer-kernels are wrong; use --no-layer-kernels"):
-        runtime_of(make_config(execution={"threads": 1, "layer_kernels": True}))
+        prepare_for(make_config(execution={"threads": 1, "layer_kernels": True}))
 
 
 def test_each_kind_of_kernels_is_checked_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +190,7 @@ def test_each_kind_of_kernels_is_checked_by_itself(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("fastres.native.layernet.BY_DEFAULT", True)
     faults = {True: Verdict("are wrong"), False: Verdict(notes=("a note",))}
     monkeypatch.setattr(resolve, "check_kernels", lambda runtime, *_: faults[runtime.layer_kernels])
-    runtime = runtime_of(make_config(execution={"threads": 1}))
+    runtime = prepare_for(make_config(execution={"threads": 1}))
     assert (runtime.native, runtime.layer_kernels) == (True, False)
     assert runtime.notes == ("training without --layer-kernels, more slowly: they are wrong", "a note")
 

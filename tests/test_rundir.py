@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ from fastres import checkpoint
 from fastres.config import make_config
 from fastres.errors import InputError, MachineError
 from fastres.files import typed
-from fastres.rundir import CONFIG, DIVERGED, METRICS, RESULT, RunDir, found_again, new_run_folder, remove_empty
+from fastres.rundir import (
+    CONFIG,
+    DIVERGED,
+    METRICS,
+    RESULT,
+    RunDir,
+    folders_below,
+    found_again,
+    new_run_folder,
+    remove_empty,
+)
 
 
 def test_non_empty_folders_are_refused_or_moved_aside(tmp_path: Path) -> None:
@@ -28,6 +39,12 @@ def test_non_empty_folders_are_refused_or_moved_aside(tmp_path: Path) -> None:
     assert (tmp_path / "run.old-1" / "config.json").exists()
     assert (tmp_path / "run.old-2").exists()
     assert not (out / "config.json").exists()
+    assert folders_below(tmp_path) == []  # not counted as runs of what is below
+    RunDir.create(out).write_json("config.json", make_config().to_dict())
+    assert folders_below(tmp_path) == [out]
+    (tmp_path / "inside").mkdir()
+    shutil.copytree(out, tmp_path / "run.old-1" / "seed0")
+    assert folders_below(tmp_path / "run.old-1") == [tmp_path / "run.old-1" / "seed0"]  # where it is asked for
 
 
 def test_an_empty_folder_is_fine_and_a_file_is_not(tmp_path: Path) -> None:

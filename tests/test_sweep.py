@@ -29,7 +29,7 @@ from fastres.guards import Interrupt
 from fastres.member import Member
 from fastres.result import RunResult
 from fastres.rundir import CONFIG, RunDir, find_runs
-from fastres.step import Replica
+from fastres.step import Replica, TrainStep
 from fastres.sweep import train_all, train_seeds
 from tests.runs import assert_same_run, tiny
 from tests.test_loop import interrupt_at, train_until
@@ -206,6 +206,19 @@ def test_out_of_time_between_two_runs_begins_none(tmp_path: Path, monkeypatch: p
             tiny(tmp_path / "sweep", recipe={"steps": 2}), 2, verbosity="quiet", deadline=perf_counter() + 3_600
         )
     assert [RunDir(tmp_path / "sweep" / f"seed{k}").status for k in (0, 1)] == ["finished", "missing"]
+
+
+def test_a_sweep_whose_folder_was_moved_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, take = tmp_path / "sweep", TrainStep.__call__
+
+    def moved(self: TrainStep, step: int, stop: int | None = None) -> int:
+        if step == 5:
+            folder.rename(tmp_path / "elsewhere")
+        return take(self, step, stop)
+
+    monkeypatch.setattr(TrainStep, "__call__", moved)
+    with pytest.raises(MachineError, match="was moved, replaced or deleted"):
+        train_seeds(tiny(folder), 2, verbosity="quiet")
 
 
 def test_a_long_sweep_says_how_to_resume_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

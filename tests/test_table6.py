@@ -369,7 +369,9 @@ def test_a_folder_in_the_way_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"run of another config \(recipe\.lr: 0\.2 -> 0\.1\)"):
         needs([("resnet", 20, [0])], tmp_path, "paper", {})
     (tmp_path / "resnet20" / "seed0" / "config.json").write_text("rubbish")
-    with pytest.raises(InputError, match=r"config\.json cannot be read.*Move .*seed0 aside, and the same command"):
+    with pytest.raises(
+        InputError, match=r"config\.json cannot be read.*: mv .*seed0 .*seed0\.old-1, then the same command"
+    ):
         needs([("resnet", 20, [0])], tmp_path, "paper", {})
 
 

@@ -27,8 +27,8 @@ from fastres.data.imageset import ImageSet
 from fastres.guards import explained_compilation, explained_memory_errors
 from fastres.machine import nvml
 from fastres.machine.environment import environment
-from fastres.resolve import runtime_of, suiting
-from fastres.runtime import DTYPES, synchronize
+from fastres.resolve import prepare_for, prepare_unchecked
+from fastres.runtime import DTYPES, reset_peak_memory, synchronize
 from fastres.step import Loader, Replica, TrainStep
 
 SCHEMA = 1  # of the JSON; a reader refuses what it does not know
@@ -52,13 +52,12 @@ class Bench:
     ) -> None:
         self.cell, self._num_steps, config = cell, num_steps, cell.config
         start = perf_counter()
-        self.runtime = runtime_of(config)
+        self.runtime = prepare_for(config)
         resolve_seconds = perf_counter() - start
         device = self.runtime.device
         gpu = device.type == "cuda"
         held = torch.cuda.memory_allocated(device) if gpu else 0
-        if gpu:
-            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak_memory(device)
         memory = explained_memory_errors(config, self.runtime, num_replicas=cell.num_replicas)
         with memory, contextlib.ExitStack() as failed:
             configs = [dataclasses.replace(config, seed=config.seed + k) for k in range(cell.num_replicas)]
@@ -105,7 +104,7 @@ class Bench:
 
         A step or more warms what was left cold, and uses up the batches that the loader's workers made meanwhile.
         """
-        runtime_of(self.cell.config)
+        prepare_for(self.cell.config)
         ahead = max(COLD_STEPS, self.replica.loader.prefetched)
         if self.done + ahead + num_steps > self._num_steps:
             self.done = 0
@@ -293,7 +292,7 @@ def _alive(cells: Sequence[Cell], stack: contextlib.ExitStack, say: Callable[[st
     """Each cell, warmed up; closed with the stack. Equal data sets are loaded once."""
     images: dict[Any, ImageSet] = {}
     for cell in cells:
-        suiting(cell.config)  # what is not there is told before minutes are spent on the cells ahead
+        prepare_unchecked(cell.config)  # what is not there is told before minutes are spent on the cells ahead
     for cell in cells:
         key = (cell.config.data, cell.config.execution.data_dir)
         if key not in images:

@@ -24,8 +24,8 @@ def evaluate(
         ),
     ] = False,
     device: flags.Device = "auto",
-    precision: Annotated[str | None, typer.Option(help=f"{flags.PRECISIONS} [default: as in training]")] = None,
-    threads: Annotated[int | None, typer.Option(help=f"{flags.THREADS} [default: as in training]")] = None,
+    precision: Annotated[str | None, typer.Option(help=f"{flags.PRECISIONS} [default: the run's setting]")] = None,
+    threads: Annotated[int | None, typer.Option(help=f"{flags.THREADS} [default: 0]")] = None,
     as_json: flags.Json = False,
 ) -> None:
     """Test error and loss, overall and per class."""

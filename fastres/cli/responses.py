@@ -22,7 +22,7 @@ def responses(
     std: flags.ChannelStd = None,
     device: flags.Device = "auto",
     precision: Annotated[str, typer.Option(help=flags.PRECISIONS)] = "fp32",
-    threads: Annotated[int | None, typer.Option(help=f"{flags.THREADS} [default: as in training]")] = None,
+    threads: Annotated[int | None, typer.Option(help=f"{flags.THREADS} [default: 0]")] = None,
     as_json: flags.Json = False,
 ) -> None:
     """Measure how strongly each layer responds (the paper's Figure 7).

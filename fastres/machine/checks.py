@@ -177,6 +177,8 @@ def compiler() -> Iterable[Finding]:
     """What torch.compile and fastres build with, on a GPU Triton; Python's headers."""
     import torch
 
+    from fastres.native.kernels import COMPILER
+
     gpu = torch.cuda.is_available()
     without = "or --no-compile --no-native" if gpu else "or --no-compile"
     found = host.c_compiler() if gpu else host.cpp_compiler()
@@ -189,6 +191,9 @@ def compiler() -> Iterable[Finding]:
         remedy = f"apt-get install python3.{sys.version_info.minor}-dev ({without})"
         value = f"{found}, but Python.h is missing, which torch.compile needs"
         yield Finding("error" if gpu else "note", "compiler", value, remedy, stops=gpu)
+    elif not gpu and sys.platform == "linux" and not shutil.which(COMPILER):
+        remedy = f"apt-get install {COMPILER}"
+        yield Finding("note", "compiler", f"{found}, but fastres' own CPU kernels need {COMPILER}", remedy)
     else:
         yield Finding("ok", "compiler", found)
 

@@ -76,10 +76,10 @@ def _plan() -> str:
     """What `fastres train` resolves to here."""
     from fastres.build import loader_kind
     from fastres.config import RunConfig
-    from fastres.resolve import suiting
+    from fastres.resolve import prepare_unchecked
 
     config = RunConfig()
-    runtime = suiting(config)  # the kernels are checked, and compiled, where a run begins
+    runtime = prepare_unchecked(config)  # the kernels are checked, and compiled, where a run begins
     compiled = "eager" if runtime.compile_scope == "none" else f"compiled ({runtime.compile_scope})"
     parts = [str(runtime.device), runtime.precision, f"{loader_kind(config.execution, runtime)} loader", compiled]
     if runtime.cuda_graph:

@@ -29,7 +29,7 @@ def layer(conv: nn.Conv2d, norm: BatchNorm, x: Tensor, add: Tensor | None = None
     Returns:
         `(batch, channels, h / stride, w / stride)`.
     """
-    if norm.native and norm.training and _fits(conv, norm, x, add):
+    if getattr(norm, "native", False) and norm.training and _fits(conv, norm, x, add):
         statistics = norm.running_mean, norm.running_var, norm.eps, norm.momentum
         return _Layer.apply(x, conv.weight, norm.weight, norm.bias, add, *statistics, conv.stride, conv.padding)  # type: ignore[no-any-return]
     out: Tensor = norm(conv(x))

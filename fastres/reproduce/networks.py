@@ -39,7 +39,7 @@ class Network:
         found = [run.status for _, run in self.runs]
         lost, cut = found.count("diverged"), found.count("cut")
         if len(self.runs) == 1:
-            notes = [f"diverged at {reached:,}"] * lost + [f"unfinished, at {reached:,}"] * cut
+            notes = [f"diverged after {reached:,}"] * lost + [f"unfinished, at {reached:,}"] * cut
         else:
             some = ((lost, "diverged"), (cut, "unfinished"))
             of = f" of {len(self.runs)}" if num_drawn < len(self.runs) else ""

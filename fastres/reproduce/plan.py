@@ -20,6 +20,7 @@ from fastres.configtree import merge
 from fastres.console import Console, duration
 from fastres.data.imageset import short_digest
 from fastres.errors import FastresError, InputError, OutOfTime
+from fastres.files import move_aside
 from fastres.guards import AGAIN, Interrupt
 from fastres.models.depth import num_blocks
 from fastres.reproduce.paper import STAGES
@@ -78,7 +79,7 @@ def _check_same(path: Path, config: RunConfig) -> None:
     try:
         stored = RunDir.open(path).config()
     except InputError as error:
-        raise InputError(f"{error}. Move {path} aside, and the same command trains that run again") from error
+        raise InputError(f"{error}. To train that run again: {move_aside(path)}, then the same command") from error
     if changed := stored.differs_from(config):
         raise InputError(f"{path} is a run of another config ({'; '.join(changed)}); give another --runs")
 
@@ -143,12 +144,14 @@ def train_missing(
     how: dict[str, Any] = {"console": console, "side_by_side": side_by_side, "shared": True}
     console.overall = whole.at_step
     try:
-        trained = True
+        trained, again = True, False
         while trained:  # once more, for what another process began and left since; the last time there is nothing
             trained = False
             for number, stage in enumerate(stages, 1):
                 head = f"[{number}/{len(stages)}] {stage.name}, {_plural(len(stage.folders), 'run')}"
-                trained |= train_all(stage.folders, interrupt, **how, on_begin=functools.partial(begin, head))
+                on_begin = functools.partial(begin, head)
+                trained |= train_all(stage.folders, interrupt, **how, again=again, on_begin=on_begin)
+                again |= trained
     except OutOfTime as cut:
         console.say(str(cut))
         return False
