@@ -116,11 +116,11 @@ class Console:
             self._log(text)
         self._early.clear()
 
-    def say(self, text: str, run: RunDir | None = None) -> None:
-        """A line that stays. With `run` it concerns that run alone, and stands in no other's log."""
-        if run:
+    def say(self, text: str, *of: RunDir) -> None:
+        """A line that stays. With runs it is of them alone, and stands in no other's log."""
+        for run in of:
             run.say(text)
-        else:
+        if not of:
             self._keep(text)
         if self.verbosity != "quiet":
             self._rich.print(Text(text))

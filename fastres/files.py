@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,8 @@ def save_figure(figure: "Figure", path: Path, *, dpi: int) -> None:
     from matplotlib import rc_context  # half a second; only where something is drawn
 
     drawn, kind = io.BytesIO(), path.suffix.removeprefix(".")
-    with rc_context({"svg.hashsalt": "fastres"}):
+    with rc_context({"svg.hashsalt": "fastres"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a folder's name: a box stands there
         figure.savefig(drawn, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     write_bytes(path, drawn.getvalue())
 

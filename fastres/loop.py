@@ -224,10 +224,9 @@ def _run(
                     if warning := pace.long_run(perf_counter() - began, done - first, recipe.steps - done):
                         console.say(f"{warning} Ctrl-C saves; {interrupt.way_on}")
 
-                for member in alive:
-                    if member.end_warm_up_if_due(schedule, done):
-                        rates = f"lr {schedule.at(done - 1, done):.4g} -> {schedule.at(done, done):.4g}"
-                        console.say(f"step {done:,}: warm-up ends, {rates}", member.run)
+                if ended := [member for member in alive if member.end_warm_up_if_due(schedule, done)]:
+                    rates = f"lr {schedule.at(done - 1, done):.4g} -> {schedule.at(done, done):.4g}"
+                    console.say(f"step {done:,}: warm-up ends, {rates}", *(member.run for member in ended))
 
                 cut = interrupt.signum is not None or perf_counter() >= interrupt.deadline
                 saves = last or cut or pace.is_due(config, done, saved_at)

@@ -20,7 +20,7 @@ from fastres.plots.curves import draw_curves
 from fastres.plots.series import is_number
 from fastres.result import RunResult
 from fastres.rundir import DIVERGED, METRICS, RESULT, RunDir
-from fastres.runstate import RunState, data_note, last_good
+from fastres.runstate import RunState, calmer, data_note, last_good
 from fastres.runtime import Runtime
 from fastres.step import Replica, Window
 
@@ -99,7 +99,7 @@ class Member:
                 self._give_up(
                     step,
                     f"the loss became {loss} at step {step:,} ({how}); {last_good(self.run)}. "
-                    "Try a lower --lr, a --warmup, or --precision fp32",
+                    f"{calmer(self.replica.dtype)}",
                 )
                 return
 
@@ -134,7 +134,7 @@ class Member:
             self._give_up(
                 done,
                 f"the test loss is {self.tested.loss} at step {done:,}; {last_good(self.run)}. "
-                "Try a lower --lr, a --warmup, or --precision fp32",
+                f"{calmer(self.replica.dtype)}",
             )
             return
         if not record:

@@ -17,6 +17,7 @@ PHASES = {
     "import": "importing", "data": "loading data", "compile": "compiling", "evaluate": "testing",
     "checkpoint": "checkpoints", "other": "setup",
 }  # fmt: skip
+LEAST_SECONDS = 0.05  # of a clock that is told
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,13 @@ def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]
     seconds, step = result.seconds, result.step_milliseconds
     labelled = "" if images.official else f"  (data set not the official one: {short_digest(images.digest)})"
     together = f", one of {result.side_by_side} runs side by side" if result.side_by_side > 1 else ""
-    best = f"{percent(result.best_test_error)} at step {result.best_step:,}"
+    best = (
+        f"{percent(result.best_test_error)} at step {result.best_step:,} (chosen on the {held_out} images: no result)"
+    )
+    name = f"{config.name}, seed {config.seed}, after {result.steps:,} steps"
     lines = [
-        f"{config.name} after {result.steps:,} steps: {held_out} error {percent(result.test_error)}{labelled}",
-        f"  best over steps   {best} (chosen on the {held_out} images; not the result)",
+        f"{name}: {held_out} error {percent(result.test_error)}{labelled}",
+        *([f"  best over steps   {best}"] if result.best_step < result.steps else []),
         f"  training error    {percent(result.train_error)} (running, augmented)",
         f"  training clock    {duration(seconds.get('train', 0.0))}, {result.images_per_second:,.0f} img/s{together}",
     ]
@@ -96,7 +100,7 @@ def summary(result: RunResult, config: RunConfig, images: ImageSet) -> list[str]
         )
     lines.append(f"  peak memory       {result.peak_memory / 1e9:.2f} GB")
     for name, value in seconds.items():
-        if name != "train" and value >= 0.05:
+        if name != "train" and value >= LEAST_SECONDS:
             lines.append(f"  {PHASES.get(name, name):<17} {duration(value)}")
     return [
         *lines,

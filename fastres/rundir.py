@@ -280,7 +280,12 @@ def folders_below(root: Path) -> list[Path]:
     """
     levels = ("/".join(["*"] * level) for level in range(1, DEEPEST + 1))
     found = (file.parent for level in levels for file in root.glob(f"{level}/{CONFIG}"))
-    return sorted(path for path in found if not any(map(is_aside, path.relative_to(root).parts)))
+    return sorted((path for path in found if not any(map(is_aside, path.relative_to(root).parts))), key=_by_numbers)
+
+
+def _by_numbers(path: Path) -> list[tuple[int, str]]:
+    """A key by which PlainNet8 comes before PlainNet20."""
+    return [(int(word), "") if word.isdecimal() else (0, word) for word in re.split(r"(\d+)", str(path))]
 
 
 def new_run_folder(config: RunConfig) -> Path:

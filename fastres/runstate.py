@@ -67,8 +67,7 @@ class RunState:
         }
         if not checkpoint.all_finite(tensors):
             raise Diverged(
-                f"a weight or momentum is NaN or Inf at step {self.step:,}; {last_good(run)}. "
-                "Try a lower --lr, --warmup constant, or --precision fp32"
+                f"a weight or momentum is NaN or Inf at step {self.step:,}; {last_good(run)}. {calmer(replica.dtype)}"
             )
         meta = {
             "step": self.step,
@@ -123,6 +122,11 @@ def last_good(run: RunDir) -> str:
     if checkpoint.steps(run.path):
         return f"the last good checkpoint is kept in {run.path}"
     return f"nothing had been saved yet in {run.path}"
+
+
+def calmer(dtype: torch.dtype) -> str:
+    """What to try where numbers became NaN or Inf."""
+    return "Try a lower --lr, or a --warmup" + ("" if dtype == torch.float32 else ", or --precision fp32")
 
 
 def take_folders(

@@ -200,12 +200,11 @@ def spread(name: str, outcomes: Sequence[Outcome]) -> str:
     lost = f", {num_abandoned} abandoned (diverged)" if num_abandoned else ""
     if not errors:
         return f"{name}: no run finished{lost}"
-    about = (
-        f" +- {percent(stdev(errors))} ({percent(min(errors))} to {percent(max(errors))})" if len(errors) > 1 else ""
-    )
-    return (
-        f"{name}, {len(errors)} run{'s' if len(errors) > 1 else ''}: test error {percent(fmean(errors))}{about}{lost}"
-    )
+    num_runs, mean = f"{len(errors)} run{'s' if len(errors) > 1 else ''}", 100 * fmean(errors)
+    if len(errors) == 1:
+        return f"{name}, {num_runs}: test error {mean:.2f} %{lost}"
+    about = f"\N{PLUS-MINUS SIGN} {100 * stdev(errors):.2f} % ({percent(min(errors))} to {percent(max(errors))})"
+    return f"{name}, {num_runs}: test error {mean:.2f} {about}{lost}"
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

@@ -283,11 +283,15 @@ def resampled(chance: random.Random, machine: str, factor: float) -> tuple[list[
 
 
 @pytest.mark.parametrize("machine", ["idle", "busy"])
-@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "no difference"), (1.05, "slower"), (1 / 1.05, "faster")])
-def test_verdicts(machine: str, factor: float, verdict: str) -> None:
+@pytest.mark.parametrize(
+    ("factor", "verdicts"), [(1.0, {"no difference", "undecided"}), (1.05, {"slower"}), (1 / 1.05, {"faster"})]
+)
+def test_verdicts(machine: str, factor: float, verdicts: set[str]) -> None:
     chance = random.Random(1)
     found = [compare(*resampled(chance, machine, factor), paired=True).verdict for _ in range(200)]
-    assert found.count(verdict) >= 0.97 * 200
+    assert sum(verdict in verdicts for verdict in found) >= 0.97 * 200
+    if (machine, factor) == ("idle", 1.0):  # a busy one's interval is wider than one per cent
+        assert found.count("no difference") >= 0.9 * 200
 
 
 def test_a_comparison_says_how_sure_it_is() -> None:
@@ -296,7 +300,7 @@ def test_a_comparison_says_how_sure_it_is() -> None:
     assert compare([1.0] * 10, [1.009] * 10, paired=True).verdict == "no difference"  # sure, and too little to matter
     noisy = compare([1.0, 1.0, 1.0, 1.0], [0.5, 2.0, 1.0, 1.2], paired=True)
     assert noisy.low < 1 < noisy.high
-    assert noisy.verdict == "no difference"
+    assert noisy.verdict == "undecided"
 
 
 @pytest.mark.skipif(not dali_available(), reason="DALI is not installed")

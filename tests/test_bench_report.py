@@ -200,7 +200,7 @@ def test_json_on_stdout_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_reports_are_compared_cell_by_cell(report: Report) -> None:
-    assert {c.verdict for c in compare_reports(report, report).values()} == {"no difference"}
+    assert all(c.low <= 1 <= c.high and c.ratio == 1 for c in compare_reports(report, report).values())
     found = compare_reports(report, slower(report, 3))
     assert list(found) == ["ResNet8 resident", "ResNet8 frozen batch"]
     for comparison in found.values():
@@ -212,7 +212,7 @@ def test_unpaired_rounds_are_drawn_apart() -> None:
     a = [1.0, 1.3, 0.8, 1.1, 0.9, 1.2]
     b = [1.05 * value for value in a]
     assert compare(a, b, paired=True).verdict == "slower"
-    assert compare(a, b, paired=False).verdict == "no difference"
+    assert compare(a, b, paired=False).verdict == "undecided"
 
 
 @pytest.mark.parametrize("key", ["cpu", "cpu_id", "gpu", "cores"])

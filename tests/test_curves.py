@@ -201,7 +201,12 @@ def config(**changes: Any) -> RunConfig:
         (
             [config(), config(recipe={"warmup": "ramp"})],
             "ResNet20, cifar10, seed 0",
-            ["warmup none", "warmup ramp, warmup steps 6,400"],
+            ["warmup none", "warmup ramp"],  # whose 6,400 steps follow from 64,000
+        ),
+        (
+            [config(), config(recipe={"warmup": "ramp", "warmup_steps": 5})],
+            "ResNet20, cifar10, seed 0",
+            ["warmup none", "warmup ramp, warmup steps 5"],
         ),
         ([config(), config()], "ResNet20, cifar10, seed 0", ["a", "b"]),
         ([config(), config(), config(seed=1)], "ResNet20, cifar10", ["seed 0, a", "seed 0, b", "seed 1"]),
@@ -344,7 +349,7 @@ def test_runs_of_a_sweep_and_its_bands(tmp_path: Path) -> None:
             made_run(tmp_path / "sweep" / f"{depth}-{seed}", model={"depth": depth}, seed=seed)
     common, runs = read_runs([tmp_path / "sweep"])
     assert common == "synthetic"
-    assert [run.label for run in runs][:3] == ["ResNet14, seed 0", "ResNet14, seed 1", "ResNet8, seed 0"]
+    assert [run.label for run in runs][:3] == ["ResNet8, seed 0", "ResNet8, seed 1", "ResNet14, seed 0"]
     plain = plotted(tmp_path, tmp_path / "sweep", out=tmp_path / "plain.svg")
     bands = plotted(tmp_path, tmp_path / "sweep", out=tmp_path / "bands.svg", band=True)
     assert plain.read_bytes() != bands.read_bytes()
@@ -421,7 +426,7 @@ def test_equal_runs_give_equal_files(tmp_path: Path, what: str, x: str) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_runs_that_got_nowhere(tmp_path: Path) -> None:
+def test_runs_that_got_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     cut = made_run(tmp_path / "cut", finished=False, records=falling(upto=200))
     empty = made_run(tmp_path / "empty", finished=False, records=[], seed=1)
@@ -429,9 +434,15 @@ def test_runs_that_got_nowhere(tmp_path: Path) -> None:
     (lost / DIVERGED).write_text(json.dumps({"step": 57, "why": "NaN"}))
     _, runs = read_runs([cut, empty, lost])
     labels = [run.curve().label for run in runs]
-    assert labels == ["seed 0 (step 200 of 400)", "seed 1 (step 0 of 400)", "seed 2 (diverged after step 50)"]
+    assert labels == ["seed 0 (step 200 of 400)", "seed 1 (step 0 of 400)", "seed 2 (diverged at step 57)"]
     plot_runs([cut, empty, lost], tmp_path / "x.png", say=said.append)
     assert said == [f"{empty} has logged no error yet: left out"]
+    drawn: list[Curve] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("fastres.plots.runs.draw", lambda curves, *_, **__: drawn.extend(curves))
+        wide = made_run(tmp_path / "wide", finished=False, records=[], recipe={"lr": 0.2})
+        plot_runs([cut, lost, wide], tmp_path / "x.png", say=said.append)
+    assert [curve.label for curve in drawn] == labels[::2]  # nothing of the lr of one that is not drawn
     with pytest.raises(InputError, match="has logged no error yet"):
         plotted(tmp_path, empty)
     (empty / DIVERGED).write_text(json.dumps({"step": 6, "why": "NaN"}))

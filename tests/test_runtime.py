@@ -52,7 +52,7 @@ def test_no_gpu_means_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(gpu, "why_none", lambda: "")
     chosen = prepare(Execution(threads=1))
     assert chosen.device.type == "cpu"
-    assert chosen.notes == ("no GPU found: training on the CPU",)
+    assert chosen.notes == ("no GPU found: using the CPU",)
     assert chosen.compile_scope == "none"
     assert not chosen.cuda_graph
     assert prepare(Execution(device="cpu", threads=1)).notes == ()
@@ -167,7 +167,7 @@ def test_why_there_is_no_gpu(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert prepare(Execution(threads=1)).notes == (f"no GPU {f'({why})' if why else 'found'}: training on the CPU",)
+    assert prepare(Execution(threads=1)).notes == (f"no GPU {f'({why})' if why else 'found'}: using the CPU",)
     because = re.escape(f" ({why})" if why else "")
     with pytest.raises(MachineError, match=f"torch finds no CUDA GPU{because}; use --device cpu or auto"):
         prepare(Execution(threads=1, device="cuda"))
@@ -178,9 +178,7 @@ def test_a_gpu_that_torch_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> 
     pretend_gpu(monkeypatch, (5, 2))
     chosen = prepare(Execution(threads=1))
     assert chosen.device.type == "cpu"
-    assert chosen.notes[0].startswith(
-        "this torch has no kernels for Some GPU (compute capability 5.2): training on the CPU"
-    )
+    assert chosen.notes[0].startswith("this torch has no kernels for Some GPU (compute capability 5.2): using the CPU")
     with pytest.raises(MachineError, match="this torch has no kernels for Some GPU"):
         prepare(Execution(threads=1, device="cuda"))
 

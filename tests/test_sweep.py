@@ -338,7 +338,7 @@ def test_spread(alone: Path) -> None:
     outcomes = [sweep.outcome_of(alone / f"seed{seed}") for seed in SEEDS]
     results = [outcome for outcome in outcomes if isinstance(outcome, RunResult)]
     made = [replace(result, test_error=error) for result, error in zip(results, (0.08, 0.09, 0.1), strict=True)]
-    assert sweep.spread("X", made) == "X, 3 runs: test error 9.00 % +- 1.00 % (8.00 % to 10.00 %)"
+    assert sweep.spread("X", made) == "X, 3 runs: test error 9.00 \N{PLUS-MINUS SIGN} 1.00 % (8.00 % to 10.00 %)"
     assert sweep.spread("X", made[:1]) == "X, 1 run: test error 8.00 %"
     assert sweep.spread("X", [Diverged("nan")]) == "X: no run finished, 1 abandoned (diverged)"
 

@@ -184,7 +184,8 @@ def draw(report: Report, path: Path) -> None:
     axes.invert_yaxis()
     furthest = max(rate + above for rate, above in zip(rates, spread[1], strict=True))  # the labels come behind it
     axes.set(xlabel="images a second (median, 5th to 95th percentile)", xlim=(0, 1.45 * furthest))
-    axes.set_title(_machine(report), fontsize=9, loc="left")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title(f"{_machine(report)}\n{_conditions(report)}", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path, dpi=150)
 
@@ -228,7 +229,7 @@ class Comparison:
     ratio: float  # of B's seconds over A's
     low: float
     high: float  # of the 99 % bootstrap interval
-    verdict: str  # "faster", "slower" or "no difference": of B
+    verdict: str  # "faster", "slower", "no difference" or "undecided": of B
 
     def line(self, label: str) -> str:
         """In words."""
@@ -245,7 +246,7 @@ def compare(a: Sequence[float], b: Sequence[float], *, paired: bool, dead_band: 
     Args:
         a, b: Seconds a step, one value a round.
         paired: The n-th chunks of both were measured in turns, so that a round is drawn as a whole.
-        dead_band: Differences within it are none.
+        dead_band: Differences within it are none; an interval that is neither within nor beyond it is undecided.
     """
     chance = np.random.default_rng(0)
 
@@ -262,7 +263,8 @@ def compare(a: Sequence[float], b: Sequence[float], *, paired: bool, dead_band: 
     found.sort()
     tail = RESAMPLINGS // 200  # half a per cent
     low, high = float(found[tail]), float(found[-tail - 1])
-    verdict = "slower" if low > 1 + dead_band else "faster" if high < 1 - dead_band else "no difference"
+    equal = "no difference" if 1 - dead_band <= low and high <= 1 + dead_band else "undecided"
+    verdict = "slower" if low > 1 + dead_band else "faster" if high < 1 - dead_band else equal
     return Comparison(middle, low, high, verdict)
 
 

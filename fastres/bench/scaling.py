@@ -13,11 +13,12 @@ from fastres.bench.roofline import Ceilings
 from fastres.config import RunConfig
 from fastres.errors import OutOfMemory
 from fastres.files import save_figure
+from fastres.plots.curves import plain_log_ticks
 
 DEPTHS = (8, 20, 32, 44, 56, 110)
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MAX_STEP_SECONDS = 2.0
-COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")  # Tol's bright scheme, colour-blind safe
+COLOURS = ("#4477aa", "#1f8fc0", "#228833", "#998a20", "#ee6677", "#aa3377")  # Tol's bright scheme, darkened for text
 
 
 def measure_scaling(
@@ -107,6 +108,7 @@ def draw_scaling(report: Report, path: Path) -> None:
         axes.annotate(f" {name}", (sizes[-1], rates[-1]), color=colour, va="center", fontsize=8)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    plain_log_ticks(axes.yaxis)
     ticks = sorted({cell["config"]["recipe"]["batch_size"] for cell in report["cells"]})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.9)  # room for the names

@@ -50,11 +50,11 @@ ChannelStd = Annotated[
 ]
 
 
-def parse_model(text: str) -> tuple[str, int]:
+def parse_model(text: str, flag: str = "--model") -> tuple[str, int]:
     """ "ResNet20" as ("resnet", 20); case and a hyphen do not matter. Raises InputError."""
     match = re.fullmatch(r"(resnet|plain(?:net)?|imagenet-?resnet)-?(\d+)", text.strip().lower())
     if not match:
-        raise InputError(f"--model is {text!r}; write it as ResNet20 or PlainNet56 (or ImageNetResNet18)")
+        raise InputError(f"{flag} is {text!r}; write it as ResNet20 or PlainNet56 (or ImageNetResNet18)")
     kind = next(arch for arch in ("plain", "imagenet", "resnet") if match[1].startswith(arch))
     return kind, int(match[2])
 

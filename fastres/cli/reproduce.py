@@ -253,7 +253,7 @@ def _networks(
     from fastres.reproduce.plan import stages_of
 
     if nets is not None:
-        chosen = [parse_model(word) for word in parse_list("--nets", nets, str)]
+        chosen = [parse_model(word, "--nets") for word in parse_list("--nets", nets, str)]
     elif depths is not None:
         deepest = max(depth for arch, depth, _ in STAGES if arch == "plain")  # deeper ones only by name
         chosen = [("resnet", depth) for depth in parse_list("--depths", depths, int)]

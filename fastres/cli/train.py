@@ -104,7 +104,10 @@ def train(
         ),
     ] = None,
     warmup_steps: Annotated[
-        int | None, Recipe(help="Length of the warm-up in steps. [default: 400; ramp: a tenth of all steps]")
+        int | None,
+        Recipe(
+            help="Length of the warm-up in steps. [default: 400; ramp: a tenth of all steps, as where 400 are too many]"
+        ),
     ] = None,
     warmup_epochs: Annotated[
         float | None, Recipe(help="Length of the warm-up in epochs, instead of --warmup-steps.")

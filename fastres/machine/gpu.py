@@ -30,7 +30,7 @@ def choose(name: str) -> tuple[torch.device, str | None]:
     if not available():
         why = why_none()
         if name == "auto":
-            return torch.device("cpu"), f"no GPU {f'({why})' if why else 'found'}: training on the CPU"
+            return torch.device("cpu"), f"no GPU {f'({why})' if why else 'found'}: using the CPU"
         because = f" ({why})" if why else ""
         raise MachineError(
             f"--device {name} was asked for, but torch finds no CUDA GPU{because}; use --device cpu or auto"
@@ -42,7 +42,7 @@ def choose(name: str) -> tuple[torch.device, str | None]:
     if not has_kernels(capability):
         gpu = f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]})"
         if name == "auto":
-            return torch.device("cpu"), f"this torch has no kernels for {gpu}: training on the CPU; see fastres doctor"
+            return torch.device("cpu"), f"this torch has no kernels for {gpu}: using the CPU; see fastres doctor"
         raise MachineError(f"this torch has no kernels for {gpu}; use --device cpu, or {other_torch(capability)}")
     return device, None
 

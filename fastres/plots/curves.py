@@ -16,6 +16,7 @@ from fastres.plots.series import FEW_POINTS, Curve, What, XAxis, curve_of, held_
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.legend import Legend
 
@@ -110,6 +111,7 @@ def figure_of(
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     if log_y:
         axes.set_yscale("log", nonpositive="mask")
+        plain_log_ticks(axes.yaxis)
     if ylim is not None:
         axes.set_ylim(ylim)
     elif not log_y:
@@ -123,6 +125,15 @@ def figure_of(
         if runs:
             _legend(below, runs, "lower center")
     return figure
+
+
+def plain_log_ticks(axis: "Axis") -> None:
+    """Numbers at 1, 2 and 5 of each decade, written out, since most axes here have one or two decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def print_note(figure: "Figure", note: str) -> None:
@@ -152,10 +163,9 @@ def _draw_curve(axes: "Axes", curve: Curve, number: int, scale: float) -> None:
             axes.fill_between(x, line.low, line.high, color=color, alpha=0.18, linewidth=0, zorder=2)
         elif line.smoothed:
             axes.plot(x, line.y, color=color, linewidth=0.7 * width, alpha=0.25, zorder=2)
-        look: dict[str, Any] = {"color": color, "linewidth": width, "linestyle": dash, "markersize": 3.5}
-        inside = color if line is curve.test else "white"  # of few points: one of training and one of test differ
-        marks: dict[str, Any] = {"marker": "o", "markerfacecolor": inside} if len(x) < FEW_POINTS else {}
-        axes.plot(x, line.smooth, zorder=front, **marks, **look)
+        look: dict[str, Any] = {"color": color, "linewidth": width, "linestyle": dash, "markersize": 1.5 * width + 0.5}
+        look |= {"marker": "o"} if len(x) < FEW_POINTS else {}
+        axes.plot(x, line.smooth, zorder=front, **look)
         if curve.unfinished:  # an open ring where it stands
             axes.plot(
                 x[-1:], line.smooth[-1:], "o", color=color, markerfacecolor="white", markersize=6, zorder=front + 2

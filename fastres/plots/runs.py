@@ -1,5 +1,6 @@
 """Curves of any runs in one figure: which runs, what tells them apart, which belong together."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -7,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fastres.config import RunConfig
-from fastres.configtree import leaves, show_key, show_value
+from fastres.configtree import is_int, leaves, show_key, show_value
 from fastres.data.imageset import caveat
 from fastres.errors import InputError
-from fastres.files import check_figure
+from fastres.files import check_figure, printable
 from fastres.plots.curves import NUM_STYLES, draw
 from fastres.plots.series import Curve, What, XAxis, curve_of, mean_curve
-from fastres.rundir import RunDir, find_runs, resume_with
+from fastres.rundir import DIVERGED, RunDir, find_runs, resume_with
 
 # Keys of the config whose value speaks for itself, and those that the model's name replaces.
 BARE = ("name", "dataset")
@@ -46,6 +47,9 @@ class Run:
         if status == "finished":
             return ""
         if status == "diverged":
+            with contextlib.suppress(InputError):
+                if is_int(step := self.folder.read_json(DIVERGED).get("step")):
+                    return f"diverged at step {step:,}"
             return f"diverged after step {self.reached:,}"
         return f"step {self.reached:,} of {self.config.recipe.steps:,}"
 
@@ -89,11 +93,16 @@ def read_runs(paths: Iterable[Path], say: Callable[[str], None] = print) -> tupl
         raise problems[0]
     for problem in problems:
         say(f"{problem}; left out")
-    folders = [folder.path.resolve() for folder, *_ in read]
+    return labelled([Run(*parts, "") for parts in read])
+
+
+def labelled(runs: Sequence[Run]) -> tuple[str, list[Run]]:
+    """What runs have in common, and the runs, each with what tells it from the others."""
+    folders = [run.folder.path.resolve() for run in runs]
     above = os.path.commonpath([folder.parent for folder in folders])
-    names = [folder.relative_to(above).as_posix() for folder in folders]
-    common, labels = tell_apart([config for _, config, _ in read], names)
-    return common, [Run(*parts, label) for parts, label in zip(read, labels, strict=True)]
+    names = [printable(folder.relative_to(above).as_posix()) for folder in folders]
+    common, labels = tell_apart([run.config for run in runs], names)
+    return common, [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
 
 
 def tell_apart(configs: Sequence[RunConfig], names: Sequence[str]) -> tuple[str, list[str]]:
@@ -104,6 +113,7 @@ def tell_apart(configs: Sequence[RunConfig], names: Sequence[str]) -> tuple[str,
     whats = [{"name": config.name} | _flat(config.experiment(), leave_out=IN_NAME) for config in configs]
     common = [_words(key, whats[0][key]) for key in ("name", "dataset", "seed") if _same(whats, key)]
     idle = [{path.rpartition(".")[2] for path in config.idle_keys()} for config in configs]
+    idle = [keys | _following(config) for keys, config in zip(idle, configs, strict=True)]
     shown = [{key: value for key, value in what.items() if key not in idle[k]} for k, what in enumerate(whats)]
     labels = _join(shown, [key for key in whats[0] if not _same(whats, key)])
     if _twins(labels):
@@ -119,6 +129,12 @@ def tell_apart(configs: Sequence[RunConfig], names: Sequence[str]) -> tuple[str,
     if len(configs) == 1:
         labels = [configs[0].name]
     return ", ".join(common), labels
+
+
+def _following(config: RunConfig) -> set[str]:
+    """Keys that follow from another, which is told."""
+    ramp = config.recipe.warmup == "ramp" and config.recipe.warmup_steps == max(1, config.recipe.steps // 10)
+    return {"warmup_steps"} if ramp else set()
 
 
 def _flat(tree: dict[str, Any], leave_out: Sequence[str] = ()) -> dict[str, Any]:
@@ -197,6 +213,9 @@ def plot_runs(
     for run in runs:
         if run not in drawn:
             say(f"{run.folder.path} has logged no {what} yet: left out")
+    if len(drawn) < len(runs):  # else they would be told from some that are not there
+        common, drawn = labelled(drawn)
+        curves = {id(run): run.curve(what=what, x=x, smooth=smooth) for run in drawn}
     groups = grouped(drawn) if band else [[run] for run in drawn]
     named = zip(groups, mean_labels(groups), strict=True)
     means = [mean_curve([curves[id(run)] for run in group], label) for group, label in named]
@@ -219,7 +238,8 @@ def remarks(named: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
         names[name] = None
         for remark in words:
             found.setdefault(remark, {})[name] = None
-    return [remark + (f" ({', '.join(of)})" if len(of) < len(names) else "") for remark, of in found.items()]
+    apart = "; " if any("," in name for name in names) else ", "
+    return [remark + (f" ({apart.join(of)})" if len(of) < len(names) else "") for remark, of in found.items()]
 
 
 def caveats(runs: Iterable[Run]) -> str:

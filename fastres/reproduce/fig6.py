@@ -1,14 +1,14 @@
 """Figure 6 of the paper: training and test error against iterations, plain nets and ResNets side by side."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastres.errors import InputError
 from fastres.plots.curves import print_note
 from fastres.plots.series import FEW_POINTS, is_number
-from fastres.reproduce.figure import ASIDE, colour_of, paper_style, place_legend, save, write_csv
+from fastres.reproduce.figure import ASIDE, colours_of, paper_style, place_legend, save, write_csv
 from fastres.reproduce.networks import Network, by_network
 from fastres.rundir import RunDir
 
@@ -74,9 +74,10 @@ def draw(
         panels = figure.subplots(1, 3)
         last = max((row[2] for row in rows), default=64_000)
         curves = {path: _curves(of_run) for path, of_run in records.items()}
+        colours = colours_of(network.config.model.depth for network in networks)
         for axes, title, members in zip(panels, PANELS, _by_panel(networks), strict=True):
             axes.set_title(title, fontsize=9)
-            _panel(axes, members, curves, kind, last=last, top=100 * ylim)
+            _panel(axes, members, curves, kind, colours, last=last, top=100 * ylim)
         caption = "\n".join(textwrap.wrap(_caption(networks, clean, ylim), CAPTION_COLUMNS))
         figure.supxlabel(caption, fontsize=8, color="0.3")
         print_note(figure, note)
@@ -106,7 +107,14 @@ def _by_panel(networks: Sequence[Network]) -> list[list[Network]]:
 
 
 def _panel(
-    axes: "Axes", networks: Sequence[Network], curves: dict[Path, dict[str, Curve]], kind: str, *, last: int, top: float
+    axes: "Axes",
+    networks: Sequence[Network],
+    curves: dict[Path, dict[str, Curve]],
+    kind: str,
+    colours: Mapping[int, str],
+    *,
+    last: int,
+    top: float,
 ) -> None:
     """Draw networks into a panel, up to step `last` and an error of `top` per cent; that there is none is said."""
     unit = 10_000 if last >= 10_000 else 1
@@ -126,7 +134,7 @@ def _panel(
         counts = [sum(bool(of_run[k]) for of_run in every) for k in (kind, "test")]
         num_drawn = min(count for count in counts if count)
         label = network.label(max(step for step, _ in errors), num_drawn) + hidden
-        colour = colour_of(network.config.model.depth)
+        colour = colours[network.config.model.depth]
         _line(axes, [of_run[kind] for of_run in every], unit, colour, {"linewidth": 0.9, "dashes": (4, 1.5)})
         _line(axes, [of_run["test"] for of_run in every], unit, colour, {"linewidth": 1.9, "label": label})
 

@@ -9,7 +9,7 @@ from fastres import checkpoint
 from fastres.errors import InputError
 from fastres.evaluate import Trained, load_trained
 from fastres.plots.curves import print_note
-from fastres.reproduce.figure import colour_of, paper_style, place_legend, save, write_csv
+from fastres.reproduce.figure import colours_of, paper_style, place_legend, save, write_csv
 from fastres.reproduce.networks import Network, by_network, paper_name
 from fastres.responses import Response, layer_responses
 from fastres.rundir import RunDir
@@ -104,13 +104,13 @@ def plot(lines: Sequence[Line], note: str) -> "Figure":
 
     figure = Figure(figsize=(5.6, 5.2), layout="constrained")
     top, bottom = figure.subplots(2, 1)
-    most = max(len(line.stds) for line in lines)
+    most, colours = max(len(line.stds) for line in lines), colours_of(line.depth for line in lines)
     for axes, order in ((top, list), (bottom, lambda stds: sorted(stds, reverse=True))):
         for line in lines:
             axes.plot(
                 range(1, len(line.stds) + 1),
                 order(line.stds),
-                color=colour_of(line.depth),
+                color=colours[line.depth],
                 linewidth=1.4 if line.residual else 1.1,
                 linestyle="-" if line.residual else (0, (4, 1.5)),
                 label=line.label,

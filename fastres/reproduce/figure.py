@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
-# By depth: the hues of the paper's figures, in Tol's bright scheme, which the colour-blind can tell apart.
-COLOURS = {20: "#ccbb44", 32: "#66ccee", 44: "#228833", 56: "#ee6677", 110: "#000000", 1202: "#aa3377"}
-OTHERS = ("#4477aa", "#882255", "#999933")  # of depths that the paper has not
+# By depth: the hues of the paper's figures, in Tol's bright scheme, which the colour-blind can tell apart; its yellow
+# and cyan are darker here, for white paper.
+COLOURS = {20: "#998a20", 32: "#1f8fc0", 44: "#228833", 56: "#ee6677", 110: "#000000", 1202: "#aa3377"}
+OTHERS = ("#4477aa", "#882255", "#7a5c00", "#888888")  # of depths that the paper has not
 ASIDE = "aside"  # gid of lines that are no curves: lr drops
 STYLE = {
     "font.size": 9,
@@ -33,9 +34,10 @@ LEGEND: dict[str, Any] = {"fontsize": 8, "handlelength": 1.5, "labelspacing": 0.
 PLACES = ("upper right", "lower left", "lower right", "upper left", "upper center", "lower center", "center right")
 
 
-def colour_of(depth: int) -> str:
-    """The colour of a network's lines."""
-    return COLOURS.get(depth) or OTHERS[depth // 6 % len(OTHERS)]
+def colours_of(depths: Iterable[int]) -> dict[int, str]:
+    """The colours of networks' lines, by depth."""
+    others = sorted({depth for depth in depths if depth not in COLOURS})
+    return COLOURS | {depth: OTHERS[k % len(OTHERS)] for k, depth in enumerate(others)}
 
 
 @contextmanager

@@ -215,7 +215,8 @@ class OverallProgress:
         self._first = self._first or self._last
         work, seconds = self._so_far()
         rate = work / seconds if work > 0 and seconds > 0 else self._rate_before
-        left = f", about {duration((self._work - self._others - now) / rate)} left" if rate > 0 else ""
+        remaining = self._work - self._others - now
+        left = f", about {duration(remaining / rate)} left" if rate > 0 and remaining > 0 else ""
         return f"{100 * (self._others + now) / self._work:.0f} % of all{left}"
 
     def between_stages(self) -> str:

@@ -181,7 +181,7 @@ def _overview(subjects: Sequence[Subject], points: int, num_shown: int) -> str:
         if len(finished) > 1:
             means.append(len(rows))
             rows.append(_mean_row(finished, f"{label.rpartition(', mean of')[0]}, mean of {len(finished)}"))
-    head = ("run", "test error", "best, chosen on it", "training error", "parameters", "steps", "training", "img/s")
+    head = ("run", "test error", "best (no result)", "training error", "parameters", "steps", "training", "img/s")
     if any(subject.held_out == "validation" for subject in subjects):
         head = (head[0], "test or validation error", *head[2:])
     shown = table(head, rows, range(1, len(head)), means)

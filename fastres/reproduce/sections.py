@@ -17,7 +17,7 @@ from fastres.reproduce.charts import bars, line_chart, matrix, stacked
 from fastres.reproduce.markup import keys, mark, note, number, section, stats, text
 from fastres.reproduce.networks import on_images, sentence
 from fastres.reproduce.paper import Difference, differences
-from fastres.result import RunResult
+from fastres.result import LEAST_SECONDS, PHASES, RunResult
 
 DASH = "\N{EN DASH}"
 WHERE_TIME_WENT = ("train", "evaluate", "compile", "data", "checkpoint", "import", "other")
@@ -129,7 +129,7 @@ def error_chart(curves: list[Curve], what: str, points: int = 300) -> str:
     if any(line.low is not None for curve in curves for line in curve.lines):
         key.append(("box band", "band: one standard deviation over the seeds"))
     if len(curves) == 1 and (changes := changes_of_lr(curves[0])):
-        key.append(("thin dash", f"{changes} (dotted)"))
+        key.append(("aside", changes))
     return line_chart(
         curves, x_label="steps", y_label="error, %", describe=f"Error over steps: {what}", key=key, points=points
     )
@@ -168,9 +168,10 @@ def mistakes(subject: Subject) -> str:
 
 
 def _mistake(one: Mistake) -> str:
+    sure = percent(one.probability).replace(" ", "&nbsp;")
     return (
         f'<figure><img src="{one.image}" width="32" height="32" alt="test image {one.index}, {text(one.true)}">'
-        f"<figcaption><b>{text(one.answer)}</b> {percent(one.probability)}<br>is {text(one.true)}</figcaption>"
+        f"<figcaption><b>{text(one.answer)}</b> {sure}<br>is {text(one.true)}</figcaption>"
         "</figure>\n"
     )
 
@@ -205,7 +206,8 @@ def clocks(subject: Subject) -> str:
     """Where the seconds went."""
     seconds = subject.result.seconds if subject.result else {}
     order = [name for name in WHERE_TIME_WENT if name in seconds] + [n for n in seconds if n not in WHERE_TIME_WENT]
-    rows = [(name, seconds[name], duration(seconds[name])) for name in order if seconds[name] > 0]
+    shown = [name for name in order if seconds[name] >= LEAST_SECONDS]
+    rows = [(PHASES.get(name, name), seconds[name], duration(seconds[name])) for name in shown]
     if not rows:
         trained = [r["clock"].get("train") for r in subject.run.records if isinstance(r.get("clock"), dict)]
         so_far = max((float(t) for t in trained if is_number(t)), default=0.0)

@@ -24,9 +24,12 @@ from fastres.rundir import RunDir
 
 FEW = 3  # runs from which on a mean is judged, and has an interval: of two it would reach below zero
 
-AGREES, FEW_RUNS = "within the paper's spread", "too few runs to say"
+AGREES, BETTER, NO_WORSE = "within the paper's spread", "better", "no worse, perhaps better"
+FEW_RUNS = "too few runs to say"
 UNKNOWN = "machine not recorded"
 DIGITS = 9  # of an error, a fraction: 0.0895 - 0.0875 is 0.002, not a little more
+
+NUMBERS = re.compile(r"[\d.]+ (\N{PLUS-MINUS SIGN}|to) [\d.]+")  # in a cell
 
 # Student's t for a two-sided interval of 95 %, by degrees of freedom from 2 on
 T_95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
@@ -158,7 +161,7 @@ def verdict(errors: Sequence[float], paper: float | None) -> str:
     """What the mean of last-step errors says beside the paper's number, which counts as met within 0.2 points.
 
     A mean within that is known well enough if its 95 % interval reaches no more than twice as far to either side. One
-    farther off is better or worse only if all of its interval is.
+    farther off is better or worse if all of its interval is, and no better or no worse if none of it is by that much.
     """
     if not errors:
         return "no finished run"
@@ -170,9 +173,11 @@ def verdict(errors: Sequence[float], paper: float | None) -> str:
     low, mean, high = (round(error - paper, DIGITS) for error in (ends[0], fmean(errors), ends[1]))
     if abs(mean) <= TOLERANCE:
         return AGREES if round(high - mean, DIGITS) <= 2 * TOLERANCE else FEW_RUNS
-    if low > TOLERANCE:
-        return "worse"
-    return "better" if high < -TOLERANCE else FEW_RUNS
+    if mean < 0 and high <= TOLERANCE:
+        return BETTER if high < -TOLERANCE else NO_WORSE
+    if mean > 0 and low >= -TOLERANCE:
+        return "worse" if low > TOLERANCE else "no better, perhaps worse"
+    return FEW_RUNS
 
 
 def write(rows: Sequence[Row], folder: Path, *, note: str) -> list[Path]:
@@ -220,14 +225,9 @@ def check(rows: Sequence[Row], *, num_missing: int = 0) -> None:
 
 def _shortcomings(row: Row) -> list[str]:
     found = _lost(row)
-    if row.paper is not None and row.verdict != AGREES and not _surely_no_worse(row, row.paper):
+    if row.paper is not None and row.verdict not in (AGREES, BETTER, NO_WORSE):
         found.append(row.verdict)
     return [*found, row.caveat] if row.caveat else found
-
-
-def _surely_no_worse(row: Row, paper: float) -> bool:
-    """Whether all of the interval is, as far as the two can be compared."""
-    return row.delta is not None and row.interval is not None and round(row.interval[1] - paper, DIGITS) <= TOLERANCE
 
 
 def _lost(row: Row) -> list[str]:
@@ -240,9 +240,9 @@ LEGEND = (
     "Error of the last step: mean and standard deviation over the runs, and the 95 % interval of the mean by Student's "
     f"t. A mean within {100 * TOLERANCE:.1f} points of the paper's counts as within its spread (its five runs of "
     f"ResNet-110 have a standard deviation of 0.16), if there are {FEW} runs and the interval reaches no more than "
-    f"{200 * TOLERANCE:.1f} points to each side; one farther off is better or worse only if all of its interval is. "
-    "The best seed was chosen on the images it was tested on, so it is no result. Seconds are of the training clock "
-    "alone; of runs side by side they are a run's share, and img/s is their sum."
+    f"{200 * TOLERANCE:.1f} points to each side; one farther off is better or worse if all of its interval is, else "
+    "perhaps. The best seed was chosen on the images it was tested on, so it is no result. Seconds are of the training "
+    "clock alone; of runs side by side they are a run's share, and img/s is their sum."
 )
 HEADS = (
     "network",
@@ -303,13 +303,18 @@ def markdown(rows: Sequence[Row], *, note: str) -> str:
     """The table as Markdown, with links to its run folders."""
     lines = [f"**{sentence(note)}**", ""] if note else []
     lines += [f"| {' | '.join(heads(rows))} |", f"| --- |{' ---: |' * 7} --- | ---: | ---: |"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in rows]
+    lines += [f"| {' | '.join(unbroken(cells(row)))} |" for row in rows]
     lines += ["", LEGEND, ""]
     for row in rows:
         links = (f"[{_escaped(Path(run).name)}]({quote(os.fsencode(run))})" for run in row.runs)
         machine = f" ({', '.join(row.machines)})" if row.machines else ""
         lines.append(f"- {row.network}{machine}: {', '.join(links)}")
     return "\n".join(lines) + "\n"
+
+
+def unbroken(row: Sequence[str]) -> list[str]:
+    """Cells of which no number is folded where a page is narrow."""
+    return [cell.replace(" ", "\N{NO-BREAK SPACE}") if NUMBERS.fullmatch(cell) else cell for cell in row]
 
 
 def _escaped(name: str) -> str:
