@@ -242,4 +242,5 @@ def duration(seconds: float) -> str:
 
 def _interactive(stream: TextIO | None) -> bool:
     """Whether a stream is a terminal that a live display can be drawn on."""
-    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+    isatty = getattr(stream, "isatty", None)  # a program's own stream may have only `write`
+    return isatty is not None and isatty() and os.environ.get("TERM") != "dumb"

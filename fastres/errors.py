@@ -54,6 +54,10 @@ class MachineError(FastresError):
     exit_code = 3
 
 
+class DiskFull(MachineError):
+    """A disk has no room for what is to be written."""
+
+
 class OutOfMemory(FastresError):
     """Device or host memory ran out."""
 

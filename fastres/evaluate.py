@@ -1,6 +1,7 @@
 """`fastres eval`: the test error of a run, of a checkpoint, or of a weights file that another project published."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,10 @@ def evaluate_target(
     trained = load_trained(target, execution, **how, say=say)
     num_classes = len(trained.images.class_names)
     evaluator = Evaluator(trained.net, trained.batches(), num_classes=num_classes, dtype=trained.runtime.dtype)
-    return Outcome(str(target), trained.name, trained.step, trained.held_out, trained.images, evaluator())
+    found = evaluator()
+    if not math.isfinite(found.loss):
+        raise InputError(f"{target} answers the test images with NaN or Inf (loss {found.loss}); it has no test error")
+    return Outcome(str(target), trained.name, trained.step, trained.held_out, trained.images, found)
 
 
 def load_trained(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastres.errors import InputError, MachineError
+from fastres.errors import DiskFull, InputError, MachineError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +49,13 @@ def write_bytes(path: Path, content: bytes, *, keep: Path | None = None) -> None
         raise disk_error(error, path.parent, len(content)) from error
 
 
+def given_path(name: str, path: object) -> Path:
+    """A path from a caller, with `~` as the shell has it. Raises InputError where it is none."""
+    if not isinstance(path, str | Path) or path == "":
+        raise InputError(f"{name} is {path!r}; give a path")
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (it leaves what it cannot expand)
+
+
 def typed(path: Path) -> str:
     """A path as an argument that can be typed, whatever is in its name."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
@@ -65,6 +72,11 @@ def aside(path: Path) -> Path:
 def is_aside(name: str) -> bool:
     """Whether a folder's name is one of `aside`."""
     return re.fullmatch(r".*\.old-\d+", name, re.DOTALL) is not None
+
+
+def by_numbers(path: Path) -> list[tuple[int, str]]:
+    """A key by which PlainNet8 comes before PlainNet20."""
+    return [(int(word), "") if word.isdecimal() else (0, word) for word in re.split(r"(\d+)", str(path))]
 
 
 def move_aside(path: Path) -> str:
@@ -132,7 +144,5 @@ def fsync_folder(folder: Path) -> None:
 def disk_error(error: OSError, folder: Path, num_bytes: int) -> MachineError:
     """What to tell a user whose disk refused a write of `num_bytes` in `folder`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return MachineError(
-            f"no room on the disk for {num_bytes:,} bytes in {folder}; free some, or give another --out"
-        )
+        return DiskFull(f"no room on the disk for {num_bytes:,} bytes in {folder}; free some")
     return MachineError(f"cannot write in {folder}: {error.strerror or error}")

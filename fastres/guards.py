@@ -19,7 +19,16 @@ from fastres import checkpoint
 from fastres.build import empty_net
 from fastres.config import RunConfig
 from fastres.data.imageset import IMAGE_SIZE
-from fastres.errors import Interrupted, MachineError, OutOfMemory, OutOfTime, Stop, first_line, says_out_of_memory
+from fastres.errors import (
+    DiskFull,
+    Interrupted,
+    MachineError,
+    OutOfMemory,
+    OutOfTime,
+    Stop,
+    first_line,
+    says_out_of_memory,
+)
 from fastres.models.cifar import num_parameters
 from fastres.runtime import Runtime, usable_memory
 
@@ -97,6 +106,15 @@ def stopped(interrupt: Interrupt, where: str) -> Interrupted | OutOfTime:
         return OutOfTime(f"the time is used up; stopped {where}, all saved; {interrupt.way_on}")
     name = signal.Signals(interrupt.signum).name
     return Interrupted(f"stopped by {name} {where}, all saved; {interrupt.way_on}", interrupt.signum)
+
+
+@contextlib.contextmanager
+def explained_full_disk(interrupt: Interrupt) -> Iterator[None]:
+    """Have DiskFull say what is saved, and how to go on when there is room."""
+    try:
+        yield
+    except DiskFull as error:
+        raise DiskFull(f"{error}; {_left(interrupt.folders)}; {interrupt.way_on}") from error
 
 
 @contextlib.contextmanager

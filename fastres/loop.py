@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -16,10 +16,17 @@ from fastres.console import Console, Progress, Verbosity
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import ImageSet
 from fastres.errors import Diverged, InputError
-from fastres.guards import Interrupt, check_memory, explained_compilation, explained_memory_errors, interrupts, stopped
-from fastres.member import Member, make_members
-from fastres.models.cifar import num_parameters
-from fastres.models.depth import IMAGENET_BLOCKS
+from fastres.files import given_path
+from fastres.guards import (
+    Interrupt,
+    check_memory,
+    explained_compilation,
+    explained_full_disk,
+    explained_memory_errors,
+    interrupts,
+    stopped,
+)
+from fastres.member import Member, introduction, make_members
 from fastres.optim import LrSchedule
 from fastres.resolve import prepare_for
 from fastres.result import RunResult, result_of, summary
@@ -65,15 +72,17 @@ def train(
     check_config(config)
     if resume is not None and overwrite:
         raise InputError(f"resume={str(resume)!r} goes on with that run, and overwrite moves it aside; leave one out")
+    here = Path() if console else Path.cwd()  # a program may go elsewhere while this trains, a command does not
     console = console or Console(verbosity)
     run = None
     if resume is not None:
-        run, config = _reopen(Path(resume), config)
+        run, config = _reopen(here / given_path("resume", resume), config)
         if run.status == "finished":
             console.say(f"{run.path} is finished: nothing to resume")
             return result_of(run)
     config = config or RunConfig()
-    path = run.path if run else Path(config.output.out) if config.output.out else new_run_folder(config)
+    out = config.output.out
+    path = run.path if run else here / (given_path("output.out", out) if out else new_run_folder(config))
     if run is None:
         RunDir.check_free(path, overwrite=overwrite)  # before minutes are spent on a download
     folders = {path: config}
@@ -81,7 +90,7 @@ def train(
     try:
         (outcome,) = train_together(folders, interrupt, overwrite=overwrite, console=console, clocks=clocks)
     except BaseException:
-        if run is None and not config.output.out:
+        if run is None and not out:
             remove_empty(path)  # nothing came of it
         raise
     if isinstance(outcome, Diverged):
@@ -146,6 +155,7 @@ def train_together(
                 run.write_json(CONFIG, own.to_dict())
             run.remove(DIVERGED)
             record_environment(run, config, runtime, images, checkpoint, console.say)
+        stack.enter_context(explained_full_disk(interrupt))
         return _run(configs, runs, runtime, images, saved, console, clocks, interrupt, brief=brief)
 
 
@@ -192,7 +202,7 @@ def _run(
         clocks.add(members[0].state.seconds)
         if first:
             console.say(f"resuming from step {first:,} of {', '.join(str(run.path) for run in runs)}")
-        first_line, *notes = _introduction(config, members, images, runtime)
+        first_line, *notes = introduction(members, images, runtime)
         console.say(first_line)
         for note in notes:
             console.say_once(note)
@@ -299,6 +309,9 @@ def _reopen(path: Path, asked: RunConfig | None) -> tuple[RunDir, RunConfig]:
     run = RunDir.open(path)
     stored = run.config()
     run.check_same(stored if asked is None else asked)
+    out = asked.output.out if asked else None
+    if out and out != stored.output.out and given_path("output.out", out).resolve() != path.resolve():
+        raise InputError(f"output.out is {out}, and the run to resume {path}; leave one out")
     return run, asked or RunConfig.from_dict(found_again(stored.to_dict()))
 
 
@@ -314,24 +327,6 @@ def check_loader(config: RunConfig) -> None:
         raise InputError(
             "--loader torchvision uses its own random crops and flips, so the same config would give other results; it "
             "is there for `fastres bench`. Use --loader resident or dali"
-        )
-
-
-def _introduction(config: RunConfig, members: Sequence[Member], images: ImageSet, runtime: Runtime) -> Iterator[str]:
-    """What is about to be trained, and what may not be meant so."""
-    recipe, replica, where = config.recipe, members[0].replica, ", ".join(str(member.run.path) for member in members)
-    together = f"{len(members)} runs side by side; " if len(members) > 1 else ""
-    yield (
-        f"{config.name}, {num_parameters(replica.net):,} parameters; {images.name}, {replica.loader.name} loader; "
-        f"{runtime.device}, {runtime.precision}; {recipe.steps:,} steps of {recipe.batch_size} "
-        f"({config.epochs:.1f} epochs); {together}{where}"
-    )
-    if config.model.arch == "resnet" and config.model.depth in IMAGENET_BLOCKS:
-        yield f"this is a CIFAR network; ImageNet's of that depth is --model ImageNet{config.name}"
-    if recipe.schedule == "step" and recipe.milestones and recipe.milestones[0] >= recipe.steps:
-        yield (
-            f"the learning rate never falls: the first of --milestones, {recipe.milestones[0]:,}, does not come "
-            f"within {recipe.steps:,} steps"
         )
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastres import optim
@@ -15,6 +15,7 @@ from fastres.errors import Diverged, InputError
 from fastres.evaluator import Evaluation, Evaluator
 from fastres.files import typed
 from fastres.models.cifar import num_parameters
+from fastres.models.depth import IMAGENET_BLOCKS
 from fastres.optim import LrSchedule
 from fastres.plots.curves import draw_curves
 from fastres.plots.series import is_number
@@ -252,3 +253,22 @@ def make_members(
         for net, loader in zip(nets, loaders, strict=True)
     ]
     return [Member(*parts) for parts in zip(configs, runs, replicas, tests, clean, strict=True)]
+
+
+def introduction(members: Sequence[Member], images: ImageSet, runtime: Runtime) -> Iterator[str]:
+    """What is about to be trained, and what may not be meant so."""
+    config, replica = members[0].config, members[0].replica
+    recipe, where = config.recipe, ", ".join(str(member.run.path) for member in members)
+    together = f"{len(members)} runs side by side; " if len(members) > 1 else ""
+    yield (
+        f"{config.name}, {num_parameters(replica.net):,} parameters; {images.name}, {replica.loader.name} loader; "
+        f"{runtime.device}, {runtime.precision}; {recipe.steps:,} steps of {recipe.batch_size} "
+        f"({config.epochs:.1f} epochs); {together}{where}"
+    )
+    if config.model.arch == "resnet" and config.model.depth in IMAGENET_BLOCKS:
+        yield f"this is a CIFAR network; ImageNet's of that depth is --model ImageNet{config.name}"
+    if recipe.schedule == "step" and recipe.milestones and recipe.milestones[0] >= recipe.steps:
+        yield (
+            f"the learning rate never falls: the first of --milestones, {recipe.milestones[0]:,}, does not come "
+            f"within {recipe.steps:,} steps"
+        )

@@ -1,7 +1,7 @@
 """`fastres.load`: a trained network as a function of images, from a run's checkpoint alone."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from fastres.data.imageset import IMAGE_SIZE, Bytes, Float32Array
 from fastres.data.resident import evaluation_batches
 from fastres.errors import InputError
 from fastres.evaluate import for_one_pass, read_checkpoint
+from fastres.files import given_path
 from fastres.models.imagenet import Network
 from fastres.runtime import Runtime, autocast, prepare, usual_torch
 
@@ -30,8 +31,8 @@ class Predictor:
         runtime: Device and precision.
     """
 
-    net: Network
-    mean: Float32Array
+    net: Network = field(repr=False)
+    mean: Float32Array = field(repr=False)
     class_names: tuple[str, ...]
     config: RunConfig
     step: int
@@ -75,7 +76,7 @@ def load(
 ) -> Predictor:
     """The network that a run trained, as far as it got. No data set is needed.
 
-    Sets torch up for it, as training does: CPU threads, and on a GPU the current device, TF32 and cuDNN's search.
+    On a GPU it sets torch's current device, TF32 and cuDNN's search, as training does.
 
     Args:
         run: A run folder, whose newest whole checkpoint is taken, or a checkpoint file.
@@ -87,14 +88,15 @@ def load(
         InputError: There is no such run, it has no checkpoint yet, or no such precision or GPU index.
         MachineError: No GPU where one was asked for.
     """
-    path = Path(run)
+    path = given_path("run", run)
     if not path.exists():
         raise InputError(f"{path} does not exist; give a run folder")
     saved = read_checkpoint(path, say)
     if saved is None:
         raise InputError(f"{path} is no checkpoint of fastres; `fastres eval` reads other projects' weights")
     config = RunConfig.from_dict(saved.meta["config"])
-    asked = {"device": device} | ({"precision": precision} if precision else {})
+    asked = {"device": device, "threads": torch.get_num_threads()}
+    asked |= {"precision": precision} if precision is not None else {}
     execution = RunConfig.from_dict({"execution": for_one_pass(config.to_dict(), asked)["execution"]}).execution
     runtime, names = prepare(execution), tuple(saved.meta["data"]["class_names"])
     net = empty_net(config.model, num_classes=len(names))

@@ -1,5 +1,6 @@
 """How strongly each layer of a network responds (paper, section 4.2, "Analysis of Layer Responses", and Figure 7)."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.data.imageset import short_digest
+from fastres.errors import InputError
 from fastres.evaluate import Trained
 from fastres.models.imagenet import Network
 from fastres.runtime import autocast, eager
@@ -38,6 +40,7 @@ def layer_responses(net: Network, batches: Iterable[tuple[Tensor, Tensor]], dtyp
 
     Raises:
         ValueError: There are no batches.
+        InputError: A layer's output is NaN or Inf.
     """
     layers = _batch_norms(net)
     moments = [_Moments() for _ in layers]
@@ -54,6 +57,9 @@ def layer_responses(net: Network, batches: Iterable[tuple[Tensor, Tensor]], dtyp
     if moments[0].count == 0:
         raise ValueError("no batches to measure the responses on")
     stds = torch.stack([m.squares / m.count for m in moments]).sqrt().tolist()  # host sync: the one read
+    for name, std in zip(layers, stds, strict=True):
+        if not math.isfinite(std):
+            raise InputError(f"the network answers with NaN or Inf: the output of {name} has no standard deviation")
     return [Response(name, std) for name, std in zip(layers, stds, strict=True)]
 
 

@@ -25,7 +25,7 @@ import filelock
 
 from fastres.config import RunConfig
 from fastres.errors import InputError, InUse, MachineError
-from fastres.files import aside, disk_error, is_aside, typed, write_json, write_text
+from fastres.files import aside, by_numbers, disk_error, is_aside, typed, write_json, write_text
 
 CONFIG, ENVIRONMENT, METRICS, RESULT, DIVERGED, CONSOLE = (
     "config.json",
@@ -56,14 +56,15 @@ class RunDir:
             MachineError: The folder cannot be made or written.
         """
         RunDir.check_free(path, overwrite=overwrite)
+        there = path.resolve() if path.is_symlink() else path
         try:
             if _occupied(path):
                 for lock in [path / LOCK, *(folder / LOCK for folder in folders_below(path))]:
                     if lock.exists():  # else nobody trains there
                         with RunDir(lock.parent).locked():
                             pass
-                path.rename(aside(path))
-            path.mkdir(parents=True, exist_ok=True)
+                there.rename(aside(there))
+            there.mkdir(parents=True, exist_ok=True)
             (path / CONSOLE).touch()
         except OSError as error:
             raise disk_error(error, path, 0) from error
@@ -74,10 +75,13 @@ class RunDir:
         """Raise InputError where `create` would refuse `path`; `way_out` says what to do, where it is not --out."""
         try:
             str(path).encode()
-            occupied = _occupied(path)
+            occupied, lost = _occupied(path), path.is_symlink() and not path.exists()
         except (OSError, ValueError) as error:
             shown = str(path).encode(errors="replace").decode()
             raise InputError(f"{shown[:100]} cannot be a folder's name here: {error}; give another --out") from error
+        if lost:
+            remedy = way_out or "give another --out"
+            raise InputError(f"{path} is a link to {path.readlink()}, which is not there; make it, or {remedy}")
         if occupied and not overwrite:
             is_run = path.is_dir() and ((path / CONFIG).exists() or bool(folders_below(path)))
             or_move = ", or --overwrite moves it aside" if is_run else ""
@@ -280,12 +284,7 @@ def folders_below(root: Path) -> list[Path]:
     """
     levels = ("/".join(["*"] * level) for level in range(1, DEEPEST + 1))
     found = (file.parent for level in levels for file in root.glob(f"{level}/{CONFIG}"))
-    return sorted((path for path in found if not any(map(is_aside, path.relative_to(root).parts))), key=_by_numbers)
-
-
-def _by_numbers(path: Path) -> list[tuple[int, str]]:
-    """A key by which PlainNet8 comes before PlainNet20."""
-    return [(int(word), "") if word.isdecimal() else (0, word) for word in re.split(r"(\d+)", str(path))]
+    return sorted((path for path in found if not any(map(is_aside, path.relative_to(root).parts))), key=by_numbers)
 
 
 def new_run_folder(config: RunConfig) -> Path:

@@ -18,7 +18,7 @@ from fastres.config import RunConfig
 from fastres.configtree import is_int
 from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError, InUse
-from fastres.files import make_folder, move_aside, write_json
+from fastres.files import given_path, make_folder, move_aside, write_json
 from fastres.guards import Interrupt, stopped
 from fastres.loop import check_config, check_loader, train_together
 from fastres.machine import gpu
@@ -74,7 +74,10 @@ def train_seeds(
     """
     check_config(config)
     seeds = _listed(seeds)
-    folder = Path(resume) if resume is not None else None
+    if not is_int(side_by_side) or side_by_side < 0:
+        raise InputError(f"side_by_side is {side_by_side!r}; 0 chooses, else how many")
+    here = Path() if console else Path.cwd()  # as in `train`
+    folder = here / given_path("resume", resume) if resume is not None else None
     if folder is not None:
         stored = read_sweep(folder)
         config, seeds = config or RunConfig.from_dict(found_again(stored["config"])), seeds or stored["seeds"]
@@ -84,7 +87,8 @@ def train_seeds(
         raise InputError(f"seeds are {list(seeds)}; give each of them once, and at least one")
     console = console or Console(verbosity)
     seed_folders(Path(), config, seeds)  # a seed that cannot be, before a folder is made
-    folder = folder or (Path(config.output.out) if config.output.out else new_sweep_folder(config, seeds))
+    out = config.output.out
+    folder = folder or here / (given_path("output.out", out) if out else new_sweep_folder(config, seeds))
     folders = seed_folders(folder, config, seeds)
     if not (is_sweep(folder) or _holds_only_seeds(folder)):
         RunDir.check_free(folder, overwrite=False, way_out="give another --out")
@@ -103,7 +107,7 @@ def train_seeds(
     except BaseException as error:
         if not isinstance(error, InUse):  # else the lock is another process's
             remove_lone_lock(folder)
-        if not config.output.out:
+        if not out:
             remove_empty(folder)
         raise
     outcomes = [outcome_of(path) for path in folders]

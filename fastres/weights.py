@@ -57,7 +57,7 @@ def read_weights(path: Path) -> ForeignWeights:
             are not those of a network for 32x32 images with ten classes; the message names the first that differ.
     """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    state = _common_names(_unwrapped(content, path))
+    state = _common_names(_unwrapped(content, path), path)
     stages = _blocks_by_stage(state)
     if not stages:
         found = ", ".join(list(state)[:3]) or "none"
@@ -95,7 +95,7 @@ def _read_safetensors(path: Path) -> object:
 def _read_pickle(path: Path) -> object:
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what comes of it is an error, told below
+            warnings.simplefilter("ignore")  # what comes of it is told below
             return torch.load(path, weights_only=True, map_location="cpu")  # a restricted unpickler: it runs no code
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -123,13 +123,16 @@ def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
     return {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
 
 
-def _common_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _common_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         plain = PREFIX.sub("", name)
         for pattern, replacement in RENAMED:
             plain = pattern.sub(replacement, plain)
         if not plain.endswith("num_batches_tracked"):
+            if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+                kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+                raise InputError(f"{path}: {name} is {tensor.dtype} ({kind}); weights are dense floating-point numbers")
             renamed[plain] = tensor.detach().float()
     return renamed
 

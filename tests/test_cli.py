@@ -22,10 +22,11 @@ import pytest
 import typer.main
 
 import fastres
+from fastres import cli
 from fastres.cli import app, run
 from fastres.cli.flags import parse_model
 from fastres.config import RunConfig, make_config
-from fastres.errors import InputError
+from fastres.errors import InputError, Stop
 from fastres.reproduce.paper import FIGURE_7, STAGES
 
 TINY = shlex.split(
@@ -303,6 +304,13 @@ BAD = [
     ("--resume a --out b", "contradict"),
     ("--preset smoke --data-dir .", "--data-dir does nothing with built-in data"),
     ("--side-by-side 2", "does nothing without --seeds"),
+    ("--preset smoke --data-url http://a/b", "--data-url does nothing with built-in data"),
+    ("--seeds abc", "--seeds is 'abc'"),
+    ("--arch plain --shortcut B", "--shortcut does nothing here: a plain net has none; leave it out"),
+    ("--shortcut B --pad after", "--pad does nothing here"),
+    ("--weight-decay 0 --weight-decay-on weights", "--weight-decay-on does nothing here"),
+    ("--momentum 0 --lr-in-velocity", "--lr-in-velocity does nothing here"),
+    ("--out=", "an argument is empty (--out=); is a variable of the shell not set?"),
     ("extra", "extra"),
 ]
 
@@ -314,6 +322,21 @@ def test_bad_usage_exits_2_with_the_way_out(capsys: pytest.CaptureFixture[str], 
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_an_argument_that_is_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plot", ""]) == 2
+    assert "an argument is empty; is a variable of the shell not set?" in capsys.readouterr().err
+
+
+def test_a_second_signal_finds_nobody() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Stop, match="stopped by SIGTERM"):
+            cli._stop(signal.SIGTERM, None)
+        signal.raise_signal(signal.SIGTERM)  # as one that comes while this process ends
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_home_in_the_middle_of_a_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,24 @@ def test_what_all_runs_share_is_printed_once_and_stands_in_each_log(tmp_path: Pa
     assert [(run.path / "console.log").read_text() for run in runs] == 2 * [stream.getvalue()]
 
 
+def test_a_programs_own_stdout_may_have_only_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tee:
+        def __init__(self) -> None:
+            self.written: list[str] = []
+
+        def write(self, text: str) -> None:
+            self.written.append(text)
+
+        def flush(self) -> None:
+            pass
+
+    tee = Tee()
+    monkeypatch.setattr(sys, "stdout", tee)
+    console = Console("auto")
+    console.say("something")
+    assert (console.verbosity, "".join(tee.written)) == ("lines", "something\n")
+
+
 def test_quiet_prints_nothing_and_logs_all(tmp_path: Path) -> None:
     console, stream = on("quiet")
     console.attach(RunDir.create(tmp_path / "run"))

@@ -479,6 +479,7 @@ BAD = {
     "run --ylim 20": "write two rising numbers as 0,20",
     "run --ylim 20,0": "write two rising numbers",
     "run --ylim 0,inf": "write two rising numbers",
+    "run --ylim 0,1e308": "write two rising numbers",
     "run --ylim 0,20 --log-y": "both must be above 0",
     "empty": "has logged no error yet",
     "broken": "config.json: unknown key model.width",

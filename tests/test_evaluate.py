@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import fastres
 from fastres import checkpoint
+from fastres.cli import run as run_command
 from fastres.config import NUM_TRAIN, Data, Execution
 from fastres.data.cifar import BATCHES
 from fastres.data.imageset import ImageSet
@@ -240,6 +241,15 @@ def test_the_test_set_of_a_run_that_was_validated(run: Path, tmp_path: Path, mon
     said: list[str] = []
     monkeypatch.undo()  # other images, which have no such split
     assert evaluate_target(tmp_path / checkpoint.NEWEST, CPU, dataset="synthetic", say=said.append).held_out == "test"
+
+
+def test_answers_that_are_nan_are_no_test_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = CifarNet(8).state_dict()
+    state["bn1.running_var"] -= 2  # below 0
+    save_file(state, tmp_path / "w.safetensors")
+    for command in ("eval", "responses"):
+        assert run_command([command, str(tmp_path / "w.safetensors"), "--dataset", "synthetic", "--threads", "1"]) == 2
+        assert "NaN or Inf" in capsys.readouterr().err
 
 
 def test_what_is_assumed_of_foreign_weights_is_told(tmp_path: Path) -> None:

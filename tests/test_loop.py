@@ -1,5 +1,6 @@
 """loop.py: what a run leaves behind, when it stops, and that a resumed run is the run that never stopped."""
 
+import errno
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from fastres.data import synthetic
 from fastres.data.imageset import ImageSet
 from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfMemory
 from fastres.evaluator import Evaluator
+from fastres.files import disk_error
 from fastres.models.depth import IMAGENET_BLOCKS
 from fastres.rundir import RunDir
 from fastres.step import Replica, TrainStep
@@ -459,6 +462,54 @@ def test_no_gpu_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "run").exists()
 
 
+def test_a_program_may_go_elsewhere_while_it_trains(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    take = TrainStep.__call__
+
+    def gone(self: TrainStep, step: int, stop: int | None = None) -> int:
+        if step == 3:
+            os.chdir(tmp_path / "elsewhere")
+        return take(self, step, stop)
+
+    monkeypatch.setattr(TrainStep, "__call__", gone)
+    result = fastres.train(tiny(Path("run")), verbosity="quiet")
+    assert result.run == tmp_path / "run"
+    assert_same_run(whole, result.run)
+    os.chdir(tmp_path)
+    sweep = train_seeds(tiny(Path("sweep"), recipe={"steps": 5}), [3], verbosity="quiet")
+    assert sweep[0].run == tmp_path / "sweep/seed3"  # type: ignore[union-attr]
+
+
+def test_home_is_where_the_shell_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    short = {"recipe": {"steps": 2, "batch_size": 8}}
+    assert fastres.train(tiny(Path("~/run"), **short), verbosity="quiet").run == tmp_path / "run"
+    assert fastres.train(resume="~/run", verbosity="quiet").run == tmp_path / "run"
+    assert fastres.load("~/run", device="cpu").step == 2
+    train_seeds(tiny(Path("~/sweep"), **short), 1, verbosity="quiet")
+    assert (tmp_path / "sweep/seed0/result.json").exists()
+
+
+def test_a_full_disk_says_what_is_saved_and_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, append = tmp_path / "run", RunDir.append_metrics
+
+    def full(self: RunDir, record: Mapping[str, Any]) -> None:
+        if record["step"] > 7:
+            raise disk_error(OSError(errno.ENOSPC, "No space left on device"), self.path, 99)
+        append(self, record)
+
+    monkeypatch.setattr(RunDir, "append_metrics", full)
+    with pytest.raises(MachineError) as caught:
+        fastres.train(tiny(out), verbosity="quiet")
+    assert str(caught.value) == (
+        f"no room on the disk for 99 bytes in {out}; free some; the newest checkpoint is of step 7; "
+        f"resume with: fastres train --resume {out}"
+    )
+
+
 def test_works_outside_the_main_thread(whole: Path, tmp_path: Path) -> None:
     """A notebook server may run cells in any thread, where no signal handler can be set."""
     errors: list[BaseException] = []
@@ -545,6 +596,12 @@ def test_what_is_no_config_is_refused(tmp_path: Path, whole: Path) -> None:
     with pytest.raises(InputError, match="verbosity is 'loud'; use auto, live, lines, quiet"):
         fastres.train(tiny(tmp_path / "run"), verbosity="loud")  # type: ignore[arg-type]
     before = sorted(path.name for path in whole.parent.iterdir())
+    with pytest.raises(InputError, match=r"output\.out is .*other, and the run to resume .*; leave one out"):
+        fastres.train(tiny(tmp_path / "other"), resume=whole)
+    with pytest.raises(InputError, match="resume is 5; give a path"):
+        fastres.train(resume=5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="side_by_side is -3"):
+        train_seeds(tiny(tmp_path / "x"), 2, side_by_side=-3)
     with pytest.raises(InputError, match="overwrite moves it aside; leave one out"):
         fastres.train(resume=whole, overwrite=True)
     assert sorted(path.name for path in whole.parent.iterdir()) == before

@@ -39,6 +39,22 @@ def test_it_answers_as_the_run_was_tested(run: Path, monkeypatch: pytest.MonkeyP
         assert np.allclose(predictor.net(by_hand).numpy(), logits[:3], atol=1e-4)
 
 
+def test_it_takes_the_threads_there_are_and_is_short_at_a_prompt(run: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        predictor = fastres.load(run, device="cpu")
+        assert (predictor.runtime.threads, torch.get_num_threads()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)
+    assert len(repr(predictor).splitlines()) == 1
+    for what in (None, b"x", ""):
+        with pytest.raises(InputError, match=r"run is .*; give a path"):
+            fastres.load(what)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="precision"):
+        fastres.load(run, device="cpu", precision="")
+
+
 def test_a_damaged_checkpoint_is_passed_over(run: Path, tmp_path: Path) -> None:
     for name in ("config.json", checkpoint.NEWEST, checkpoint.PREVIOUS):
         (tmp_path / name).write_bytes((run / name).read_bytes())

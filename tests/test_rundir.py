@@ -96,6 +96,19 @@ def test_a_default_folder_that_stayed_empty_is_removed(tmp_path: Path, monkeypat
     assert [path.name for path in Path("runs").iterdir()] == [second.name]
 
 
+def test_links(tmp_path: Path) -> None:
+    link, disk = tmp_path / "link", tmp_path / "disk"
+    link.symlink_to(disk / "run")
+    with pytest.raises(InputError, match=r"link is a link to .*disk/run, which is not there"):
+        RunDir.create(link)
+    (disk / "run").mkdir(parents=True)
+    RunDir.create(link).write_json("config.json", make_config().to_dict())
+    RunDir.create(link, overwrite=True)
+    assert link.is_symlink()  # what it leads to was moved, on its own disk
+    assert (disk / "run.old-1" / "config.json").exists()
+    assert [path.name for path in (disk / "run").iterdir()] == ["console.log"]
+
+
 def test_unwritable_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match="cannot write in"):

@@ -157,6 +157,13 @@ def test_a_truncated_or_missing_file(name: str, tmp_path: Path) -> None:
             r"no layer1\.0\.conv1\.weight; its tensors: features\.0\.weight",
         ),
         (lambda s: [s], "holds a list, not a state dict"),
+        (
+            lambda s: {**s, "fc.bias": s["fc.bias"].to_sparse()},
+            r"fc\.bias is torch\.float32 \(sparse_coo\); weights",
+        ),
+        (lambda s: {**s, "fc.bias": s["fc.bias"].to("meta")}, r"fc\.bias is torch\.float32 \(meta\)"),
+        (lambda s: {**s, "fc.bias": s["fc.bias"].to(torch.complex64)}, r"fc\.bias is torch\.complex64"),
+        (lambda s: {**s, "fc.bias": s["fc.bias"].to(torch.int8)}, r"fc\.bias is torch\.int8"),
         (lambda _: {}, "its tensors: none"),
     ],
 )

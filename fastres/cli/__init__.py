@@ -5,6 +5,7 @@ import difflib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -76,6 +77,7 @@ def _tell(text: str) -> None:
 
 
 def _stop(signum: int, _frame: FrameType | None) -> NoReturn:
+    signal.signal(signum, signal.SIG_IGN)  # else a second one would find this process at its exit
     raise Stop(f"stopped by {signal.Signals(signum).name}", signum)
 
 
@@ -83,6 +85,8 @@ def run(argv: list[str]) -> int:
     """Run one command and return its exit code. A bug's traceback is left to propagate."""
     debug = "--debug" in argv
     try:
+        if empty := [f" ({arg})" for arg in argv if arg == "" or re.fullmatch("--[^=]+=", arg)]:
+            raise InputError(f"an argument is empty{empty[0].replace(' ()', '')}; is a variable of the shell not set?")
         rest = [_at_home(arg) for arg in argv if arg != "--debug"]
         code = app(args=rest or ["--help"], prog_name="fastres", standalone_mode=False, terminal_width=width())
         if not rest:

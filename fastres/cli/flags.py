@@ -48,6 +48,12 @@ ChannelMean = Annotated[
 ChannelStd = Annotated[
     str | None, typer.Option(help="Standard deviation of each colour that goes with --mean: 0.229,0.224,0.225.")
 ]
+IDLE = {  # flags that may do nothing beside others, and why
+    "model.shortcut": "a plain net has none",
+    "model.pad": "only option A's shortcuts have zero channels",
+    "recipe.weight_decay_on": "the weight decay is 0",
+    "recipe.lr_in_velocity": "the momentum is 0",
+}
 
 
 def parse_model(text: str, flag: str = "--model") -> tuple[str, int]:
@@ -229,3 +235,13 @@ def in_steps(
     if "warmup_steps" in recipe and kind == "none":
         recipe["warmup"] = "constant"
     return merge(flags, {"recipe": recipe})
+
+
+def check_idle(chosen: dict[str, Any], resolved: RunConfig) -> None:
+    """Raise InputError where a flag does nothing beside the others."""
+    defaults = RunConfig().to_dict()
+    for path in IDLE.keys() & resolved.idle_keys():
+        section, key = path.split(".")
+        value = chosen[section].get(key)
+        if value not in (None, defaults[section][key]):
+            raise InputError(f"--{key.replace('_', '-')} does nothing here: {IDLE[path]}; leave it out")

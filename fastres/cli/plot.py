@@ -9,6 +9,8 @@ import typer
 from fastres.cli.flags import one_of
 from fastres.errors import InputError
 
+MOST = 1e9  # of an axis
+
 X_AXES = ("step", "epoch", "time")
 QUANTITIES = ("error", "loss", "lr")
 
@@ -55,7 +57,7 @@ def parse_limits(text: str, *, log_y: bool) -> tuple[float, float]:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
         low = high = math.nan
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    if not (-MOST < low < high < MOST):
         raise InputError(f"--ylim is {text!r}; write two rising numbers as 0,20")
     if log_y and low <= 0:
         raise InputError(f"--ylim is {text!r}; with --log-y both must be above 0, as 1,100")

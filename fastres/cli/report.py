@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fastres.cli.flags import THREADS, DataDir, Device, given
+from fastres.errors import InputError
 
 
 def report(
@@ -26,4 +27,6 @@ def report(
     from fastres.reproduce.report import write_report
 
     execution = given(device=device, data_dir=data_dir, threads=threads)
+    if no_eval and execution != {"device": "auto"}:
+        raise InputError("--device, --threads and --data-dir do nothing with --no-eval; leave them out")
     print(write_report(runs, out, evaluate=not no_eval, execution=execution, say=Console("lines", stderr=True).say))

@@ -142,7 +142,10 @@ def reproduce(
         raise InputError(f"--budget is {budget}; it must be minutes above 0")
     if side_by_side < 0:
         raise InputError(f"--side-by-side is {side_by_side}; 0 chooses, else how many")
-    make_config(recipe={} if warmup is None else {"warmup": warmup})  # refuses another word, whatever it applies to
+    if warmup not in (None, "constant", "error", "none"):
+        raise InputError(f"--warmup is {warmup!r}; it must be one of constant, error, none")
+    if data_dir is not None and preset == "smoke":
+        raise InputError("--data-dir does nothing with --preset smoke, which has built-in data; leave it out")
     deadline = math.inf if budget is None else perf_counter() + 60 * budget
     ablations = {
         "model": given(shortcut=shortcut, norm_batch=norm_batch, init=init, pad=pad),

@@ -9,6 +9,7 @@ from typer import Option
 from fastres.cli import flags
 from fastres.cli.flags import (
     based_on_preset,
+    check_idle,
     given,
     in_steps,
     parse_milestones,
@@ -304,8 +305,12 @@ def train(
         raise InputError("--warmup error ends by the training error, not after a number of steps; leave that out")
     if data_dir is not None and resolved.data.dataset == "synthetic":
         raise InputError("--data-dir does nothing with built-in data; add --dataset cifar10, or leave it out")
+    if data_url is not None and resolved.data.dataset == "synthetic":
+        raise InputError("--data-url does nothing with built-in data; add --dataset cifar10, or leave it out")
+    check_idle(chosen, resolved)
     if side_by_side is not None and seeds is None and resume is None:
         raise InputError("--side-by-side does nothing without --seeds; leave it out")
+    chosen_seeds = parse_seeds(seeds) if seeds is not None else ()
     if dry_run:
         print(resolved.to_toml(), end="")
         return
@@ -317,7 +322,7 @@ def train(
     if seeds is not None or (resume is not None and sweep.is_sweep(resume)):
         outcomes = sweep.train_seeds(
             resolved,
-            parse_seeds(seeds) if seeds is not None else (),
+            chosen_seeds,
             resume=resume,
             side_by_side=side_by_side or 0,
             console=console,
