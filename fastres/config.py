@@ -180,7 +180,7 @@ class RunConfig:
             "model.shortcut": model.arch == "plain",
             "model.pad": model.arch == "plain" or model.shortcut == "B",
             "model.norm_batch": model.norm_batch == recipe.batch_size,
-            "recipe.milestones": linear or recipe.lr_decay == 1 or not (falls or recipe.steps > Recipe.milestones[0]),
+            "recipe.milestones": linear or (recipe.lr_decay == 1 if falls else recipe.steps <= Recipe.milestones[0]),
             "recipe.lr_decay": linear or not falls,
             "recipe.warmup_steps": recipe.warmup in ("none", "error"),
             "recipe.warmup_lr": recipe.warmup in ("none", "ramp"),

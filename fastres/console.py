@@ -128,7 +128,8 @@ class Console:
     def say_once(self, text: str) -> None:
         """A line that is the same for every run of several: it is printed once, and stands in each one's log."""
         if text in self._once:
-            self._keep(text)
+            if self._runs or text not in self._early:
+                self._keep(text)
         else:
             self._once.add(text)
             self.say(text)

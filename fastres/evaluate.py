@@ -152,6 +152,8 @@ def load_trained(
     if dataset and dataset != data["dataset"]:  # which has no validation split of the run's
         data = {**data, "dataset": dataset, "val_split": False}
     if test_set:
+        if dataset:
+            raise InputError(f"--dataset {dataset} has no other test images; leave out --test-set")
         if not data["val_split"]:
             raise InputError(
                 f"{target} kept no images for validation: it is tested on the test set; leave out --test-set"

@@ -51,9 +51,10 @@ def write_bytes(path: Path, content: bytes, *, keep: Path | None = None) -> None
 
 def given_path(name: str, path: object) -> Path:
     """A path from a caller, with `~` as the shell has it. Raises InputError where it is none."""
-    if not isinstance(path, str | Path) or path == "":
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or not text:
         raise InputError(f"{name} is {path!r}; give a path")
-    return Path(os.path.expanduser(path))  # noqa: PTH111 (it leaves what it cannot expand)
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (it leaves what it cannot expand)
 
 
 def typed(path: Path) -> str:

@@ -30,6 +30,7 @@ from fastres.errors import (
     says_out_of_memory,
 )
 from fastres.models.cifar import num_parameters
+from fastres.rundir import CONFIG
 from fastres.runtime import Runtime, usable_memory
 
 USABLE_SHARE = 0.8  # of what is free; the rest goes to fragments and workspaces
@@ -114,6 +115,8 @@ def explained_full_disk(interrupt: Interrupt) -> Iterator[None]:
     try:
         yield
     except DiskFull as error:
+        if not all((folder / CONFIG).exists() for folder in interrupt.folders):
+            raise  # there is nothing yet to go on with
         raise DiskFull(f"{error}; {_left(interrupt.folders)}; {interrupt.way_on}") from error
 
 

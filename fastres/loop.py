@@ -146,6 +146,7 @@ def train_together(
         on_begin(interrupt.folders)
         stack.enter_context(interrupts(interrupt))
         stack.enter_context(explained_memory_errors(config, runtime, num_replicas=len(runs)))
+        stack.enter_context(explained_full_disk(interrupt))
         console.attach(*runs)
         stack.callback(console.attach)  # what is said afterwards is about something else
         begun = any((run.path / CONFIG).exists() for run in runs)
@@ -155,7 +156,6 @@ def train_together(
                 run.write_json(CONFIG, own.to_dict())
             run.remove(DIVERGED)
             record_environment(run, config, runtime, images, checkpoint, console.say)
-        stack.enter_context(explained_full_disk(interrupt))
         return _run(configs, runs, runtime, images, saved, console, clocks, interrupt, brief=brief)
 
 

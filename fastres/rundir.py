@@ -80,8 +80,7 @@ class RunDir:
             shown = str(path).encode(errors="replace").decode()
             raise InputError(f"{shown[:100]} cannot be a folder's name here: {error}; give another --out") from error
         if lost:
-            remedy = way_out or "give another --out"
-            raise InputError(f"{path} is a link to {path.readlink()}, which is not there; make it, or {remedy}")
+            raise InputError(f"{path} is a link to {path.readlink()}, which is not there; make that, or remove it")
         if occupied and not overwrite:
             is_run = path.is_dir() and ((path / CONFIG).exists() or bool(folders_below(path)))
             or_move = ", or --overwrite moves it aside" if is_run else ""

@@ -168,7 +168,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def usual_torch() -> Iterator[None]:
     """Torch as a process finds it, whatever the caller of the library has set: gradients, float32, the CPU by default.
 
-    That, and the threads and the precision of products that `prepare` sets, are the caller's again afterwards.
+    That, and the threads that `prepare` sets, are the caller's again afterwards.
 
     Raises:
         InputError: Inside `torch.autocast`, which keeps weights that it has cast until its outermost block ends.
@@ -179,7 +179,7 @@ def usual_torch() -> Iterator[None]:
             "and choose the precision in the config"
         )
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
     torch.set_default_dtype(torch.float32)
     if device.type != "cpu":
         torch.set_default_device(None)
@@ -188,7 +188,6 @@ def usual_torch() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(matmul)
         torch.set_default_dtype(dtype)
         if device.type != "cpu":
             torch.set_default_device(device)

@@ -18,7 +18,7 @@ from fastres.config import RunConfig
 from fastres.configtree import is_int
 from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError, InUse
-from fastres.files import given_path, make_folder, move_aside, write_json
+from fastres.files import given_path, is_aside, make_folder, move_aside, write_json
 from fastres.guards import Interrupt, stopped
 from fastres.loop import check_config, check_loader, train_together
 from fastres.machine import gpu
@@ -283,6 +283,7 @@ def _begun(paths: Iterable[Path]) -> bool:
 def _holds_only_seeds(folder: Path) -> bool:
     """Whether a folder is a sweep's that has lost its sweep.json."""
     inside = [path for path in folder.iterdir() if not is_left_behind(path)] if folder.is_dir() else []
+    inside = [path for path in inside if not is_aside(path.name)]
     return all(re.fullmatch(r"seed\d+", path.name) for path in inside)
 
 

@@ -324,6 +324,18 @@ def test_bad_usage_exits_2_with_the_way_out(capsys: pytest.CaptureFixture[str], 
     assert captured.out == ""
 
 
+@pytest.mark.parametrize("flags", ["--arch plain", "--shortcut B", "--weight-decay 0", "--momentum 0"])
+def test_a_whole_config_is_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: str) -> None:
+    """Keys that do nothing beside others are no flags then."""
+    config = resolved(capsys, *flags.split())
+    (tmp_path / "c.toml").write_text(config.to_toml())
+    assert resolved(capsys, "--config", str(tmp_path / "c.toml")) == config
+
+
+def test_no_falls(capsys: pytest.CaptureFixture[str]) -> None:
+    assert resolved(capsys, "--milestones", "none").recipe.milestones == ()
+
+
 def test_an_argument_that_is_empty(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plot", ""]) == 2
     assert "an argument is empty; is a variable of the shell not set?" in capsys.readouterr().err
@@ -335,6 +347,7 @@ def test_a_second_signal_finds_nobody() -> None:
         with pytest.raises(Stop, match="stopped by SIGTERM"):
             cli._stop(signal.SIGTERM, None)
         signal.raise_signal(signal.SIGTERM)  # as one that comes while this process ends
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN  # which a training loop leaves as it is
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fastres.config import PRESETS, Model, Recipe, RunConfig, make_config
 from fastres.configtree import differences, merge, show_key, show_value
 from fastres.errors import InputError
+from fastres.optim import LrSchedule
 
 
 def test_default_is_the_papers_recipe() -> None:
@@ -243,6 +244,18 @@ def test_ramp_takes_a_tenth_of_the_steps_unless_told() -> None:
 def test_milestones_that_come_are_an_experiment() -> None:
     digests = {make_config(recipe={"milestones": m, "steps": n}).digest for n, m in MILESTONES}
     assert len(digests) == len(MILESTONES)
+
+
+@pytest.mark.parametrize("steps", [1, 31_999, 32_000, 32_001, 48_000, 48_001, 64_000, 100_000])
+def test_equal_digests_are_equal_rates(steps: int) -> None:
+    rates: dict[str, set[tuple[float, ...]]] = {}
+    for milestones in ([], [32_000, 48_000], [32_000], [48_000], [31_999], [64_000], [100, 48_000], [100_000]):
+        for decay in (0.1, 0.5, 1.0):
+            config = make_config(recipe={"steps": steps, "milestones": milestones, "lr_decay": decay})
+            at = LrSchedule(config.recipe).at
+            looked = [s for s in (0, 99, 100, 31_998, 31_999, 32_000, 47_999, 48_000, 64_000) if s < steps]
+            rates.setdefault(config.digest, set()).add(tuple(at(s, None) for s in looked))
+    assert all(len(of_digest) == 1 for of_digest in rates.values())
 
 
 MILESTONES: list[tuple[int, list[int]]] = [

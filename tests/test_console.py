@@ -78,6 +78,9 @@ def test_what_all_runs_share_is_printed_once_and_stands_in_each_log(tmp_path: Pa
         console.attach(run)
         console.say_once("in it")
         console.attach()
+    console.say_once("before")  # as before a run that another process takes meanwhile
+    console.say_once("before")
+    assert console._early == ["before"]
     assert stream.getvalue() == "before\nin it\n"
     assert [(run.path / "console.log").read_text() for run in runs] == 2 * [stream.getvalue()]
 

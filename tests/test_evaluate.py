@@ -238,6 +238,8 @@ def test_the_test_set_of_a_run_that_was_validated(run: Path, tmp_path: Path, mon
         outcome = evaluate_target(tmp_path / checkpoint.NEWEST, CPU, test_set=test_set, say=lambda _: None)
         assert outcome.held_out == held_out
     assert asked == [True, False]
+    with pytest.raises(InputError, match="--dataset synthetic has no other test images; leave out --test-set"):
+        outcome_of(tmp_path / checkpoint.NEWEST, dataset="synthetic", test_set=True)
     said: list[str] = []
     monkeypatch.undo()  # other images, which have no such split
     assert evaluate_target(tmp_path / checkpoint.NEWEST, CPU, dataset="synthetic", say=said.append).held_out == "test"

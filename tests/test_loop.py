@@ -19,6 +19,7 @@ import torch
 
 import fastres
 from fastres import build, checkpoint, loop, member, pace
+from fastres.cli import run
 from fastres.clock import Clocks
 from fastres.config import RunConfig
 from fastres.data import synthetic
@@ -128,7 +129,6 @@ def test_what_the_caller_has_set_changes_nothing(whole: Path, tmp_path: Path) ->
             fastres.load(tmp_path / "run", device="cpu")(np.zeros((1, 32, 32, 3), np.uint8))
         assert torch.get_default_dtype() == torch.float64
         assert torch.get_default_device().type == "meta"
-        assert torch.get_float32_matmul_precision() == "medium"
         assert (torch.get_num_threads(), torch.rand(1, device="cpu")) == (threads, chance)
     finally:
         torch.set_num_threads(usual_threads)
@@ -148,6 +148,14 @@ def test_a_resume_with_other_arithmetic_says_so(tmp_path: Path, monkeypatch: pyt
     fastres.train(resume=out, verbosity="quiet")
     said = (out / "console.log").read_text()
     assert f"begun with other arithmetic (threads 77 -> {environment['threads']}): from here on" in said
+
+
+def test_a_run_goes_on_by_the_command_that_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a plain net, whose shortcuts do nothing."""
+    out = tmp_path / "run"
+    train_until(monkeypatch, 3, tiny(out, model={"arch": "plain"}, recipe={"steps": 5}))
+    assert run(["train", "--resume", str(out), "-q"]) == 0
+    assert (out / "result.json").exists()
 
 
 def test_a_damaged_record_of_the_machine_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 from fastres import checkpoint
 from fastres.config import make_config
 from fastres.errors import InputError, MachineError
-from fastres.files import typed
+from fastres.files import given_path, typed
 from fastres.rundir import (
     CONFIG,
     DIVERGED,
@@ -79,6 +79,20 @@ def test_only_runs_are_moved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_names_that_no_folder_can_have(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="cannot be a folder's name here"):
         RunDir.create(tmp_path / name)
+
+
+class SomePath:
+    def __fspath__(self) -> str:
+        return "~/x"
+
+
+def test_paths_from_a_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for given in ("~/x", Path("~/x"), SomePath()):
+        assert given_path("run", given) == Path("/home/me/x")
+    for bad in (None, 5, b"x", ""):
+        with pytest.raises(InputError, match=r"run is .*; give a path"):
+            given_path("run", bad)
 
 
 def test_a_path_to_type() -> None:

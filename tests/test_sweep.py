@@ -221,6 +221,18 @@ def test_a_sweep_whose_folder_was_moved_stops(tmp_path: Path, monkeypatch: pytes
         train_seeds(tiny(folder), 2, verbosity="quiet")
 
 
+def test_a_seeds_folder_that_is_in_the_way_can_be_moved(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    (folder / "seed0").mkdir(parents=True)
+    (folder / "seed0/thesis.txt").write_text("mine")
+    config = tiny(folder, recipe={"steps": 2, "batch_size": 8})
+    with pytest.raises(InputError, match=r"to train this run: mv (.*), then the same command") as caught:
+        train_seeds(config, 2, verbosity="quiet")
+    source, target = str(caught.value).partition(": mv ")[2].partition(",")[0].split()
+    Path(source).rename(target)
+    assert len(train_seeds(config, 2, verbosity="quiet")) == 2
+
+
 def test_a_long_sweep_says_how_to_resume_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "LONG_RUN_SECONDS", 0)
     train_seeds(tiny(tmp_path / "sweep"), [0], verbosity="quiet")

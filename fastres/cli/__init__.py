@@ -77,7 +77,8 @@ def _tell(text: str) -> None:
 
 
 def _stop(signum: int, _frame: FrameType | None) -> NoReturn:
-    signal.signal(signum, signal.SIG_IGN)  # else a second one would find this process at its exit
+    # Else a second one would find this process at its exit. Not SIG_IGN, which a training loop would heed.
+    signal.signal(signum, lambda *_: None)
     raise Stop(f"stopped by {signal.Signals(signum).name}", signum)
 
 

@@ -66,11 +66,13 @@ def parse_model(text: str, flag: str = "--model") -> tuple[str, int]:
 
 
 def parse_milestones(text: str) -> list[int]:
-    """ "32000,48000" as a list. Raises InputError."""
+    """ "32000,48000" as a list; "none" as an empty one. Raises InputError."""
+    if text.strip().lower() == "none":
+        return []
     try:
         return [int(part) for part in text.replace("_", "").split(",") if part.strip()]
     except ValueError:
-        raise InputError(f"--milestones is {text!r}; write steps as 32000,48000") from None
+        raise InputError(f"--milestones is {text!r}; write steps as 32000,48000, or none") from None
 
 
 def parse_list(flag: str, text: str, kind: Callable[[str], T]) -> list[T]:
@@ -242,6 +244,6 @@ def check_idle(chosen: dict[str, Any], resolved: RunConfig) -> None:
     defaults = RunConfig().to_dict()
     for path in IDLE.keys() & resolved.idle_keys():
         section, key = path.split(".")
-        value = chosen[section].get(key)
+        value = chosen.get(section, {}).get(key)
         if value not in (None, defaults[section][key]):
             raise InputError(f"--{key.replace('_', '-')} does nothing here: {IDLE[path]}; leave it out")

@@ -27,6 +27,6 @@ def report(
     from fastres.reproduce.report import write_report
 
     execution = given(device=device, data_dir=data_dir, threads=threads)
-    if no_eval and execution != {"device": "auto"}:
+    if no_eval and (device != "auto" or threads or data_dir):
         raise InputError("--device, --threads and --data-dir do nothing with --no-eval; leave them out")
     print(write_report(runs, out, evaluate=not no_eval, execution=execution, say=Console("lines", stderr=True).say))

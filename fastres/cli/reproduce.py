@@ -197,7 +197,8 @@ def reproduce(
     with _alone_in(folder, console):  # several processes may end at one time; the last one to draw sees all
         found = runs_of(stages)
         num_missing = len({path for stage in stages for path in stage.folders}) - len(found)
-        _make(what, found, folder, changes["execution"], console, clean=clean, ylim=ylim, num_missing=num_missing)
+        how: dict[str, Any] = {"clean": clean, "ylim": ylim, "named": nets is not None or depths is not None}
+        _make(what, found, folder, changes["execution"], console, num_missing=num_missing, **how)
     if not whole:
         console.say("not all runs are finished: run the same command again to resume")
     if assert_:
@@ -296,8 +297,9 @@ def _make(
     clean: bool,
     ylim: float | None,
     num_missing: int,
+    named: bool,
 ) -> None:
-    """Write what was asked for, from the runs there are."""
+    """Write what was asked for, from the runs there are. `named`: their networks were."""
     from fastres.reproduce import fig6, fig7, table6
     from fastres.reproduce.networks import note_of
     from fastres.reproduce.paper import departures
@@ -323,6 +325,6 @@ def _make(
         tell(fig6.draw(found, folder, note=note, clean=clean, ylim=upper))
     if what in ("fig7", "all"):
         if all(run.ended for run in found) or any(fig7.has_weights(run) for run in found):
-            tell(fig7.draw(found, folder, execution, note=note, say=console.say))
+            tell(fig7.draw(found, folder, execution, note=note, named=named, say=console.say))
         else:
             console.say("Figure 7 is left out: no run has saved weights yet")

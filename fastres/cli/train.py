@@ -94,7 +94,7 @@ def train(
         ),
     ] = None,
     milestones: Annotated[
-        str | None, Recipe(help="Steps at which lr falls under --schedule step. [default: 32000,48000]")
+        str | None, Recipe(help="Steps at which lr falls under --schedule step, or none. [default: 32000,48000]")
     ] = None,
     warmup: Annotated[
         str | None,

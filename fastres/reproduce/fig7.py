@@ -36,12 +36,13 @@ def draw(
     execution: dict[str, Any],
     *,
     note: str,
+    named: bool = False,
     say: Callable[[str], None],
 ) -> list[Path]:
     """Measure the layer responses of runs at their newest checkpoints, and draw Figure 7.
 
     Of several seeds the mean over them of each layer's standard deviation is shown, and sorted below; if some are
-    finished, only of those. If the five networks of the paper's figure are among the runs, others are left out.
+    finished, only of those. If networks of the paper's figure are among the runs, others are left out, unless `named`.
 
     Args:
         runs: Run folders; of one network only those that differ in the seed alone. Those without a checkpoint (weights
@@ -50,6 +51,7 @@ def draw(
         execution: Changes to `fastres.config.Execution`: device, where the data is. Precision "auto" means fp32 here,
             on every machine: measured is the network, not how it was rounded in training.
         note: Printed on the figure's face, with what there is to say of the images that were measured on.
+        named: The networks were asked for by name.
         say: Takes one-line notices.
 
     Returns:
@@ -59,11 +61,12 @@ def draw(
         InputError: Runs of one network differ in more than the seed, or no run has a checkpoint.
         MachineError: No data, no such device, or the files cannot be written.
     """
-    networks = _as_in_the_paper(by_network([run for run in runs if has_weights(run, say)]), say)
+    networks = by_network([run for run in runs if has_weights(run, say)])
+    networks = networks if named else _as_in_the_paper(networks, say)
     if not networks:
         raise InputError("Figure 7 needs weights, and none of the runs has a checkpoint; give runs that kept theirs")
-    named = execution.get("precision", "auto")
-    execution = {**execution, "precision": "fp32" if named == "auto" else named}
+    precision = execution.get("precision", "auto")
+    execution = {**execution, "precision": "fp32" if precision == "auto" else precision}
     lines, rows, notes = [], list[tuple[str, int, int, str, float, str]](), {note: None}
     for network in networks:
         measured, steps = list[list[Response]](), list[int]()
@@ -133,9 +136,9 @@ def has_weights(run: RunDir, say: Callable[[str], None] = lambda _: None) -> boo
 
 
 def _as_in_the_paper(networks: Sequence[Network], say: Callable[[str], None]) -> list[Network]:
-    """The paper's five where all of them are there, else all."""
+    """The paper's five where there are some of them, else all."""
     chosen = [network for network in networks if network.name in PAPER]
-    if len(chosen) < len(PAPER):
+    if not chosen:
         return list(networks)
     if others := [network.name for network in networks if network not in chosen]:
         say(f"not in the paper's Figure 7, left out: {', '.join(others)}")

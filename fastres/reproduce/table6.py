@@ -241,8 +241,9 @@ LEGEND = (
     f"t. A mean within {100 * TOLERANCE:.1f} points of the paper's counts as within its spread (its five runs of "
     f"ResNet-110 have a standard deviation of 0.16), if there are {FEW} runs and the interval reaches no more than "
     f"{200 * TOLERANCE:.1f} points to each side; one farther off is better or worse if all of its interval is, else "
-    "perhaps. The best seed was chosen on the images it was tested on, so it is no result. Seconds are of the training "
-    "clock alone; of runs side by side they are a run's share, and img/s is their sum."
+    "perhaps, and where the interval reaches beyond the other side, there are too few runs to say. The best seed was "
+    "chosen on the images it was tested on, so it is no result. Seconds are of the training clock alone; of runs side "
+    "by side they are a run's share, and img/s is their sum."
 )
 HEADS = (
     "network",
