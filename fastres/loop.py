@@ -49,6 +49,8 @@ def train(
 ) -> RunResult:
     """Train one network and test it; everything about it is kept in its run folder.
 
+    torch's switches for the precision of products, for cuDNN and determinism stay as the run had them.
+
     Args:
         config: What to train and how; `fastres.make_config` builds it. Default: the paper's ResNet-20 on CIFAR-10.
         resume: A run folder to resume, from its newest whole checkpoint. Then `config` may be left out; where it is

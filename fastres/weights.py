@@ -95,7 +95,8 @@ def _read_safetensors(path: Path) -> object:
 def _read_pickle(path: Path) -> object:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what comes of it is told below
+            for notice in ("Detected pickle protocol", "Validating sparse", "Sparse invariant"):
+                warnings.filterwarnings("ignore", notice)  # what comes of it is an error, told below
             return torch.load(path, weights_only=True, map_location="cpu")  # a restricted unpickler: it runs no code
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error

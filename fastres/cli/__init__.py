@@ -86,8 +86,10 @@ def run(argv: list[str]) -> int:
     """Run one command and return its exit code. A bug's traceback is left to propagate."""
     debug = "--debug" in argv
     try:
-        if empty := [f" ({arg})" for arg in argv if arg == "" or re.fullmatch("--[^=]+=", arg)]:
-            raise InputError(f"an argument is empty{empty[0].replace(' ()', '')}; is a variable of the shell not set?")
+        for arg in argv:
+            if not arg or re.fullmatch("--[^=]+=", arg):
+                what = f" ({arg})" if arg else ""
+                raise InputError(f"an argument is empty{what}; is a variable of the shell not set?")
         rest = [_at_home(arg) for arg in argv if arg != "--debug"]
         code = app(args=rest or ["--help"], prog_name="fastres", standalone_mode=False, terminal_width=width())
         if not rest:
