@@ -34,6 +34,7 @@ ONE_PASS: dict[str, Any] = {
     "device": "auto", "compile": False, "cuda_graph": False, "shadow_weights": False, "native": False,
     "layer_kernels": False, "deterministic": False, "threads": 0,
 }  # fmt: skip
+BAR = 24  # characters of the longest bar
 OTHER_IMAGES = "measured on other images than those of the run"
 
 
@@ -43,7 +44,6 @@ class Trained:
 
     name: str  # ResNet20
     arch: str  # resnet, plain or imagenet
-    config: RunConfig | None  # None for weights of another project
     step: int | None  # of training; None where the file does not say
     held_out: str  # the images: "test" or "validation"
     net: Network  # on its device
@@ -53,16 +53,18 @@ class Trained:
     # Each call makes the batches anew: images (batch, 3, 32, 32) and labels int64 (batch,), on the device.
     batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
+    @property
+    def at_step(self) -> str:
+        """ "ResNet20 at step 64,000", as far as that is known."""
+        return self.name + (f" at step {self.step:,}" if self.step is not None else "")
+
 
 @dataclass(frozen=True)
 class Outcome:
     """A network's test result. Errors are fractions, 0 to 1."""
 
     target: str
-    model: str  # ResNet20
-    step: int | None  # of training; None where the file does not say
-    held_out: str  # the images it was tested on: "test" or "validation"
-    images: ImageSet
+    trained: Trained
     evaluation: Evaluation
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,41 +72,29 @@ class Outcome:
 
         Of the validation images where `held_out` says so.
         """
-        names = self.images.class_names
+        trained, names = self.trained, self.trained.images.class_names
         return {
             "target": self.target,
-            "model": self.model,
-            "step": self.step,
-            "held_out": self.held_out,
+            "model": trained.name,
+            "step": trained.step,
+            "held_out": trained.held_out,
             "test_error": self.evaluation.error,
             "test_loss": self.evaluation.loss,
             "class_errors": dict(zip(names, self.evaluation.class_errors, strict=True)),
             "confusion": self.evaluation.confusion,
             "num_images": self.evaluation.num_images,
-            "data": self.images.test_facts(),
+            "data": trained.images.test_facts(),
         }
 
 
-def evaluate_target(
-    target: Path,
-    execution: dict[str, Any],
-    *,
-    arch: str | None = None,
-    dataset: str | None = None,
-    mean: Channels | None = None,
-    std: Channels | None = None,
-    test_set: bool = False,
-    say: Callable[[str], None],
-) -> Outcome:
-    """Test a run folder, a checkpoint file, or a foreign weights file. Arguments and errors as of `load_trained`."""
-    how: dict[str, Any] = {"arch": arch, "dataset": dataset, "mean": mean, "std": std, "test_set": test_set}
-    trained = load_trained(target, execution, **how, say=say)
+def score(trained: Trained, target: Path) -> Outcome:
+    """Test a network that came from `target`. Raises InputError where it answers with NaN or Inf."""
     num_classes = len(trained.images.class_names)
     evaluator = Evaluator(trained.net, trained.batches(), num_classes=num_classes, dtype=trained.runtime.dtype)
     found = evaluator()
     if not math.isfinite(found.loss):
         raise InputError(f"{target} answers the test images with NaN or Inf (loss {found.loss}); it has no test error")
-    return Outcome(str(target), trained.name, trained.step, trained.held_out, trained.images, found)
+    return Outcome(str(target), trained, found)
 
 
 def load_trained(
@@ -126,7 +116,7 @@ def load_trained(
     Args:
         target: The folder or file.
         execution: Changes to `fastres.config.Execution`: device, precision, where the data is.
-        arch: "resnet" or "plain", for weights that do not say (those of an ImageNet network do).
+        arch: "resnet", "plain" or "imagenet", for weights that do not say (those of an ImageNet network do).
         dataset: "cifar10" or "synthetic"; default: what the run was trained on.
         mean, std: See above.
         test_set: Of a run under `val_split`: the test images, which it never saw, not the validation images.
@@ -140,55 +130,83 @@ def load_trained(
         raise InputError(f"{target} does not exist; give a run folder or a weights file")
     if arch not in (None, "resnet", "plain", "imagenet"):
         raise InputError(f"--arch is {arch!r}; it must be one of resnet, plain, imagenet")
-    saved = read_checkpoint(target, say)
-    if saved and (mean or std):
-        raise InputError(f"{target} brings its own mean image; leave out --mean and --std")
-    if std and not mean:
-        raise InputError("--std goes with --mean, the other half of what the weights were trained with; add it")
-    foreign = None if saved else read_weights(target)  # before a download for nothing
-    config = RunConfig.from_dict(saved.meta["config"]) if saved else None
-    tree = for_one_pass((config or RunConfig()).to_dict(), execution)
-    data = tree["data"]
-    if dataset and dataset != data["dataset"]:  # which has no validation split of the run's
-        data = {**data, "dataset": dataset, "val_split": False}
-    if test_set:
-        if dataset:
-            raise InputError(f"--dataset {dataset} has no other test images; leave out --test-set")
-        if not data["val_split"]:
-            raise InputError(
-                f"{target} kept no images for validation: it is tested on the test set; leave out --test-set"
-            )
-        data["val_split"] = False
-    chosen = RunConfig.from_dict({"execution": tree["execution"], "data": data})
+    saved = read_checkpoint(target, say)  # whatever is wrong with it is said before a download for nothing
+    learned = _own(saved, target, arch, mean or std) if saved else _foreign(target, arch, mean, std, say)
+    if not checkpoint.all_finite(learned.weights):
+        raise InputError(f"{target} holds weights that are NaN or Inf; whatever it answers means nothing")
+    stored = saved.meta["config"] if saved else RunConfig().to_dict()
+    chosen = _chosen(stored, execution, target, dataset, test_set=test_set)
     runtime = prepare(chosen.execution)
-    images = load_images(chosen.data, chosen.execution, train=saved is None and mean is None, say=say)
-    if saved and config:
-        _check(saved, config, target, arch)
+    images = load_images(chosen.data, chosen.execution, train=learned.mean is None, say=say)
+    caveats = [images.caveat]
+    if saved:
         theirs, ours = saved.meta["data"]["test_digest"], images.test_digest()
         if theirs != ours and not test_set:
             say(f"tested on other images ({short_digest(ours)}) than the run was tested on ({short_digest(theirs)})")
-        model, weights, step = config.model, saved.weights, saved.meta["step"]
-        mean_image: Float32Array = saved.tensors["data/mean"].numpy()
-    else:
-        assert foreign is not None
-        model, weights, step = _model_of(foreign, target, arch), foreign.state, None
-        say(_assumed(target, model, guessed=arch is None and foreign.arch is None, mean=mean, std=std))
-        mean_image = images.mean_image() if mean is None else np.full((32, 32, 3), mean, np.float32) * 255
-    if not checkpoint.all_finite(weights):
-        raise InputError(f"{target} holds weights that are NaN or Inf; whatever it answers means nothing")
-    net = empty_net(model, num_classes=len(images.class_names))
-    net.load_state_dict(weights)
+        caveats = [_training_caveat(saved), images.caveat, OTHER_IMAGES if theirs != ours else ""]
+    mean_image = images.mean_image() if learned.mean is None else learned.mean
+    net = empty_net(learned.model, num_classes=len(images.class_names))
+    net.load_state_dict(learned.weights)
     return Trained(
-        name=RunConfig(model=model).name,
-        arch=model.arch,
-        config=config,
-        step=step,
+        name=RunConfig(model=learned.model).name,
+        arch=learned.model.arch,
+        step=learned.step,
         held_out=chosen.data.held_out,
         net=place(net, chosen.execution, runtime),
         images=images,
         runtime=runtime,
-        caveats=_caveats(saved, images),
+        caveats=tuple(dict.fromkeys(filter(None, caveats))),
         batches=functools.partial(_batches, images, mean_image, std, runtime, chosen.execution),
+    )
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """What a file says of a network."""
+
+    model: Model
+    weights: dict[str, Tensor]
+    step: int | None
+    mean: Float32Array | None  # (32, 32, 3), 0 to 255; None: that of the training images
+
+
+def _own(saved: checkpoint.Checkpoint, target: Path, arch: str | None, pixels: Channels | None) -> _Learned:
+    """What a checkpoint says. Raises InputError where it contradicts the command line or this fastres."""
+    model = RunConfig.from_dict(saved.meta["config"]).model
+    if pixels:
+        raise InputError(f"{target} brings its own mean image; leave out --mean and --std")
+    if arch is not None and arch != model.arch:
+        raise InputError(f"--arch {arch}: {target} says of itself that it is {model.arch}")
+    if saved.meta["data"]["scale"] != SCALE:
+        raise InputError(f"{target} was trained with pixels scaled by {saved.meta['data']['scale']}, not {SCALE}")
+    return _Learned(model, saved.weights, saved.meta["step"], saved.tensors["data/mean"].numpy())
+
+
+def _foreign(
+    target: Path, arch: str | None, mean: Channels | None, std: Channels | None, say: Callable[[str], None]
+) -> _Learned:
+    """What another project's weights say, and what is assumed of the rest."""
+    if std and not mean:
+        raise InputError("--std goes with --mean, the other half of what the weights were trained with; add it")
+    foreign = read_weights(target)
+    model = _model_of(foreign, target, arch)
+    say(_assumed(target, model, guessed=arch is None and foreign.arch is None, mean=mean, std=std))
+    mean_image: Float32Array | None = None if mean is None else np.full((32, 32, 3), mean, np.float32) * 255
+    return _Learned(model, foreign.state, None, mean_image)
+
+
+def _chosen(
+    stored: Mapping[str, Any], execution: dict[str, Any], target: Path, dataset: str | None, *, test_set: bool
+) -> RunConfig:
+    """How and on what images a network of the config `stored` is tested. Raises InputError."""
+    tree = for_one_pass(stored, execution)
+    data = dict(tree["data"])
+    if dataset and dataset != data["dataset"]:  # which has no validation split of the run's
+        data |= {"dataset": dataset, "val_split": False}
+    if test_set and not data["val_split"]:
+        raise InputError(f"{target} kept no images for validation: it is tested on the test set; leave out --test-set")
+    return RunConfig.from_dict(
+        {"execution": tree["execution"], "data": {**data, "val_split": data["val_split"] and not test_set}}
     )
 
 
@@ -247,27 +265,11 @@ def read_checkpoint(target: Path, say: Callable[[str], None]) -> checkpoint.Chec
     return None
 
 
-def _check(
-    saved: checkpoint.Checkpoint,
-    config: RunConfig,
-    target: Path,
-    arch: str | None,
-) -> None:
-    """Raise InputError where a checkpoint contradicts the command line or this fastres."""
-    if arch is not None and arch != config.model.arch:
-        raise InputError(f"--arch {arch}: {target} says of itself that it is {config.model.arch}")
-    if saved.meta["data"]["scale"] != SCALE:
-        raise InputError(f"{target} was trained with pixels scaled by {saved.meta['data']['scale']}, not {SCALE}")
-
-
-def _caveats(saved: checkpoint.Checkpoint | None, images: ImageSet) -> tuple[str, ...]:
-    found = [images.caveat]
-    if saved:
-        data = saved.meta["data"]
-        official = data["official"] if "official" in data else RunDir(saved.path.parent).data().get("official")
-        other = data["test_digest"] != images.test_digest()
-        found = [caveat(data["name"], official), images.caveat, OTHER_IMAGES if other else ""]
-    return tuple(dict.fromkeys(filter(None, found)))
+def _training_caveat(saved: checkpoint.Checkpoint) -> str:
+    """What to know of the images that a checkpoint learned from, "" for nothing."""
+    data = saved.meta["data"]
+    official = data["official"] if "official" in data else RunDir(saved.path.parent).data().get("official")
+    return caveat(data["name"], official)
 
 
 def _batches(
@@ -293,17 +295,26 @@ def _batches(
 
 def report(outcome: Outcome) -> str:
     """The result for people, a class a line."""
-    data = outcome.images
-    at = f" at step {outcome.step:,}" if outcome.step is not None else ""
-    note = "" if data.official else f", not the official files ({short_digest(data.test_digest())})"
-    worst = max(error or 0.0 for error in outcome.evaluation.class_errors) or 1.0
-    width = max(map(len, data.class_names))
-    found = outcome.evaluation
+    trained, found = outcome.trained, outcome.evaluation
+    names = trained.images.class_names
+    worst = max(error or 0.0 for error in found.class_errors) or 1.0
+    width = max(map(len, names))
     lines = [
-        f"{outcome.model}{at}: {outcome.held_out} error {percent(found.error)}, loss {found.loss:.4f}",
-        f"{outcome.evaluation.num_images:,} images of {data.name}{note}",
+        f"{trained.at_step}: {trained.held_out} error {percent(found.error)}, loss {found.loss:.4f}",
+        tested_images(trained.images),
     ]
-    for name, error in zip(data.class_names, outcome.evaluation.class_errors, strict=True):
+    for name, error in zip(names, found.class_errors, strict=True):
         if error is not None:
-            lines.append(f"  {name:<{width}}  {percent(error):>8}  {'#' * round(24 * error / worst)}")
+            lines.append(f"  {name:<{width}}  {percent(error):>8}  {bar(error / worst)}")
     return "\n".join(lines)
+
+
+def tested_images(images: ImageSet) -> str:
+    """ "10,000 images of cifar10", and what to know of them."""
+    note = "" if images.official else f", not the official files ({short_digest(images.test_digest())})"
+    return f"{len(images.test_images):,} images of {images.name}{note}"
+
+
+def bar(share: float) -> str:
+    """A bar of a chart in text, as long as its share of the longest."""
+    return "#" * round(BAR * share)

@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.data.imageset import short_digest
 from fastres.errors import InputError
-from fastres.evaluate import Trained
+from fastres.evaluate import Trained, bar, tested_images
 from fastres.models.imagenet import Network
 from fastres.runtime import autocast, eager
-
-BAR = 24  # characters of the longest bar
 
 
 @dataclass(frozen=True)
@@ -120,15 +117,12 @@ def to_dict(target: str, trained: Trained, responses: Sequence[Response]) -> dic
 
 def table(trained: Trained, responses: Sequence[Response]) -> str:
     """For people: a layer a line, with a bar as long as its response is strong."""
-    at = f" at step {trained.step:,}" if trained.step is not None else ""
-    images = trained.images
-    note = "" if images.official else f", not the official files ({short_digest(images.test_digest())})"
     width = max(len(response.name) for response in responses)
     largest = max(response.std for response in responses) or 1.0
     lines = [
-        f"{trained.name}{at}: std of each 3x3 layer's output after BN, before ReLU or addition",
-        f"{len(images.test_images):,} images of {images.name}{note}",
+        f"{trained.at_step}: std of each 3x3 layer's output after BN, before ReLU or addition",
+        tested_images(trained.images),
     ]
     for i, r in enumerate(responses, 1):
-        lines.append(f"{i:>4}  {r.name:<{width}}  {r.std:7.4f}  {'#' * round(BAR * r.std / largest)}".rstrip())
+        lines.append(f"{i:>4}  {r.name:<{width}}  {r.std:7.4f}  {bar(r.std / largest)}".rstrip())
     return "\n".join(lines)

@@ -1,11 +1,7 @@
-"""Several runs of which some may be done: finds out which, and trains the rest, side by side where that pays.
-
-A sweep's folder holds a run folder for each seed and `sweep.json`, which says what they have in common.
-"""
+"""Several runs of which some may be done: finds out which, and trains the rest, side by side where that pays."""
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,7 +14,7 @@ from fastres.config import RunConfig
 from fastres.configtree import is_int
 from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError, InUse
-from fastres.files import given_path, is_aside, make_folder, move_aside, write_json
+from fastres.files import given_path, make_folder, move_aside
 from fastres.guards import Interrupt, stopped
 from fastres.loop import check_config, check_loader, train_together
 from fastres.machine import gpu
@@ -28,15 +24,20 @@ from fastres.rundir import (
     DIVERGED,
     RunDir,
     found_again,
-    is_left_behind,
-    new_folder,
     remove_empty,
     remove_lone_lock,
     resume_with,
 )
+from fastres.sweepdir import (
+    SWEEP,
+    any_begun,
+    holds_only_seeds,
+    is_sweep,
+    new_sweep_folder,
+    read_sweep,
+    write_sweep,
+)
 
-SWEEP = "sweep.json"
-SCHEMA = 1  # of sweep.json; a reader refuses what it does not know
 SIDE_BY_SIDE = 8  # runs at once on a GPU, at most
 
 Outcome = RunResult | Diverged
@@ -90,18 +91,18 @@ def train_seeds(
     out = config.output.out
     folder = folder or here / (given_path("output.out", out) if out else new_sweep_folder(config, seeds))
     folders = seed_folders(folder, config, seeds)
-    if not (is_sweep(folder) or _holds_only_seeds(folder)):
+    if not (is_sweep(folder) or holds_only_seeds(folder)):
         RunDir.check_free(folder, overwrite=False, way_out="give another --out")
     make_folder(folder)
     interrupt = Interrupt(resume_with(folder), deadline)
     try:
         with RunDir(folder).locked():  # else another process could write sweep.json anew, or remove it
             is_new = not is_sweep(folder)
-            _write_sweep(folder, config, seeds)
+            write_sweep(folder, config, seeds)
             try:
                 train_all(folders, interrupt, side_by_side=side_by_side, console=console, clocks=clocks)
             except BaseException:
-                if is_new and not _begun(folders):  # nothing came of it: it would be in the way of the next
+                if is_new and not any_begun(folders):  # nothing came of it: it would be in the way of the next
                     (folder / SWEEP).unlink(missing_ok=True)
                 raise
     except BaseException as error:
@@ -111,7 +112,7 @@ def train_seeds(
             remove_empty(folder)
         raise
     outcomes = [outcome_of(path) for path in folders]
-    console.say(f"{spread(config.name, outcomes)}; {folder}")
+    console.say(f"{spread(config, outcomes)}; {folder}")
     return outcomes
 
 
@@ -167,14 +168,17 @@ def train_all(
             _check_place(path, config)
         # Planned anew each time: other processes may have finished runs since, or brought them to another step.
         todo = {path: config for path, config in folders.items() if path not in tried}
-        group = next(iter(_groups(todo, side_by_side)), None)
-        if group is None:
+        group = _next_group(todo, side_by_side)
+        if not group:
             return trained
         # It came when the group before had no step left to cut.
         if interrupt.signum is not None or ((tried or again) and perf_counter() >= interrupt.deadline):
             raise stopped(interrupt, f"before {', '.join(map(str, group))}")
-        how: dict[str, Any] = {"console": console, "clocks": clocks, "shared": shared, "on_begin": on_begin}
-        trained |= bool(train_together(group, interrupt, brief=True, **how))
+        trained |= bool(
+            train_together(
+                group, interrupt, console=console, clocks=clocks, brief=True, shared=shared, on_begin=on_begin
+            )
+        )
         tried |= group.keys()
         clocks = None  # what came before the first group is its own
 
@@ -197,18 +201,19 @@ def outcome_of(path: Path) -> Outcome:
     return Diverged(str(run.read_json(DIVERGED).get("why"))) if run.status == "diverged" else result_of(run)
 
 
-def spread(name: str, outcomes: Sequence[Outcome]) -> str:
+def spread(config: RunConfig, outcomes: Sequence[Outcome]) -> str:
     """Last-step errors of several runs in one line: mean, standard deviation, extremes."""
     errors = [outcome.test_error for outcome in outcomes if isinstance(outcome, RunResult)]
     num_abandoned = len(outcomes) - len(errors)
     lost = f", {num_abandoned} abandoned (diverged)" if num_abandoned else ""
     if not errors:
-        return f"{name}: no run finished{lost}"
-    num_runs, mean = f"{len(errors)} run{'s' if len(errors) > 1 else ''}", 100 * fmean(errors)
-    if len(errors) == 1:
-        return f"{name}, {num_runs}: test error {mean:.2f} %{lost}"
-    about = f"\N{PLUS-MINUS SIGN} {100 * stdev(errors):.2f} % ({percent(min(errors))} to {percent(max(errors))})"
-    return f"{name}, {num_runs}: test error {mean:.2f} {about}{lost}"
+        return f"{config.name}: no run finished{lost}"
+    found = percent(errors[0])
+    if len(errors) > 1:
+        about = f"{100 * fmean(errors):.2f} \N{PLUS-MINUS SIGN} {100 * stdev(errors):.2f} %"
+        found = f"{about} ({percent(min(errors))} to {percent(max(errors))})"
+    num_runs = f"{len(errors)} run{'s' if len(errors) > 1 else ''}"
+    return f"{config.name}, {num_runs}: {config.data.held_out} error {found}{lost}"
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
@@ -223,87 +228,19 @@ def raise_if_all_diverged(outcomes: Sequence[Outcome]) -> None:
         raise lost[0]
 
 
-def new_sweep_folder(config: RunConfig, seeds: Sequence[int]) -> Path:
-    """The default folder of a sweep, made: `runs/resnet20-5seeds-<date>-<time>`."""
-    return new_folder(f"{config.name.lower()}-{len(seeds)}seeds")
-
-
-def read_sweep(folder: Path) -> dict[str, Any]:
-    """A sweep's own file. Raises InputError where it is missing, damaged, or of another version."""
-    if (folder / CONFIG).is_file():
-        raise InputError(f"{folder} is one run, not a sweep; leave out --seeds to resume it")
-    remedy = (
-        f"Remove that file and train with the same flags, --seeds and --out {folder}: what is finished is not repeated"
-    )
-    try:
-        stored = RunDir(folder).read_json(SWEEP)
-    except InputError as error:
-        raise InputError(f"{error}. {remedy}" if is_sweep(folder) else str(error)) from error
-    if stored.get("schema") != SCHEMA:
-        raise InputError(
-            f"{folder / SWEEP} has schema {stored.get('schema')}; this version reads {SCHEMA}. Its run folders can be "
-            "used one by one"
-        )
-    seeds, config = stored.get("seeds"), stored.get("config")
-    try:
-        if not (isinstance(seeds, list) and seeds and all(map(is_int, seeds))):
-            raise InputError("its seeds are no list of numbers")
-        if not isinstance(config, dict):
-            raise InputError("it has no config")
-        RunConfig.from_dict({**config, "seed": 0})
-    except InputError as error:
-        raise InputError(f"{folder / SWEEP} is damaged: {error}. {remedy}") from error
-    return stored
-
-
-def is_sweep(path: Path) -> bool:
-    """Whether a folder is a sweep's."""
-    return (path / SWEEP).is_file()
-
-
-def _write_sweep(folder: Path, config: RunConfig, seeds: Sequence[int]) -> None:
-    """Create a sweep, or add seeds to one of the same config."""
-    own = {key: value for key, value in config.to_dict().items() if key != "seed"}
-    known: list[int] = []
-    if is_sweep(folder):
-        stored = read_sweep(folder)
-        if not _begun(folder / f"seed{seed}" for seed in stored["seeds"]):
-            stored |= {"config": own, "seeds": []}
-        theirs, known = RunConfig.from_dict({**stored["config"], "seed": 0}), stored["seeds"]
-        if changed := theirs.differs_from(config, but_seed=True):
-            raise InputError(f"{folder} is a sweep of another config ({'; '.join(changed)}); give another --out")
-    write_json(folder / SWEEP, {"schema": SCHEMA, "config": own, "seeds": list(dict.fromkeys([*known, *seeds]))})
-
-
-def _begun(paths: Iterable[Path]) -> bool:
-    """Whether there is anything of any of these runs."""
-    return any(RunDir(path).status != "missing" for path in paths)
-
-
-def _holds_only_seeds(folder: Path) -> bool:
-    """Whether a folder is a sweep's that has lost its sweep.json."""
-    inside = [path for path in folder.iterdir() if not is_left_behind(path)] if folder.is_dir() else []
-    inside = [path for path in inside if not is_aside(path.name)]
-    return all(re.fullmatch(r"seed\d+", path.name) for path in inside)
-
-
-def _groups(folders: Mapping[Path, RunConfig], side_by_side: int) -> list[dict[Path, RunConfig]]:
-    """The unfinished runs, those together that can train side by side: but for the seed alike, and at one step."""
-    groups: list[dict[Path, RunConfig]] = []
-    common: list[set[int]] = []  # of each group: the steps that all its runs have saved
+def _next_group(folders: Mapping[Path, RunConfig], side_by_side: int) -> dict[Path, RunConfig]:
+    """The first unfinished run, and those that can train beside it: but for the seed alike, and at one step."""
+    group: dict[Path, RunConfig] = {}
+    common: set[int] = set()  # steps that all its runs have saved
     for path, config in folders.items():
         if RunDir(path).ended:
             continue
-        most = side_by_side or (SIDE_BY_SIDE if gpu.choose(config.execution.device)[0].type == "cuda" else 1)
         steps = checkpoint.steps(path) or {0}
-        for k, group in enumerate(groups):
-            other = next(iter(group.values()))
-            alike = dataclasses.replace(config, seed=other.seed, output=other.output) == other
-            if alike and len(group) < most and common[k] & steps:
-                common[k] &= steps
-                group[path] = config
-                break
-        else:
-            groups.append({path: config})
-            common.append(steps)
-    return groups
+        if not group:
+            group, common, first = {path: config}, steps, config
+            most = side_by_side or (SIDE_BY_SIDE if gpu.choose(config.execution.device)[0].type == "cuda" else 1)
+        alike = dataclasses.replace(config, seed=first.seed, output=first.output) == first
+        if alike and len(group) < most and common & steps:
+            common &= steps
+            group[path] = config
+    return group

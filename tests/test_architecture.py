@@ -27,7 +27,7 @@ LAYERS = (
     ("native.layernet",),
     ("evaluator",),
     ("rundir",),
-    ("console", "plots.curves"),
+    ("console", "plots.curves", "sweepdir"),
     ("step", "steptimer", "plots.runs"),
     ("bench.roofline",),
     ("build", "weights"),

@@ -354,6 +354,9 @@ def test_scaling_takes_the_flags_that_say_how(tmp_path: Path, monkeypatch: pytes
         raise OutOfMemory("enough")
 
     monkeypatch.setattr(scaling, "measure", noted)
+    for wrong in ("--depth 8,21", "--depth 8 --batch-size 8,60000"):  # before minutes are spent on the first
+        assert run(["bench", "--scaling", "--device", "cpu", "--loader", "resident", *wrong.split()]) == 2
+    assert not seen
     line = "--scaling --depth 8 --batch-size 8,16 --precision bf16 --loader none --device cpu"
     assert run(["bench", *line.split()]) == 4  # nothing fits
     assert seen == [(8, "bf16", "resident", True)]
@@ -378,7 +381,7 @@ def test_scaling_stops_where_memory_or_patience_ends(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(scaling, "measure", little_memory)
     base = tiny(tmp_path)
-    found = scaling.measure_scaling(base, [8, 14], [8, 16, 32], step_seconds=60, rounds=1, say=said.append)
+    found = scaling.measure_scaling(base, [14, 8], [16, 8, 32], step_seconds=60, rounds=1, say=said.append)
     labels = [cell["label"] for cell in found["cells"]]
     assert labels == ["ResNet8 batch 8", "ResNet8 batch 16", "ResNet14 batch 8", "ResNet14 batch 16"]
     assert sum("from 32 on left out, out of memory" in line for line in said) == 2

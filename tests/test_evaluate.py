@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fastres.data.cifar import BATCHES
 from fastres.data.imageset import ImageSet
 from fastres.data.synthetic import make_synthetic
 from fastres.errors import InputError
-from fastres.evaluate import Outcome, evaluate_target, load_trained, report
+from fastres.evaluate import Outcome, load_trained, report, score
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.rundir import RunDir
 from tests.runs import tiny
@@ -38,15 +39,19 @@ def images() -> ImageSet:
     return make_synthetic()
 
 
-def outcome_of(target: Path, **how: object) -> Outcome:
-    return evaluate_target(target, CPU, say=lambda _: None, **how)  # type: ignore[arg-type]
+def evaluate_target(target: Path, execution: dict[str, Any], **how: Any) -> Outcome:
+    return score(load_trained(target, execution, **how), target)
+
+
+def outcome_of(target: Path, **how: Any) -> Outcome:
+    return evaluate_target(target, CPU, say=lambda _: None, **how)
 
 
 def test_a_run_and_its_checkpoint_give_what_training_said(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     for target in (run, run / checkpoint.NEWEST):
         outcome = outcome_of(target)
-        assert (outcome.model, outcome.step) == ("ResNet8", 16)
+        assert (outcome.trained.name, outcome.trained.step) == ("ResNet8", 16)
         assert outcome.evaluation.error == result["test_error"]
         assert outcome.evaluation.loss == result["test_loss"]
         assert list(outcome.to_dict()["class_errors"].values()) == result["class_errors"]
@@ -62,7 +67,7 @@ def test_foreign_weights_see_the_per_pixel_mean(run: Path, tmp_path: Path) -> No
     saved = checkpoint.load(run / checkpoint.NEWEST)
     torch.save({"state_dict": {f"module.{k}": t for k, t in saved.weights.items()}}, tmp_path / "w.th")
     outcome = outcome_of(tmp_path / "w.th", dataset="synthetic")
-    assert outcome.step is None
+    assert outcome.trained.step is None
     assert outcome.evaluation == outcome_of(run).evaluation
 
 
@@ -72,7 +77,7 @@ def test_foreign_weights_with_their_own_normalisation(tmp_path: Path, images: Im
     save_file(net.state_dict(), tmp_path / "w.safetensors")
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     outcome = outcome_of(tmp_path / "w.safetensors", dataset="synthetic", arch="plain", mean=mean, std=std)
-    assert outcome.model == "PlainNet8"
+    assert outcome.trained.name == "PlainNet8"
     pixels = torch.from_numpy(images.test_images).double().permute(0, 3, 1, 2) / 255
     pixels = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     with torch.no_grad():
@@ -93,7 +98,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(run: Path, tmp_path: Path) 
     (copy / checkpoint.NEWEST).write_bytes(content)
     said: list[str] = []
     outcome = evaluate_target(copy, CPU, say=said.append)
-    assert outcome.step == 14
+    assert outcome.trained.step == 14
     assert "does not match its digest; taking the one before" in said[0]
 
 
@@ -135,7 +140,7 @@ def test_report_names_the_classes_and_the_worst_has_the_longest_bar(run: Path) -
     text = report(outcome).splitlines()
     assert text[0].startswith("ResNet8 at step 16: test error ")
     errors = outcome.evaluation.class_errors
-    for line, name in zip(text[2:], outcome.images.class_names, strict=True):
+    for line, name in zip(text[2:], outcome.trained.images.class_names, strict=True):
         assert line.startswith(f"  {name} ")
     worst = max(range(10), key=lambda k: errors[k] or 0)
     assert text[2 + worst].endswith(" " + "#" * 24)
@@ -147,8 +152,17 @@ def test_execution_is_validated(run: Path) -> None:
     assert Execution().device == "auto"
 
 
-def test_weights_are_read_before_data_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_said_before_data_is_looked_for(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fastres.evaluate.load_images", lambda *_, **__: pytest.fail("looked for data"))
+    with pytest.raises(InputError, match="says of itself that it is resnet"):
+        outcome_of(run, arch="plain")
+    weights = checkpoint.load(run / checkpoint.NEWEST).weights
+    weights["fc.bias"][0] = float("nan")
+    save_file(weights, tmp_path / "nan.safetensors")
+    with pytest.raises(InputError, match="holds weights that are NaN or Inf"):
+        outcome_of(tmp_path / "nan.safetensors")
     (tmp_path / "weights.pth").write_bytes(b"rubbish")
     with pytest.raises(InputError, match=r"weights\.pth"):
         evaluate_target(tmp_path / "weights.pth", CPU, say=lambda _: None)
@@ -183,14 +197,13 @@ def test_no_training_set_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_load_trained_gives_what_was_trained_and_batches_as_often_as_asked(run: Path, tmp_path: Path) -> None:
     trained = load_trained(run, CPU, say=lambda _: None)
-    assert trained.config == RunDir.open(run).config()
     assert (trained.name, trained.step, str(trained.runtime.device)) == ("ResNet8", 16, "cpu")
     for _ in range(2):
         labels = torch.cat([labels for _, labels in trained.batches()])
         assert labels.tolist() == trained.images.test_labels.tolist()
     save_file(checkpoint.load(run / checkpoint.NEWEST).weights, tmp_path / "w.safetensors")
     foreign = load_trained(tmp_path / "w.safetensors", CPU, arch="plain", dataset="synthetic", say=lambda _: None)
-    assert (foreign.name, foreign.config, foreign.step) == ("PlainNet8", None, None)
+    assert (foreign.name, foreign.step) == ("PlainNet8", None)
     assert not foreign.net.residual
 
 
@@ -215,7 +228,8 @@ def test_a_run_of_another_machine_is_tested_by_this_ones_means(run: Path, tmp_pa
 
 
 def test_validation_images_are_called_that(run: Path) -> None:
-    outcome = replace(outcome_of(run), held_out="validation")
+    outcome = outcome_of(run)
+    outcome = replace(outcome, trained=replace(outcome.trained, held_out="validation"))
     assert "at step 16: validation error " in report(outcome)
     assert outcome.to_dict()["held_out"] == "validation"
 
@@ -236,13 +250,15 @@ def test_the_test_set_of_a_run_that_was_validated(run: Path, tmp_path: Path, mon
     monkeypatch.setattr("fastres.evaluate.load_images", images)
     for test_set, held_out in ((False, "validation"), (True, "test")):
         outcome = evaluate_target(tmp_path / checkpoint.NEWEST, CPU, test_set=test_set, say=lambda _: None)
-        assert outcome.held_out == held_out
-    assert asked == [True, False]
-    with pytest.raises(InputError, match="--dataset synthetic has no other test images; leave out --test-set"):
+        assert outcome.trained.held_out == held_out
+    outcome_of(tmp_path / checkpoint.NEWEST, dataset="cifar10", test_set=True)  # which is the run's own
+    assert asked == [True, False, False]
+    with pytest.raises(InputError, match=r"kept no images for validation.*leave out --test-set"):
         outcome_of(tmp_path / checkpoint.NEWEST, dataset="synthetic", test_set=True)
     said: list[str] = []
     monkeypatch.undo()  # other images, which have no such split
-    assert evaluate_target(tmp_path / checkpoint.NEWEST, CPU, dataset="synthetic", say=said.append).held_out == "test"
+    outcome = evaluate_target(tmp_path / checkpoint.NEWEST, CPU, dataset="synthetic", say=said.append)
+    assert outcome.trained.held_out == "test"
 
 
 def test_answers_that_are_nan_are_no_test_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,7 +276,7 @@ def test_what_is_assumed_of_foreign_weights_is_told(tmp_path: Path) -> None:
 
     def ask(**how: object) -> str:
         said.clear()
-        evaluate_target(tmp_path / "w.safetensors", CPU, dataset="synthetic", say=said.append, **how)  # type: ignore[arg-type]
+        evaluate_target(tmp_path / "w.safetensors", CPU, dataset="synthetic", say=said.append, **how)
         return next(line for line in said if "taken for" in line).partition("taken for ")[2]
 
     assert ask() == (

@@ -31,6 +31,7 @@ from fastres.result import RunResult
 from fastres.rundir import CONFIG, RunDir, find_runs
 from fastres.step import Replica, TrainStep
 from fastres.sweep import train_all, train_seeds
+from fastres.sweepdir import write_sweep
 from tests.runs import assert_same_run, tiny
 from tests.test_loop import interrupt_at, train_until
 
@@ -169,7 +170,7 @@ def test_a_run_that_diverges_is_given_up_and_the_others_go_on(
     assert isinstance(outcomes[1], Diverged)
     assert "the loss became nan at step 12" in str(outcomes[1])
     assert_same_runs(alone, folder, (0, 2))
-    assert "1 abandoned" in sweep.spread("ResNet8", outcomes)
+    assert "1 abandoned" in sweep.spread(fastres.make_config(), outcomes)
     # not tried again, and told again
     again = train_seeds(resume=folder, verbosity="quiet")
     assert str(again[1]) == str(outcomes[1])
@@ -247,7 +248,7 @@ def test_a_sweep_that_cannot_begin_leaves_nothing(tmp_path: Path, monkeypatch: p
             train_seeds(tiny(Path("sweep"), execution={"device": "cuda:0"}, output={"out": out}), 2, verbosity="quiet")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert not (tmp_path / "runs").exists()
-    sweep._write_sweep(tmp_path / "old", tiny(tmp_path), [0, 1])  # as one is left that was killed at once
+    write_sweep(tmp_path / "old", tiny(tmp_path), [0, 1])  # as one is left that was killed at once
     train_seeds(tiny(tmp_path / "old", recipe={"steps": 2, "lr": 0.2}), [5], verbosity="quiet")
     assert json.loads((tmp_path / "old" / "sweep.json").read_text())["seeds"] == [5]
 
@@ -350,9 +351,13 @@ def test_spread(alone: Path) -> None:
     outcomes = [sweep.outcome_of(alone / f"seed{seed}") for seed in SEEDS]
     results = [outcome for outcome in outcomes if isinstance(outcome, RunResult)]
     made = [replace(result, test_error=error) for result, error in zip(results, (0.08, 0.09, 0.1), strict=True)]
-    assert sweep.spread("X", made) == "X, 3 runs: test error 9.00 \N{PLUS-MINUS SIGN} 1.00 % (8.00 % to 10.00 %)"
-    assert sweep.spread("X", made[:1]) == "X, 1 run: test error 8.00 %"
-    assert sweep.spread("X", [Diverged("nan")]) == "X: no run finished, 1 abandoned (diverged)"
+    config = fastres.make_config()
+    about = "test error 9.00 \N{PLUS-MINUS SIGN} 1.00 % (8.00 % to 10.00 %)"
+    assert sweep.spread(config, made) == f"ResNet20, 3 runs: {about}"
+    assert sweep.spread(config, made[:1]) == "ResNet20, 1 run: test error 8.00 %"
+    split = fastres.make_config(data={"val_split": True})
+    assert sweep.spread(split, made[:1]) == "ResNet20, 1 run: validation error 8.00 %"
+    assert sweep.spread(config, [Diverged("nan")]) == "ResNet20: no run finished, 1 abandoned (diverged)"
 
 
 @pytest.mark.parametrize(

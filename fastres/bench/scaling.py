@@ -35,7 +35,7 @@ def measure_scaling(
 
     Args:
         base: What all have in common.
-        depths, batch_sizes: In rising order.
+        depths, batch_sizes: Taken in rising order.
         step_seconds: A depth's larger batches are left out once a step would take longer than this, as foreseen from
             the batch before. Out of memory ends a depth likewise.
         rounds: Chunks of each.
@@ -46,36 +46,41 @@ def measure_scaling(
         A report as `bench.measure` makes it, cells in the order measured.
 
     Raises:
+        InputError: A depth or batch size that cannot be, before anything is measured.
         OutOfMemory: Nothing fits at all.
     """
+    sizes = sorted(batch_sizes)
+    grid = [[_config(base, depth, size) for size in sizes] for depth in sorted(depths)]  # a wrong one before minutes
     whole, ceilings = Report(), dict[str, Ceilings]()
-    for depth in depths:
-        for report in _one_depth(base, depth, batch_sizes, step_seconds, rounds, frozen, ceilings, say):
+    for configs in grid:
+        for report in _one_depth(configs, step_seconds, rounds, frozen, ceilings, say):
             whole = whole or {**report, "cells": []}
             whole["cells"] += report["cells"]
     if not whole:
-        raise OutOfMemory(f"not even batches of {batch_sizes[0]} fit; try a smaller --batch-size or --depth")
+        raise OutOfMemory(f"not even batches of {sizes[0]} fit; try a smaller --batch-size or --depth")
     return whole
 
 
+def _config(base: RunConfig, depth: int, batch_size: int) -> RunConfig:
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, depth=depth),
+        recipe=dataclasses.replace(base.recipe, batch_size=batch_size),
+    )
+
+
 def _one_depth(
-    base: RunConfig,
-    depth: int,
-    batch_sizes: Sequence[int],
+    configs: Sequence[RunConfig],
     step_seconds: float,
     rounds: int,
     frozen: bool,
     ceilings: dict[str, Ceilings],
     say: Callable[[str], None],
 ) -> Iterator[Report]:
-    expected = 0.0
-    for before, batch_size in zip((0, *batch_sizes), batch_sizes, strict=False):
-        config = dataclasses.replace(
-            base,
-            model=dataclasses.replace(base.model, depth=depth),
-            recipe=dataclasses.replace(base.recipe, batch_size=batch_size),
-        )
-        if before and expected * batch_size / before > step_seconds:
+    expected = 0.0  # seconds of a step, for each image of the batch
+    for config in configs:
+        batch_size = config.recipe.batch_size
+        if expected * batch_size > step_seconds:
             say(f"{config.name}: batches from {batch_size} on left out, a step would take over {step_seconds:g} s")
             return
         cell = Cell(f"{config.name} batch {batch_size}", config, frozen=frozen)
@@ -85,7 +90,7 @@ def _one_depth(
             say(f"{config.name}: batches from {batch_size} on left out, {error}")
             return
         (found,) = report["cells"]
-        expected = found["step_seconds"]["median"]
+        expected = found["step_seconds"]["median"] / batch_size
         say(f"{config.name} batch {batch_size}: {found['images_per_second']:,.0f} img/s")
         yield report
 

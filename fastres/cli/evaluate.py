@@ -30,9 +30,9 @@ def evaluate(
 ) -> None:
     """Test error and loss, overall and per class."""
     from fastres.console import Console
-    from fastres.evaluate import evaluate_target, report
+    from fastres.evaluate import load_trained, report, score
 
-    outcome = evaluate_target(
+    trained = load_trained(
         target,
         given(device=device, precision=precision, threads=threads, data_dir=data_dir, data_urls=data_url),
         arch=arch,
@@ -42,4 +42,5 @@ def evaluate(
         test_set=test_set,
         say=Console("lines", stderr=True).say,
     )
+    outcome = score(trained, target)
     print(json.dumps(outcome.to_dict()) if as_json else report(outcome))

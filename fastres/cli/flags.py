@@ -33,7 +33,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Target = Annotated[Path, typer.Argument(metavar="RUN|FILE", help="Run folder, checkpoint or weights file.")]
 Arch = Annotated[
     str | None,
-    typer.Option(help="resnet or plain, for a weights file that does not tell. [default: resnet]"),
+    typer.Option(help="resnet, plain or imagenet, for a weights file that does not tell. [default: resnet]"),
 ]
 Dataset = Annotated[
     str | None, typer.Option(help="cifar10 or synthetic. [default: as in training; of a weights file cifar10]")

@@ -318,8 +318,9 @@ def train(
     with clocks("import"):
         from fastres import loop, sweep
         from fastres.console import Console
+        from fastres.sweepdir import is_sweep
     console = Console("quiet" if quiet else "auto", stderr=as_json)
-    if seeds is not None or (resume is not None and sweep.is_sweep(resume)):
+    if seeds is not None or (resume is not None and is_sweep(resume)):
         outcomes = sweep.train_seeds(
             resolved,
             chosen_seeds,
@@ -339,11 +340,11 @@ def train(
 
 def _resumed(path: Path, seed: int | None) -> dict[str, Any]:
     """The config of a run or a sweep that is to go on."""
-    from fastres import sweep
     from fastres.rundir import RunDir, found_again
+    from fastres.sweepdir import is_sweep, read_sweep
 
-    if sweep.is_sweep(path):
+    if is_sweep(path):
         if seed is not None:
             raise InputError(f"--seed {seed}: a sweep has several; --seeds {seed}-{seed} trains that one too")
-        return found_again(sweep.read_sweep(path)["config"])
+        return found_again(read_sweep(path)["config"])
     return found_again(RunDir.open(path).config().to_dict())

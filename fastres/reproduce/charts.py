@@ -46,7 +46,7 @@ def line_chart(
         (float(line.y[line.x >= settled].max()) for line in lines if (line.x >= settled).any()), default=highest
     )
     y_ticks = ticks(0.0, 1.05 * shown if 1.3 * shown < highest else highest)
-    top = y_ticks[-1]
+    top = y_ticks[-1] or 1.0  # of a network that makes no errors
     x_ticks = [tick for tick in ticks(left, right) if tick <= right * (1 + 1e-9)]
 
     def across(x: float) -> int:
