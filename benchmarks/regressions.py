@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastres.bench.report import LEAST_ROUNDS, Comparison, compare
+from fastres.bench.report import LEAST_COMPARED, Comparison, compare
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST = 0.02  # differences below it are never called slower: 99 % intervals of a few rounds miss now and then
@@ -78,11 +78,11 @@ def main() -> None:
     """Compare the working tree with a commit."""
     parser = argparse.ArgumentParser(description="Speed of this tree against another commit, in turns")
     parser.add_argument("base", help="a commit")
-    parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help=f"default and least {LEAST_ROUNDS}")
+    parser.add_argument("--rounds", type=int, default=LEAST_COMPARED, help=f"default and least {LEAST_COMPARED}")
     parser.add_argument("-k", dest="words", help="which tests, as pytest's -k")
     args = parser.parse_args()
-    if args.rounds < LEAST_ROUNDS:
-        parser.error(f"--rounds is {args.rounds}; a 99 % interval needs {LEAST_ROUNDS}")
+    if args.rounds < LEAST_COMPARED:
+        parser.error(f"--rounds is {args.rounds}; a 99 % interval needs {LEAST_COMPARED}")
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "base"
         added = subprocess.run(

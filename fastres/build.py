@@ -150,7 +150,7 @@ def build_loaders(
         "dtype": runtime.dtype,
         "channels_last": execution.channels_last,
     }
-    kind = loader_kind(execution, runtime)
+    kind, may_fall_back = loader_kind(execution, runtime), execution.loader != "dali" and say is not None
     if kind == "dali":
         try:
             dali = DaliLoader(
@@ -162,9 +162,15 @@ def build_loaders(
                 compiled=runtime.compile_scope != "none" and runtime.device.type == "cuda",
                 **options,
             )
+            try:
+                if may_fall_back:
+                    dali.prepare(0)  # some errors come with the first kernel
+            except BaseException:
+                dali.close()
+                raise
             return [*dali.seats()]
         except MachineError as error:
-            if execution.loader == "dali" or not say:
+            if not (say and may_fall_back):
                 raise
             say(f"taking the resident loader: {error}")
     if kind == "torchvision":

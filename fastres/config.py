@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from fastres.configtree import build, coerced, differences, is_int, merge, nearest
+from fastres.configtree import build, changed_keys, coerced, is_int, merge, nearest
 from fastres.errors import InputError
 from fastres.models.depth import check_depth
 
@@ -100,7 +100,7 @@ class Execution:
     # bf16 copies of the convolutions' weights, kept by the update instead of cast in each step; None: in bf16 on a GPU
     shadow_weights: bool | None = None
     native: bool | None = None  # fastres' own kernels; None: in bf16 on a GPU, and on a CPU where they can be built
-    # of those on a GPU, the ones in CUDA C++, a launch a layer, not the ones in Triton; None: off
+    # on a GPU the kernels in CUDA C++, a launch a layer, instead of those in Triton; None: off
     layer_kernels: bool | None = None
     channels_last: bool = True
     threads: int = 0  # CPU threads of torch and DALI; 0: one a core
@@ -198,7 +198,7 @@ class RunConfig:
     def differs_from(self, other: "RunConfig", *, but_seed: bool = False) -> list[str]:
         """In what `other` computes another thing, as lines "recipe.lr: 0.1 -> 0.2"; `but_seed`: beside the seed."""
         theirs = other.experiment()
-        return differences(self.experiment(), theirs | {"seed": self.seed} if but_seed else theirs)
+        return changed_keys(self.experiment(), theirs | {"seed": self.seed} if but_seed else theirs)
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as JSON-ready values: tuples as lists, None where nothing was chosen."""

@@ -5,12 +5,13 @@ A tree is nested mappings, as TOML and JSON give them. Knows little of what the 
 
 import dataclasses
 import difflib
+import math
 import numbers
 import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from fastres.errors import InputError
 
@@ -34,7 +35,7 @@ def leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return found
 
 
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+def changed_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The keys in which two trees differ, as lines "recipe.lr: 0.1 -> 0.2"."""
     a, b = leaves(ours), leaves(theirs)
     return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
@@ -61,6 +62,11 @@ def show_value(path: str, value: Any) -> str:
 def is_int(value: Any) -> bool:
     """Whether it is an integer, and not true or false."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value out of a JSON file is a finite number (NaN and Inf are stored as text)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -72,9 +72,13 @@ def _fork_and_join(
     if len(branches) == 1:  # no fork to pay for
         branches[0]()
         return
-    for stream, branch in zip(streams, branches, strict=True):
-        stream.wait_stream(main)
-        with torch.cuda.stream(stream):
-            branch()
-    for stream in streams:
-        main.wait_stream(stream)
+    forked = []
+    try:
+        for stream, branch in zip(streams, branches, strict=True):
+            stream.wait_stream(main)
+            forked.append(stream)
+            with torch.cuda.stream(stream):
+                branch()
+    finally:  # else a capture that an error ends could not be ended itself, and would stay the caller's stream
+        for stream in forked:
+            main.wait_stream(stream)

@@ -6,7 +6,7 @@ A message is one or two lines: what is wrong, the value, what to type next. `cli
 
 # How messages of the CPU allocator, CUDA, cuDNN, cuBLAS and DALI say it; torch.OutOfMemoryError says it by its type.
 OUT_OF_MEMORY = (
-    "can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "bad_alloc", "_OUT_OF_MEMORY",
+    "can't allocate memory", "out of memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED", "bad_alloc", "_OUT_OF_MEMORY",
     "Can't allocate ", "CUDA allocation failed",
 )  # fmt: skip
 
@@ -16,12 +16,10 @@ def says_out_of_memory(error: BaseException) -> bool:
 
     A CUDA graph's capture that memory ends raises one more error, of streams that have not joined.
     """
-    seen = set[int]()
     cause: BaseException | None = error
-    while cause and id(cause) not in seen:
+    while cause:
         if any(sign in str(cause) for sign in OUT_OF_MEMORY):
             return True
-        seen.add(id(cause))
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return False
 

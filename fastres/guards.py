@@ -29,9 +29,10 @@ from fastres.errors import (
     first_line,
     says_out_of_memory,
 )
+from fastres.machine.memory import usable_memory
 from fastres.models.cifar import num_parameters
 from fastres.rundir import CONFIG
-from fastres.runtime import Runtime, usable_memory
+from fastres.runtime import Runtime
 
 USABLE_SHARE = 0.8  # of what is free; the rest goes to fragments and workspaces
 # A step's peak over what its forward keeps: 1.2 from batch 256 to 512 and 1.4 from 1,024 to 2,880, on a CPU (ResNet-20,

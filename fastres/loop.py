@@ -26,13 +26,14 @@ from fastres.guards import (
     interrupts,
     stopped,
 )
+from fastres.machine.memory import peak_memory, reset_peak_memory
 from fastres.member import Member, introduction, make_members
 from fastres.optim import LrSchedule
 from fastres.resolve import prepare_for
 from fastres.result import RunResult, result_of, summary
 from fastres.rundir import CONFIG, DIVERGED, RunDir, found_again, new_run_folder, remove_empty, resume_with
 from fastres.runstate import RunState, load_states, record_environment, record_loader, take_folders
-from fastres.runtime import Runtime, peak_memory, reset_peak_memory, synchronize, usual_torch
+from fastres.runtime import Runtime, synchronize, usual_torch
 from fastres.step import TrainStep
 from fastres.steptimer import StepTimer, milliseconds
 

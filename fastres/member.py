@@ -10,6 +10,7 @@ from fastres import optim
 from fastres.build import build_evaluators, build_loaders, build_net, build_optimizer
 from fastres.clock import Clocks
 from fastres.config import RunConfig
+from fastres.configtree import is_number
 from fastres.data.imageset import Float32Array, ImageSet
 from fastres.errors import Diverged, InputError
 from fastres.evaluator import Evaluation, Evaluator
@@ -18,7 +19,6 @@ from fastres.models.cifar import num_parameters
 from fastres.models.depth import IMAGENET_BLOCKS
 from fastres.optim import LrSchedule
 from fastres.plots.curves import draw_curves
-from fastres.plots.series import is_number
 from fastres.result import RunResult
 from fastres.rundir import DIVERGED, METRICS, RESULT, RunDir
 from fastres.runstate import RunState, calmer, data_note, last_good

@@ -127,16 +127,19 @@ def check_kernels(runtime: Runtime, model: Model, batch_size: int, say: Callable
         OutOfMemory: It has no room at all.
     """
     key = runtime, model, batch_size
-    if key not in _VERDICTS:
-        if say:
-            say("checking fastres' own kernels on this GPU")
-        try:
-            _VERDICTS[key] = _compare(*key)
-        finally:
-            if runtime.device.type == "cuda":
-                with contextlib.suppress(RuntimeError):  # of a GPU that is lost, which is told by then
-                    torch.cuda.empty_cache()  # for DALI, which has memory of its own
-    return _VERDICTS[key]
+    if key in _VERDICTS:
+        return _VERDICTS[key]
+    if say:
+        say("checking fastres' own kernels on this GPU")
+    try:
+        verdict = _compare(*key)
+    finally:
+        if runtime.device.type == "cuda":
+            with contextlib.suppress(RuntimeError):  # of a GPU that is lost, which is told by then
+                torch.cuda.empty_cache()  # for DALI, which has memory of its own
+    if not verdict.notes:  # else memory may have been short for a moment
+        _VERDICTS[key] = verdict
+    return verdict
 
 
 def _compare(runtime: Runtime, model: Model, batch_size: int) -> Verdict:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from fastres.config import RunConfig
+from fastres.configtree import is_number
 from fastres.console import duration, percent
 from fastres.data.imageset import ImageSet, short_digest
 from fastres.errors import InputError
 from fastres.files import typed
-from fastres.plots.series import is_number
 from fastres.rundir import RESULT, RunDir
 
 # How a person is told of the clocks besides training's.

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,7 +23,6 @@ from fastres.native.kernels import kernels
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_COMPILATIONS = 128  # of one function
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # bytes
 MAX_THREADS = 8  # per core; thousands take minutes to start, or crash the OpenMP runtime
 DEEP = 110  # layers from which on the network is compiled block by block: as a whole it takes a minute or more
 
@@ -133,6 +131,9 @@ def _set_up_cuda(device: torch.device, precision: str, *, deterministic: bool) -
         raise MachineError(f"{device} cannot be used: {first_line(error)}; nvidia-smi may say more") from error
     os.environ.setdefault("TRITON_CACHE_DIR", str(host.triton_cache_dir()))  # else it depends on who comes first
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # its default so far; Triton 3.9 warns where nothing says so
+    # Where these say something, cuDNN's switch below would mean "as they say", and could not be read any more.
+    for backend in (torch.backends, torch.backends.cudnn):
+        setattr(backend, "fp32_precision", "none")  # noqa: B010 (unknown to mypy)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     # One shape for the whole run, so the timed search for cuDNN's kernels pays; it may choose another one each time.
     torch.backends.cudnn.benchmark = not deterministic
@@ -193,60 +194,18 @@ def usual_torch() -> Iterator[None]:
             torch.set_default_device(device)
 
 
-@contextmanager
-def eager() -> Iterator[None]:
+def eager() -> AbstractContextManager[object]:
     """Run compiled modules uncompiled inside the block (evaluation has other shapes; compiling it would not pay)."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    if "torch._dynamo" not in sys.modules:  # seconds to import; nothing is compiled without it
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def synchronize(device: torch.device) -> None:
     """Wait for the device, so that a clock read after it counts finished work. Nothing to wait for on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Begin `peak_memory` anew on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch held on a GPU since `reset_peak_memory`, or that this process ever held in memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes if sys.platform == "darwin" else 1024 * kilobytes  # macOS counts bytes
-
-
-def usable_memory(device: torch.device) -> int | None:
-    """Bytes that this process can have in all, what it holds already included; None where nothing tells.
-
-    On a GPU what other processes leave of it; on a host what is available now, within the limits of its control group
-    and of `ulimit -v`.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    meminfo, statm = Path("/proc/meminfo"), Path("/proc/self/statm")
-    if not (meminfo.exists() and statm.exists()):  # macOS: of the whole machine
-        return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
-    limits = [number for path in CGROUP_LIMITS if path.exists() and (number := path.read_text().strip()).isdigit()]
-    sizes = [int(number) for number in limits]
-    mapped, held = (int(pages) * resource.getpagesize() for pages in statm.read_text().split()[:2])
-    if (address_space := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-        sizes.append(address_space - mapped + held)  # libraries are mapped whole and held in part
-    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-    return min([*sizes, 1024 * int(available.split()[1]) + held])
 
 
 def _check_launchers() -> None:
@@ -267,10 +226,12 @@ def _compile_scope(
         raise InputError("--compile-mode max-autotune chooses kernels by timing, which --deterministic rules out")
     on_gpu = device.type == "cuda"
     too_old = on_gpu and torch.cuda.get_device_capability(device) < gpu.COMPILED
-    compiled = execution.compile if execution.compile is not None else on_gpu and not too_old
+    why_not = "Triton has nothing for a GPU so old" if too_old else "torch came without Triton"
+    possible = not too_old and importlib.util.find_spec("triton") is not None
+    compiled = execution.compile if execution.compile is not None else on_gpu and possible
     if not compiled:
-        if execution.compile is None and too_old:
-            return "none", "training without torch.compile, more slowly: Triton has nothing for a GPU so old"
+        if execution.compile is None and on_gpu and not possible:
+            return "none", f"training without torch.compile, more slowly: {why_not}"
         if (execution.compile_mode, execution.compile_scope) != ("default", "auto"):
             return "none", "nothing is compiled here, so how to compile it makes no difference; --compile does"
         return "none", None

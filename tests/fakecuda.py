@@ -134,17 +134,22 @@ class FakeCuda:
     @contextlib.contextmanager
     def _stream(self, stream: FakeStream | None) -> Iterator[None]:
         before, self.current = self.current, stream or self.current
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
 
     @contextlib.contextmanager
     def _capture(self, graph: FakeGraph, *, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
         self.log.append("capture")
         graph.stream, graph.error_mode, self._captured = stream, capture_error_mode, []
         stream.before.add("capture")
-        with self._stream(stream):
-            yield
-        if not stream.before.issuperset(self._captured):
-            raise RuntimeError("the capture ends before streams that take part in it have joined")
-        graph.kernels, self._captured = [one.kernel for one in self._captured], None
+        try:
+            with self._stream(stream):
+                yield
+        finally:
+            kernels, self._captured = self._captured, None
+            if not stream.before.issuperset(kernels):
+                raise RuntimeError("the capture ends before streams that take part in it have joined")
+        graph.kernels = [one.kernel for one in kernels]
         self.log.append("captured")

@@ -19,9 +19,9 @@ MAX_LINES = 350
 # or the whole package; a longer name (models.depth) goes before its package's.
 LAYERS = (
     ("errors", "machine", "plots", "bench"),  # the packages: a module of theirs gets a place of its own
-    ("files", "models.depth", "data.imageset", "machine.host", "clock", "machine.driver", "plots.series"),
+    ("files", "models.depth", "data.imageset", "machine.host", "clock", "machine.driver", "machine.memory"),
     ("configtree", "native", "machine.gpu"),
-    ("config",),
+    ("config", "plots.series"),
     ("runtime", "optim", "shadow", "models", "data"),
     ("checkpoint", "cudagraph", "machine.environment", "native.fusednet"),
     ("native.layernet",),

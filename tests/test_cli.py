@@ -548,6 +548,8 @@ def test_parse_model() -> None:
     assert parse_model("Plain20") == ("plain", 20)
     with pytest.raises(InputError):
         parse_model("20")
+    with pytest.raises(InputError):
+        parse_model(f"ResNet{'1' * 5_000}")
 
 
 def test_help_is_quick_and_does_not_import_torch() -> None:

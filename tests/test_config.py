@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastres.config import PRESETS, Model, Recipe, RunConfig, make_config
-from fastres.configtree import differences, merge, show_key, show_value
+from fastres.configtree import changed_keys, merge, show_key, show_value
 from fastres.errors import InputError
 from fastres.optim import LrSchedule
 
@@ -104,7 +104,7 @@ def test_every_switch_of_the_first_half_is_in_the_digest_and_named_where_it_diff
     tree[section][key] = SWITCHES[section][key]
     other = RunConfig.from_dict(tree)
     assert other.digest != base.digest
-    (line,) = differences(base.experiment(), other.experiment())
+    (line,) = changed_keys(base.experiment(), other.experiment())
     assert line.startswith(f"{section}.{key}: ")
 
 
@@ -284,7 +284,7 @@ def test_warm_ups(how: dict[str, Any], warmup: tuple[str, int]) -> None:
 
 def test_differences_name_the_keys() -> None:
     ours, theirs = make_config().experiment(), make_config(recipe={"lr": 0.2}, seed=1).experiment()
-    assert differences(ours, theirs) == ["recipe.lr: 0.1 -> 0.2", "seed: 0 -> 1"]
+    assert changed_keys(ours, theirs) == ["recipe.lr: 0.1 -> 0.2", "seed: 0 -> 1"]
 
 
 def test_configs_differ_in_what_they_compute_and_in_the_seed_where_it_counts() -> None:

@@ -55,6 +55,20 @@ def test_each_branch_has_a_stream_of_its_own_beside_the_others(cuda: FakeCuda, n
         assert not any(call.before & set(together) for call in together)
 
 
+def test_streams_join_also_where_a_branch_fails(cuda: FakeCuda) -> None:
+    """Else the capture could not end, and the error would be that one."""
+
+    def fails() -> None:
+        cuda.launch("b")
+        if cuda.log.count("b") > WARM_UP_CALLS:
+            raise MemoryError("in the capture")
+
+    before = cuda.current
+    with pytest.raises(MemoryError, match="in the capture"):
+        CapturedGraph([partial(cuda.launch, "a"), fails, partial(cuda.launch, "c")], [])
+    assert cuda.current is before
+
+
 def test_one_branch_needs_no_fork(cuda: FakeCuda) -> None:
     training = cuda.current
     captured(cuda, "a")

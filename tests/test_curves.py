@@ -16,7 +16,7 @@ from fastres.cli import run as command
 from fastres.config import RunConfig, make_config
 from fastres.configtree import merge
 from fastres.errors import InputError
-from fastres.plots.curves import COLORS, NUM_STYLES, figure_of
+from fastres.plots.curves import COLOURS, NUM_STYLES, figure_of
 from fastres.plots.runs import Run, plot_runs, read_runs, tell_apart
 from fastres.plots.series import Curve, curve_of, mean_curve
 from fastres.reproduce import markup as report_page
@@ -271,7 +271,7 @@ def test_colours_are_told_apart(sight: str) -> None:
     """Distances in OKLab, of the figures' colours and of the report's, which has others in the dark."""
     css = Path(report_page.__file__).with_name("report.css").read_text()
     light, dark = (re.findall(r"--s\d: (#\w{6})", half) for half in css.split("prefers-color-scheme: dark"))
-    assert light == list(COLORS)
+    assert light == list(COLOURS)
     for colors in (light, dark):
         seen = {color: seen_as(color, SIGHT[sight]) for color in colors}
         assert len(seen) == 7
@@ -279,7 +279,7 @@ def test_colours_are_told_apart(sight: str) -> None:
 
 
 def test_colours_stand_out_from_white() -> None:
-    assert min(1.05 / (luminance(color) + 0.05) for color in COLORS) >= 3
+    assert min(1.05 / (luminance(color) + 0.05) for color in COLOURS) >= 3
 
 
 def drawn(curves: Sequence[Curve], **how: Any) -> Any:
@@ -290,14 +290,14 @@ def drawn(curves: Sequence[Curve], **how: Any) -> Any:
 
 def test_training_is_thin_test_bold_and_both_have_the_runs_colour() -> None:
     axes, _ = drawn([curve_of(falling(), "a", smooth=5), curve_of(falling(0.1), "b", smooth=5)]).axes
-    for color in COLORS[:2]:
+    for color in COLOURS[:2]:
         widths = [line.get_linewidth() for line in axes.lines if line.get_color() == color and not line.get_alpha()]
         assert len(widths) == 2
         assert widths[1] >= 2 * widths[0]
         pale = [line for line in axes.lines if line.get_color() == color and line.get_alpha()]
         assert pale
         assert all(line.get_zorder() < 3 for line in pale)
-    assert {line.get_color() for line in axes.lines} == set(COLORS[:2])
+    assert {line.get_color() for line in axes.lines} == set(COLOURS[:2])
 
 
 @pytest.mark.parametrize(

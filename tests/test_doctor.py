@@ -99,11 +99,11 @@ def test_no_check_takes_the_others_down(monkeypatch: pytest.MonkeyPatch) -> None
         yield Finding("ok", "half", "seen")
         raise ValueError("two\nlines")
 
-    for name in ("system", "disk", "cpu"):
+    for name in ("system", "run_disk", "cpu"):
         monkeypatch.setattr(checks, name, broken)
     found = doctor.examine()
     lost = [f for f in found.findings if f.value == "cannot be checked: ValueError: two"]
-    assert [f.what for f in lost] == ["system", "CPU", "disk"]
+    assert [f.what for f in lost] == ["system", "CPU", "disk, runs"]
     assert found.possible
 
 
@@ -122,7 +122,7 @@ def test_exit_code_and_words_where_training_is_not_possible(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = Finding("error", "disk, runs", "no room", "make some", stops=True)
-    monkeypatch.setattr(checks, "disk", lambda: [bad])
+    monkeypatch.setattr(checks, "run_disk", lambda: [bad])
     assert run(["doctor"]) == 3
     out = capsys.readouterr().out
     assert "see disk, runs above" in out.splitlines()[-1]
@@ -428,11 +428,11 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for free, mark, stops in ((5e9, "ok", False), (1e9, "note", False), (1e8, "error", True)):
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        runs, cache = checks.disk()
+        runs, cache = *checks.run_disk(), *checks.cache_disk()
         assert (runs.mark, runs.stops) == (mark, stops)
         assert not cache.stops
     monkeypatch.setattr("os.access", lambda *_: False)
-    runs, cache = checks.disk()
+    runs, cache = *checks.run_disk(), *checks.cache_disk()
     assert (runs.value, runs.stops, cache.stops) == (f"{tmp_path}/runs cannot be written", True, False)
 
 

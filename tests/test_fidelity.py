@@ -15,7 +15,7 @@ import typer.main
 
 from fastres.cli import app, run
 from fastres.config import Data, Model, Recipe, RunConfig, make_config
-from fastres.configtree import differences
+from fastres.configtree import changed_keys
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.optim import make_sgd
 from fastres.runtime import Runtime
@@ -62,7 +62,7 @@ def test_an_ablation_is_the_default_and_then_one_thing_changed(capsys: pytest.Ca
     for first, *others in BLOCKS[:-1]:
         default = resolved(capsys, first)
         assert default == make_config(model={"depth": default.model.depth})
-        lines = [line for o in others for line in differences(default.experiment(), resolved(capsys, o).experiment())]
+        lines = [line for o in others for line in changed_keys(default.experiment(), resolved(capsys, o).experiment())]
         changed.append({line.partition(":")[0] for line in lines})
         assert len(lines) == len(others)
         assert len(changed[-1]) == 1

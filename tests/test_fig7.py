@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 import fastres
 from fastres import checkpoint
+from fastres.config import make_config
 from fastres.data import synthetic
 from fastres.errors import InputError
 from fastres.evaluate import Trained, load_trained
@@ -149,7 +150,8 @@ def test_a_mean_is_over_finished_runs(runs: list[RunDir], tmp_path: Path, drawn:
 def test_the_papers_five_alone_where_there_are_some() -> None:
     class Named:
         def __init__(self, name: str) -> None:
-            self.name = name
+            arch, _, depth = name.lower().partition("-")
+            self.name, self.config = name, make_config(model={"arch": arch, "depth": int(depth)})
 
     def chosen(*names: str) -> list[str]:
         return [n.name for n in fig7._as_in_the_paper([Named(n) for n in names], QUIET)]  # type: ignore[misc]

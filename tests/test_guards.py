@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
-from fastres import checkpoint, guards, runtime
+from fastres import checkpoint, guards
 from fastres.config import RunConfig, make_config
 from fastres.errors import Interrupted, MachineError, OutOfMemory
 from fastres.guards import (
@@ -25,6 +25,7 @@ from fastres.guards import (
     interrupts,
     memory_of_a_step,
 )
+from fastres.machine import memory
 from fastres.runtime import Runtime
 
 SAID = (
@@ -197,18 +198,18 @@ def test_a_batch_is_rounded_down_a_little(batch_size: int, rounded: int) -> None
 
 def test_usable_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     cpu = torch.device("cpu")
-    free = runtime.usable_memory(cpu)
+    free = memory.usable_memory(cpu)
     assert free is not None
     assert 1e8 < free < 1e14
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(runtime, "CGROUP_LIMITS", (limit, tmp_path / "none"))
+    monkeypatch.setattr(memory, "CGROUP_LIMITS", (limit, tmp_path / "none"))
     limit.write_text("12345678\n")
-    assert runtime.usable_memory(cpu) == 12_345_678
+    assert memory.usable_memory(cpu) == 12_345_678
     limit.write_text("max\n")
-    assert runtime.usable_memory(cpu) == pytest.approx(free, rel=0.5)
+    assert memory.usable_memory(cpu) == pytest.approx(free, rel=0.5)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 7)
-    assert runtime.usable_memory(torch.device("cuda", 0)) == 12
+    assert memory.usable_memory(torch.device("cuda", 0)) == 12
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,5 +1,6 @@
 """The loaders execute one plan: resident and DALI are equal to a slow, obvious reference and to each other."""
 
+import contextlib
 import dataclasses
 import gc
 import importlib.util
@@ -30,7 +31,7 @@ from fastres.data.resident import ResidentLoader, evaluation_batches
 from fastres.data.table import TableLoader
 from fastres.data.torchvision import TorchvisionLoader
 from fastres.errors import MachineError
-from fastres.runtime import Runtime
+from fastres.runtime import Runtime, prepare
 from tests.fakecuda import FakeCuda, FakeStream, Recorded
 from tests.runs import tiny
 
@@ -253,6 +254,61 @@ def test_dali_is_looked_for_without_an_import(monkeypatch: pytest.MonkeyPatch) -
     assert not dali_available()
     monkeypatch.setattr(importlib.util, "find_spec", find_no_namespace)  # not even another of NVIDIA's packages
     assert not dali_available()
+
+
+@needs_dali
+def test_a_dali_whose_first_kernel_fails_does_not_start(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one without kernels for this GPU: it is built, and fails when it runs."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("Critical error in pipeline:\n... encountered:\n\ncudaErrorNoKernelImageForDevice (209)")
+
+    dali.check_starts(CPU)
+    monkeypatch.setattr("nvidia.dali.Pipeline.outputs", fails)
+    with pytest.raises(MachineError, match="cudaErrorNoKernelImageForDevice"):
+        dali.check_starts(CPU)
+    said: list[str] = []
+    config = make_config("smoke", execution={"device": "cpu", "threads": 1})
+    runtime = prepare(config.execution)
+    monkeypatch.setattr("fastres.build.loader_kind", lambda *_: "dali")  # as "auto" is on a GPU
+    (loader,) = build_loaders([config], images, images.mean_image(), runtime, said.append)
+    assert loader.name == "resident"
+    assert said[0].startswith("taking the resident loader: DALI failed at its run 0: cudaErrorNoKernelImage")
+
+
+@needs_dali
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_signal_while_dali_is_fed_ends_in_that_signal(
+    images: ImageSet, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    loader = make(DaliLoader, images, steps_per_run=1)
+    loader.prepare(0)
+    feed, left = loader._feed, [at]
+
+    def interrupted(name: str, tensor: Tensor) -> None:
+        if not left.pop():
+            raise KeyboardInterrupt
+        left.append(0)
+        feed(name, tensor)
+
+    monkeypatch.setattr(loader, "_feed", interrupted)
+    with pytest.raises(KeyboardInterrupt), contextlib.closing(loader):
+        loader.prepare(1)
+    assert loader._pipeline is None
+
+
+@needs_dali
+def test_a_signal_before_dali_was_told_to_make_anything(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = make(DaliLoader, images, steps_per_run=1)
+    loader._ask(0)  # it needs one more before it begins
+    loader.close()
+    assert loader._pipeline is None
+
+
+def test_a_run_of_dali_has_no_more_frames_than_a_gpu_takes(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dali, "dali_available", lambda: True)
+    with pytest.raises(MachineError, match=r"at most 65,535 images at once, and 64 steps a graph need 65,536"):
+        make(DaliLoader, images, batch_size=1024, ahead=64, device=torch.device("cuda"))
 
 
 def test_dali_that_is_not_there_says_what_to_do(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from fastres.evaluator import Evaluation
 from fastres.plots.runs import read_runs
 from fastres.plots.series import Curve, Line, curve_of
 from fastres.reproduce import markup, report
-from fastres.reproduce.answers import MISTAKES, Answers, Mistake, answers_of, png
+from fastres.reproduce.answers import NUM_MISTAKES, Answers, Mistake, answers_of, png
 from fastres.reproduce.charts import line_chart, ticks
 from fastres.reproduce.report import MAX_BYTES, render, write_report
 from fastres.reproduce.sections import Subject
@@ -145,7 +145,7 @@ def test_a_run_with_everything(run: Path) -> None:
     assert f"{result['num_parameters']:,}" in text
     for title in ("Curves", "By class", "Most confident", "Layer responses", "Where the time", "Configuration", "Data"):
         assert title in text
-    assert document.count("img") == MISTAKES
+    assert document.count("img") == NUM_MISTAKES
     assert document.count("svg") == 3
     assert "Synthetic data: not a result of the paper." in text
     assert "Not the paper's recipe: depth" not in text  # any depth is the paper's, if its recipe is
@@ -164,7 +164,7 @@ def test_what_the_network_says_is_what_training_said(run: Path, tested: Answers)
 def test_the_sheet_shows_the_surest_wrong_answers(tested: Answers) -> None:
     images = make_synthetic()
     shown = tested.mistakes
-    assert len(shown) == MISTAKES
+    assert len(shown) == NUM_MISTAKES
     assert [one.probability for one in shown] == sorted((one.probability for one in shown), reverse=True)
     for one in shown:
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(one.image.partition(",")[2]))))
@@ -373,7 +373,7 @@ def test_many_runs_stay_below_a_megabyte(sweep: Path) -> None:
     """Forty-five runs of the paper's length, with sheets of noise, which does not compress."""
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     uri = "data:image/png;base64," + base64.b64encode(png(noise)).decode()
-    mistakes = [Mistake(i, uri, "automobile", "automobile", 0.99) for i in range(MISTAKES)]
+    mistakes = [Mistake(i, uri, "automobile", "automobile", 0.99) for i in range(NUM_MISTAKES)]
     evaluation = Evaluation(0.3, (np.eye(10, dtype=int) * 900 + 11).tolist())
     tested = Answers(64_000, evaluation, tuple(["automobile"] * 10), mistakes, np.linspace(0.1, 3, 109).tolist(), ())
     kinds = [*(("train", 100 * k) for k in range(1, 641)), *(("test", 2_000 * k) for k in range(1, 33))]
@@ -387,7 +387,7 @@ def test_many_runs_stay_below_a_megabyte(sweep: Path) -> None:
     document = check(Document(render(common, subjects)))
     left_out = document.text.count("Left out to keep this file below 1 MB")
     assert 0 < left_out < 45
-    assert document.count("img") == MISTAKES * (45 - left_out)
+    assert document.count("img") == NUM_MISTAKES * (45 - left_out)
     many = check(Document(render(common, subjects * 4)))
     assert many.count("img") == 0
     assert 0 < many.text.count("Layer responses") < 180
@@ -457,6 +457,12 @@ def test_points_lie_where_the_ticks_say() -> None:
     assert points(paths["s0 bold"]) == [(250, 0), (500, 500), (750, 750), (1000, 1000)]
     assert '<span class="y" style="bottom:50%">10</span>' in found
     assert "axis ends" not in found
+
+
+@pytest.mark.parametrize("early", [0.0, 20.0])
+def test_a_network_without_errors_is_drawn(early: float) -> None:
+    _, paths = chart([Curve("", None, series([early] + [0.0] * 99))])
+    assert points(paths["s0 bold"])[-1] == (1000, 1000)
 
 
 def test_a_cut_axis_says_so() -> None:

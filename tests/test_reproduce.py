@@ -20,7 +20,7 @@ from fastres.errors import Interrupted
 from fastres.files import aside
 from fastres.member import Member
 from fastres.reproduce import fig7
-from fastres.reproduce.plan import OverallProgress, needs, train_missing
+from fastres.reproduce.plan import OverallProgress, plan_stages, train_missing
 from fastres.rundir import RunDir, find_runs
 from tests.crash import REPRODUCE, crash_reproduce, timeless_table
 from tests.test_table6 import RESULT_VALUES
@@ -197,7 +197,7 @@ def test_a_budget_stops_in_time_and_goes_on(whole: Path, tmp_path: Path, capsys:
 
 
 def test_how_far_all_is_and_how_long_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (stage,) = needs([("resnet", 8, range(4))], tmp_path, "smoke", {"recipe": {"steps": 100}})
+    (stage,) = plan_stages([("resnet", 8, range(4))], tmp_path, "smoke", {"recipe": {"steps": 100}})
     paths, now = list(stage.folders), 0.0
     for path in paths[:2]:
         run = RunDir.create(path)
@@ -300,7 +300,10 @@ def test_assert_exits_with_6(whole: Path, capsys: pytest.CaptureFixture[str]) ->
         (["all", "--nets", "ResNet8", "--warmup", "slow"], 2, "warmup is 'slow'"),
         (["all", "--nets", "ResNet8", "--warmup", "ramp"], 2, "must be one of constant, error, none"),
         (["table6", "--nets", "VGG"], 2, "--nets is 'VGG'"),
-        (["table6", "--preset", "smoke", "--data-dir", "."], 2, "--data-dir does nothing with --preset smoke"),
+        (["table6", "--preset", "smoke", "--data-dir", "."], 2, "--data-dir does nothing with built-in data; leave"),
+        (["table6", "--preset", "smoke", "--data-url", "u"], 2, "--data-url does nothing with built-in data; leave"),
+        (["table6", "--nets", "PlainNet8", "--shortcut", "B"], 2, "none of these networks heeds shortcut B"),
+        (["table6", "--nets", "ResNet20", "--warmup", "none"], 2, "none of these networks heeds warmup none"),
         (["fig6", "--ylim", "nan"], 2, "--ylim is nan"),
         (["fig6", "--ylim", "0"], 2, "--ylim is 0"),
         (["table6", "--ylim", "30"], 2, "--ylim is of Figure 6"),
@@ -364,7 +367,7 @@ def test_fig7_failing_does_not_lose_the_table(whole: Path, tmp_path: Path, monke
 def test_a_signal_that_comes_too_late_for_one_network_stops_before_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages = needs([("resnet", 8, [0]), ("plain", 8, [0])], tmp_path, "smoke", SHORT)
+    stages = plan_stages([("resnet", 8, [0]), ("plain", 8, [0])], tmp_path, "smoke", SHORT)
     finish = Member.finish
 
     def late(*args: Any) -> Any:
@@ -378,7 +381,10 @@ def test_a_signal_that_comes_too_late_for_one_network_stops_before_the_next(
 
 
 def test_a_budget_that_ends_with_one_network_begins_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages, deadline = needs([("resnet", 8, [0]), ("plain", 8, [0])], tmp_path, "smoke", SHORT), perf_counter() + 3_600
+    stages, deadline = (
+        plan_stages([("resnet", 8, [0]), ("plain", 8, [0])], tmp_path, "smoke", SHORT),
+        perf_counter() + 3_600,
+    )
     finish = Member.finish
 
     def last(*args: Any) -> Any:
@@ -391,16 +397,16 @@ def test_a_budget_that_ends_with_one_network_begins_no_other(tmp_path: Path, mon
 
 
 def test_a_run_that_is_moved_aside_is_trained_again(tmp_path: Path) -> None:
-    (stage,) = needs([("resnet", 8, [0])], tmp_path, "smoke", SHORT)
+    (stage,) = plan_stages([("resnet", 8, [0])], tmp_path, "smoke", SHORT)
     (path, config), *_ = stage.folders.items()
     RunDir.create(path).write_json("config.json", config.to_dict())
     path.rename(aside(path))
-    (again,) = needs([("resnet", 8, [0])], tmp_path, "smoke", SHORT)
+    (again,) = plan_stages([("resnet", 8, [0])], tmp_path, "smoke", SHORT)
     assert list(again.folders) == [path]
 
 
 def test_a_damaged_result_does_not_stop_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stages = needs([("resnet", 8, range(2)), ("plain", 8, [0])], tmp_path, "smoke", SHORT)
+    stages = plan_stages([("resnet", 8, range(2)), ("plain", 8, [0])], tmp_path, "smoke", SHORT)
     (first, config), *_ = stages[0].folders.items()
     RunDir.create(first).write_json("config.json", config.to_dict())
     (first / "result.json").write_text("{}")

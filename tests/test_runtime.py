@@ -92,6 +92,23 @@ def test_auto_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tu
     prepare(Execution(threads=1, precision="tf32"))
     assert torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # no Triton, as on Windows
+    without = prepare(Execution(threads=1))
+    assert (without.compile_scope, without.native) == ("none", False)
+    assert "training without torch.compile, more slowly: torch came without Triton" in without.notes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_the_newer_switches_of_torch_do_not_change_the_precision(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """torch.backends.fp32_precision: what cuDNN's own switch leaves open is as it says."""
+    pretend_gpu(monkeypatch, (9, 0))
+    for backend in (torch.backends, torch.backends.cudnn):
+        monkeypatch.setattr(backend, "fp32_precision", "tf32")
+    prepare(Execution(threads=1, precision=precision, native=False))  # type: ignore[arg-type]
+    assert torch._C._get_fp32_precision_getter("cuda", "conv") == ("tf32" if precision == "tf32" else "none")
+    assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")  # and can be read
 
 
 def test_timed_kernels_are_not_deterministic() -> None:
@@ -145,7 +162,8 @@ def test_a_gpu_without_what_launches_kernels(monkeypatch: pytest.MonkeyPatch, la
         ((12, 4), True, None, "13.2", "the driver knows CUDA up to 12.4, and this torch needs 13.2"),
         ((13, 0), True, "", "13.2", "hidden by CUDA_VISIBLE_DEVICES=''"),
         ((13, 0), True, None, None, "this torch was built for the CPU alone"),
-        ((13, 0), True, "0", "13.2", ""),
+        ((13, 0), True, "7", "13.2", "CUDA_VISIBLE_DEVICES is '7'"),
+        ((13, 0), True, None, "13.2", ""),
     ],
 )
 def test_why_there_is_no_gpu(
@@ -171,6 +189,29 @@ def test_why_there_is_no_gpu(
     because = re.escape(f" ({why})" if why else "")
     with pytest.raises(MachineError, match=f"torch finds no CUDA GPU{because}; use --device cpu or auto"):
         prepare(Execution(threads=1, device="cuda"))
+
+
+def test_why_cuda_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = (
+        "CUDA initialization: Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before "
+        "calling NumCudaDevices() that might have already set an error? Error 802: system not yet initialized "
+        "(Triggered internally at c10/cuda/CUDAFunctions.cpp:109.)"
+    )
+    once = [said]
+
+    def is_available() -> bool:
+        while once:  # torch says it once a process
+            warnings.warn(once.pop(), UserWarning, stacklevel=1)
+        return False
+
+    monkeypatch.setattr(gpu, "_SAID", [])
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(driver, "newest_cuda", lambda: (13, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    why = "CUDA does not start: Error 802: system not yet initialized"
+    for _ in range(2):
+        assert prepare(Execution(threads=1)).notes == (f"no GPU ({why}): using the CPU",)
 
 
 def test_a_gpu_that_torch_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,8 +341,8 @@ def test_an_error_that_follows_from_lack_of_memory_says_so() -> None:
     assert says_out_of_memory(late)
     late.__suppress_context__ = True  # raised from None: it has nothing to do with it
     assert not says_out_of_memory(late)
-    late.__cause__ = late
-    assert not says_out_of_memory(late)
+    for name in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"):
+        assert says_out_of_memory(RuntimeError(f"cuDNN error: {name}"))
     assert says_out_of_memory(RuntimeError("Can't allocate 4096 bytes on device 0."))  # DALI's words
 
 

@@ -369,7 +369,8 @@ def test_seeds_in_words(text: str, seeds: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "a", "1,,2", "3-1", "1,1", "-1", "1-99999", "99999999999999999", "0-99999999999", "1" * 30]
+    "text",
+    ["", "0", "a", "1,,2", "3-1", "5-2,3", "1,1", "-1", "1-99999", "99999999999999999", "0-99999999999", "1" * 30],
 )
 def test_seeds_that_are_none(text: str) -> None:
     with pytest.raises(InputError, match="write 5"):

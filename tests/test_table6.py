@@ -16,7 +16,7 @@ from fastres.errors import InputError, OutsideTolerance
 from fastres.reproduce import table6
 from fastres.reproduce.networks import note_of
 from fastres.reproduce.paper import TABLE_6, differences
-from fastres.reproduce.plan import needs, runs_of, stages_of
+from fastres.reproduce.plan import in_order_of_work, plan_stages, runs_of
 from fastres.rundir import RunDir
 
 ERRORS = (0.0860, 0.0880, 0.0870, 0.0850, 0.0890)  # mean 0.0870, std 0.00158
@@ -345,13 +345,16 @@ def test_what_a_reader_must_be_told(tmp_path: Path) -> None:
 def test_the_order_of_the_work() -> None:
     every = [(arch, depth) for depth in (20, 32, 44, 56, 110) for arch in ("resnet", "plain")]
     seeds, one = [3, 1, 4], [7]
-    stages = stages_of(every, seeds, one)
+    stages = in_order_of_work(every, seeds, one)
     assert stages[:6] == [
         ("resnet", 20, seeds), ("resnet", 110, [3]), ("plain", 20, one),
         ("plain", 56, one), ("resnet", 56, seeds), ("resnet", 110, seeds),
     ]  # fmt: skip
     assert stages[-1] == ("plain", 110, one)  # on request: after all others
-    assert stages_of([("resnet", 1202), ("resnet", 20)], seeds, one) == [("resnet", 20, seeds), ("resnet", 1202, seeds)]
+    assert in_order_of_work([("resnet", 1202), ("resnet", 20)], seeds, one) == [
+        ("resnet", 20, seeds),
+        ("resnet", 1202, seeds),
+    ]
 
 
 def test_needs_finds_runs_by_what_they_compute(tmp_path: Path) -> None:
@@ -360,7 +363,7 @@ def test_needs_finds_runs_by_what_they_compute(tmp_path: Path) -> None:
     make_run(tmp_path / "other", make_config(seed=0, recipe={"lr": 0.2}), 0.09)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{")
-    (need,) = needs([("resnet", 20, range(2))], tmp_path, "paper", {})
+    (need,) = plan_stages([("resnet", 20, range(2))], tmp_path, "paper", {})
     assert list(need.folders) == [tmp_path / "resnet20/seed0", elsewhere]
     assert [run.path for run in runs_of([need])] == [elsewhere]
 
@@ -368,12 +371,12 @@ def test_needs_finds_runs_by_what_they_compute(tmp_path: Path) -> None:
 def test_a_folder_in_the_way_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "resnet20/seed0", make_config(seed=0, recipe={"lr": 0.2}), 0.09)
     with pytest.raises(InputError, match=r"run of another config \(recipe\.lr: 0\.2 -> 0\.1\)"):
-        needs([("resnet", 20, [0])], tmp_path, "paper", {})
+        plan_stages([("resnet", 20, [0])], tmp_path, "paper", {})
     (tmp_path / "resnet20" / "seed0" / "config.json").write_text("rubbish")
     with pytest.raises(
         InputError, match=r"config\.json cannot be read.*: mv .*seed0 .*seed0\.old-1, then the same command"
     ):
-        needs([("resnet", 20, [0])], tmp_path, "paper", {})
+        plan_stages([("resnet", 20, [0])], tmp_path, "paper", {})
 
 
 def test_the_terminal_shows_it_in_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

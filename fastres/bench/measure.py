@@ -27,8 +27,9 @@ from fastres.data.imageset import ImageSet
 from fastres.guards import explained_compilation, explained_memory_errors
 from fastres.machine import nvml
 from fastres.machine.environment import environment
+from fastres.machine.memory import reset_peak_memory
 from fastres.resolve import prepare_for, prepare_unchecked
-from fastres.runtime import DTYPES, reset_peak_memory, synchronize
+from fastres.runtime import DTYPES, synchronize
 from fastres.step import Loader, Replica, TrainStep
 
 SCHEMA = 1  # of the JSON; a reader refuses what it does not know

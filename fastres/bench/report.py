@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fastres.bench.measure import SCHEMA
 from fastres.bench.parts import PARTS
-from fastres.configtree import differences
+from fastres.configtree import changed_keys
 from fastres.errors import InputError
 from fastres.files import check_figure, disk_error, save_figure, write_text
 
@@ -25,7 +25,7 @@ MACHINE = ("gpu", "driver", "cpu", "cpu_id", "cores", "threads", "platform")  # 
 CELL = {"label", "config", "step_seconds", "chunks"}  # keys of a cell that a comparison reads
 PROFILE_TOLERANCE = 0.03  # of the profiled pass: off the unmodified step's time, a fraction
 RESAMPLINGS = 2_000
-LEAST_ROUNDS = 8  # of a comparison: all of fewer can lie on one side by chance more often than 1 time in 100
+LEAST_COMPARED = 8  # of a comparison: all of fewer can lie on one side by chance more often than 1 time in 100
 
 
 # --- one report
@@ -288,7 +288,7 @@ def compare_reports(a: Report, b: Report) -> dict[str, Comparison]:
             f"the reports have no cell in common: {', '.join(chunks)} and {', '.join(c['label'] for c in b['cells'])}"
         )
     for x, y in common:
-        if other := differences(_work(x), _work(y)):
+        if other := changed_keys(_work(x), _work(y)):
             raise InputError(
                 f"{x['label']} is other work in the second report ({'; '.join(other)}); measure both with equal flags"
             )
@@ -296,12 +296,12 @@ def compare_reports(a: Report, b: Report) -> dict[str, Comparison]:
     return {x["label"]: compare(x["chunks"], y["chunks"], paired=False) for x, y in common}
 
 
-def remarks(a: Report, b: Report) -> list[str]:
+def what_differs(a: Report, b: Report) -> list[str]:
     """What to know of two compared reports: cells that only one has, and cells that ran otherwise."""
     ours, theirs = ({cell["label"]: cell for cell in report["cells"]} for report in (a, b))
     lines = [f"only in the first report: {label}" for label in ours if label not in theirs]
     lines += [f"only in the second report: {label}" for label in theirs if label not in ours]
-    for label in ours.keys() & theirs.keys():
+    for label in [label for label in ours if label in theirs]:
         pair = [cell.get("resolved") or {} for cell in (ours[label], theirs[label])]
         one, other = ({"layer_kernels": False, **resolved} if resolved else {} for resolved in pair)  # newer than some
         unlike = [f"{key} {one[key]} and {other[key]}" for key in one if key in other and one[key] != other[key]]
@@ -318,7 +318,7 @@ def _work(cell: dict[str, Any]) -> dict[str, Any]:
 
 def check_rounds(rounds: int) -> None:
     """Raise InputError where a comparison has too few rounds for its 99 % interval to be one."""
-    if rounds < LEAST_ROUNDS:
+    if rounds < LEAST_COMPARED:
         raise InputError(
-            f"{rounds} rounds are too few for a 99 % interval; measure with --rounds {LEAST_ROUNDS} or more"
+            f"{rounds} rounds are too few for a 99 % interval; measure with --rounds {LEAST_COMPARED} or more"
         )

@@ -1,7 +1,6 @@
 """Cost against work: img/s over batch sizes and depths, each cell alone on the machine."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from fastres.bench.roofline import Ceilings
 from fastres.config import RunConfig
 from fastres.errors import OutOfMemory
 from fastres.files import save_figure
-from fastres.plots.curves import plain_log_ticks
+from fastres.plots.curves import plain_log_ticks, style
 
 DEPTHS = (8, 20, 32, 44, 56, 110)
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MAX_STEP_SECONDS = 2.0
-COLOURS = ("#4477aa", "#1f8fc0", "#228833", "#998a20", "#ee6677", "#aa3377")  # Tol's bright scheme, darkened for text
 
 
 def measure_scaling(
@@ -104,7 +102,8 @@ def draw_scaling(report: Report, path: Path) -> None:
     names: dict[str, list[dict[str, Any]]] = {}
     for cell in report["cells"]:
         names.setdefault(cell["label"].split()[0], []).append(cell)
-    for colour, (name, cells) in zip(itertools.cycle(COLOURS), names.items(), strict=False):
+    for number, (name, cells) in enumerate(names.items()):
+        colour, _ = style(number)
         sizes = [cell["config"]["recipe"]["batch_size"] for cell in cells]
         rates = [cell["images_per_second"] for cell in cells]
         axes.plot(sizes, rates, color=colour, marker="o", markersize=4)

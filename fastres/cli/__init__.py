@@ -55,19 +55,20 @@ def main() -> None:
         if sys.stdout is not None:  # as `>&-` leaves it
             sys.stdout.flush()
     except BrokenPipeError:  # as `fastres eval ... | head` ends
-        code = _unwritten(CLOSED_PIPE)
+        code = CLOSED_PIPE
+        _silence_stdout()
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
         _tell("fastres: no room on the disk for what is printed; free some, or print elsewhere")
-        code = _unwritten(3)
+        code = MachineError.exit_code
+        _silence_stdout()
     sys.exit(code)
 
 
-def _unwritten(code: int) -> int:
-    """The exit code where stdout takes nothing more; Python would try to flush it once more."""
+def _silence_stdout() -> None:
+    """Point stdout, which takes nothing more, at nothing: Python flushes it once more at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
 
 
 def _tell(text: str) -> None:

@@ -11,7 +11,7 @@ import typer
 from typer import Option
 
 from fastres.cli import flags
-from fastres.cli.flags import given, one_of, parse_list, parse_percent, read_config, refuse_both
+from fastres.cli.flags import given, one_of, parse_list, parse_percent, read_config, refuse_both, refuse_data_flags
 from fastres.cli.help import panel
 from fastres.config import RunConfig, make_config
 from fastres.errors import InputError, MachineError, OutsideTolerance
@@ -33,7 +33,7 @@ What, Others = panel("What is timed"), panel("Instead of a table")
 # What has no effect beside another flag, and is refused there: a number that it did not change would mislead.
 CELLS = ("depth", "arch", "batch_size", "loader", "precision", "compile_", "graph", "native", "deterministic")
 DATA_AND_MACHINE = ("dataset", "data_dir", "device", "threads")
-IDLE = {
+WITHOUT_EFFECT = {
     "compare": (*CELLS, *DATA_AND_MACHINE, "trace"),  # both sides say themselves what they are
     "reports": (*CELLS, *DATA_AND_MACHINE, "trace", "rounds", "seconds"),  # which were measured before
     "profile": ("rounds", "seconds", "json_", "plot", "fail_if_slower"),
@@ -108,8 +108,7 @@ def bench(
         check_figure(plot, "--plot")
     if data_dir and not _given(ctx, "dataset"):
         dataset = "cifar10"
-    if data_dir and dataset == "synthetic":
-        raise InputError("--data-dir does nothing with built-in data; add --dataset cifar10, or leave it out")
+    refuse_data_flags(dataset, data_dir)
     refuse_both("--profile", profile or None, "--scaling", scaling or None)
     refuse_both("--compare", compare, "--profile" if profile else "--scaling", profile or scaling or None)
     if fail_if_slower is not None and compare is None:
@@ -171,7 +170,7 @@ def _given(ctx: typer.Context, name: str) -> bool:
 def _refuse_idle(ctx: typer.Context, mode: str) -> None:
     """Raise InputError on a flag that would do nothing."""
     names = {param.name: param.opts[0] for param in ctx.command.params}
-    if idle := [names[name] for name in IDLE[mode] if _given(ctx, name)]:
+    if idle := [names[name] for name in WITHOUT_EFFECT[mode] if _given(ctx, name)]:
         instead = {"compare": "the two configs say what is timed", "": "--profile writes a trace"}
         beside = "two reports" if mode == "reports" else f"--{mode}" if mode else "a table"
         raise InputError(f"{idle[0]} does nothing beside {beside}; {instead.get(mode, 'leave it out')}")
@@ -222,14 +221,14 @@ def _measure(
     max_seconds: float = math.inf,
 ) -> "dict[str, Comparison]":
     """Time the cells, print the table, write what was asked for; `pairs`: compare every second cell with the first."""
-    from fastres.bench.measure import measure
+    from fastres.bench.measure import PROFILED, measure
     from fastres.bench.report import check_rounds, compare, draw, footnote, tables
     from fastres.console import Console
 
     if pairs:
         check_rounds(rounds)
     console = Console("auto", stderr=json_ == "-")
-    chunk_seconds = seconds / rounds / len(cells) / 1.25  # the profiled pass takes a quarter of the steps again
+    chunk_seconds = seconds / rounds / len(cells) / (1 + PROFILED)
     report = measure(
         cells,
         rounds=rounds,
@@ -259,15 +258,16 @@ def _compare(
     """A against B: two reports as they are, or two configs timed in turns."""
     a, b = paths
     if {a.suffix, b.suffix} == {".json"}:
-        from fastres.bench.report import compare_reports, read_json, remarks
+        from fastres.bench.report import compare_reports, read_json, what_differs
 
         if json_ or plot:
             raise InputError("--json and --plot write what was measured; two reports are only compared")
         reports = read_json(a), read_json(b)
-        found, notes = compare_reports(*reports), remarks(*reports)
+        found, notes = compare_reports(*reports), what_differs(*reports)
         for line in (*(comparison.line(label) for label, comparison in found.items()), *notes):
             print(line)
-        if limit is not None and any(note.startswith("only in") for note in notes):
+        ours, theirs = ({cell["label"] for cell in report["cells"]} for report in reports)
+        if limit is not None and ours != theirs:
             raise InputError("--fail-if-slower needs the same cells in both reports; measure both with equal flags")
     elif {a.suffix, b.suffix} == {".toml"}:
         configs = [read_config(path, "--compare") for path in paths]

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastres.cli.flags import DataDir
+from fastres.errors import MachineError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from fastres.machine.doctor import Examination
 
-NOT_POSSIBLE = 3  # exit code: the machine lacks something
 COLOURS = {"ok": "green", "note": "yellow", "error": "bold red"}
 
 
@@ -36,7 +36,7 @@ def doctor(
         Console(highlight=False).print(table(found))
     else:
         print(plain(found))
-    return 0 if found.possible else NOT_POSSIBLE
+    return 0 if found.possible else MachineError.exit_code
 
 
 def table(found: "Examination") -> "RenderableType":

@@ -15,6 +15,7 @@ from fastres.configtree import leaves, merge
 from fastres.errors import InputError
 
 T = TypeVar("T")
+Word = TypeVar("Word", bound=str)
 MAX_SEEDS = 1_000  # more is a slip of the hand
 
 # Help texts.
@@ -58,7 +59,7 @@ IDLE = {  # flags that may do nothing beside others, and why
 
 def parse_model(text: str, flag: str = "--model") -> tuple[str, int]:
     """ "ResNet20" as ("resnet", 20); case and a hyphen do not matter. Raises InputError."""
-    match = re.fullmatch(r"(resnet|plain(?:net)?|imagenet-?resnet)-?(\d+)", text.strip().lower())
+    match = re.fullmatch(r"(resnet|plain(?:net)?|imagenet-?resnet)-?(\d{1,9})", text.strip().lower())
     if not match:
         raise InputError(f"{flag} is {text!r}; write it as ResNet20 or PlainNet56 (or ImageNetResNet18)")
     kind = next(arch for arch in ("plain", "imagenet", "resnet") if match[1].startswith(arch))
@@ -97,12 +98,12 @@ def parse_seeds(text: str, flag: str = "--seeds") -> list[int]:
         first, last = int(part[1]), int(part[2] or part[1])
         if len(parts) == 1 and part[2] is None:
             first, last = 0, last - 1
-        if last - first >= MAX_SEEDS:
+        if not 0 <= last - first < MAX_SEEDS:
             raise wrong
         seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):
         raise InputError(f"{flag} is {text!r}, which has one of them twice; write 5 (seeds 0 to 4), 2-4, or 1,3,8")
-    if not seeds or len(seeds) > MAX_SEEDS:
+    if len(seeds) > MAX_SEEDS:
         raise wrong
     return seeds
 
@@ -138,17 +139,27 @@ def given(**values: Any) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in kept.items()}
 
 
-def one_of(flag: str, value: str, allowed: Sequence[str]) -> str:
+def one_of(flag: str, value: str, allowed: Sequence[Word]) -> Word:
     """The value of a flag. Raises InputError where it is none of those allowed."""
-    if value not in allowed:
-        raise InputError(f"{flag} is {value!r}; it must be one of {', '.join(allowed)}")
-    return value
+    for word in allowed:
+        if word == value:
+            return word
+    raise InputError(f"{flag} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
 def refuse_both(one: str, first: object, other: str, second: object) -> None:
     """Raise InputError where both flags were given."""
     if first is not None and second is not None:
         raise InputError(f"{one} and {other} contradict each other; give one of them")
+
+
+def refuse_data_flags(
+    dataset: str, data_dir: Path | None, data_urls: list[str] | None = None, other: str = "add --dataset cifar10, or "
+) -> None:
+    """Raise InputError where a flag says where data is that is not looked for."""
+    for flag, value in (("--data-dir", data_dir), ("--data-url", data_urls)):
+        if value is not None and dataset == "synthetic":
+            raise InputError(f"{flag} does nothing with built-in data; {other}leave it out")
 
 
 def read_file(path: Path, flag: str = "--config") -> dict[str, Any]:

@@ -2,17 +2,20 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastres.cli.flags import one_of
 from fastres.errors import InputError
 
+if TYPE_CHECKING:
+    from fastres.plots.series import What, XAxis
+
 MOST = 1e9  # of an axis
 
-X_AXES = ("step", "epoch", "time")
-QUANTITIES = ("error", "loss", "lr")
+X_AXES: tuple["XAxis", ...] = ("step", "epoch", "time")
+QUANTITIES: tuple["What", ...] = ("error", "loss", "lr")
 
 
 def plot(
@@ -39,16 +42,15 @@ def plot(
     ] = False,
 ) -> None:
     """Draw the curves of runs in one figure. Training error is thin, test error bold."""
-    one_of("--what", what, QUANTITIES)
-    one_of("--x", x, X_AXES)
+    quantity, axis = one_of("--what", what, QUANTITIES), one_of("--x", x, X_AXES)
     if smooth is not None and smooth < 1:
         raise InputError(f"--smooth is {smooth}; it must be at least 1, the number of points to average")
     limits = None if ylim is None else parse_limits(ylim, log_y=log_y)
     from fastres.console import Console
     from fastres.plots.runs import plot_runs
 
-    chosen: dict[str, Any] = {"what": what, "x": x, "smooth": smooth, "log_y": log_y, "ylim": limits, "band": band}
-    print(plot_runs(runs, out, **chosen, say=Console("lines", stderr=True).say))
+    say = Console("lines", stderr=True).say
+    print(plot_runs(runs, out, what=quantity, x=axis, smooth=smooth, log_y=log_y, ylim=limits, band=band, say=say))
 
 
 def parse_limits(text: str, *, log_y: bool) -> tuple[float, float]:

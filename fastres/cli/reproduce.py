@@ -20,10 +20,11 @@ from fastres.cli.flags import (
     parse_model,
     parse_seeds,
     refuse_both,
+    refuse_data_flags,
 )
 from fastres.cli.help import panel
 from fastres.config import make_config, preset_tree
-from fastres.configtree import merge
+from fastres.configtree import leaves, merge
 from fastres.errors import InputError, InUse
 
 if TYPE_CHECKING:
@@ -144,8 +145,7 @@ def reproduce(
         raise InputError(f"--side-by-side is {side_by_side}; 0 chooses, else how many")
     if warmup not in (None, "constant", "error", "none"):
         raise InputError(f"--warmup is {warmup!r}; it must be one of constant, error, none")
-    if data_dir is not None and preset == "smoke":
-        raise InputError("--data-dir does nothing with --preset smoke, which has built-in data; leave it out")
+    refuse_data_flags("synthetic" if preset == "smoke" else "cifar10", data_dir, data_url, other="")
     deadline = math.inf if budget is None else perf_counter() + 60 * budget
     ablations = {
         "model": given(shortcut=shortcut, norm_batch=norm_batch, init=init, pad=pad),
@@ -170,13 +170,16 @@ def reproduce(
     from fastres.console import Console
     from fastres.files import make_folder
     from fastres.reproduce import table6
-    from fastres.reproduce.plan import needs, runs_of, train_missing
+    from fastres.reproduce.plan import concerning, plan_stages, runs_of, train_missing
     from fastres.rundir import RunDir
 
     if runs is None:  # runs of another length would be in the way of the paper's
         runs = Path("-".join(["runs/reproduce", *_lengths_in_words(preset, steps, epochs)]))
     variant = _variant(ablations)
-    stages = needs(wanted, runs, preset, changes, variant=variant)
+    heeded = [concerning(ablations, arch, depth) for arch, depth, _ in wanted]
+    if variant and not any(leaves(tree) for tree in heeded):
+        raise InputError(f"none of these networks heeds {variant.replace('-', ' ')}; leave it out, or name others")
+    stages = plan_stages(wanted, runs, preset, changes, variant=variant)
     if dry_run:
         listed = {path: stage.name for stage in stages for path in stage.folders}  # a figure's runs are also a table's
         for path, name in listed.items():
@@ -185,10 +188,9 @@ def reproduce(
         print(f"{len(listed)} runs, {num_finished} of them finished")
         return
     folder = out or runs / variant
-    if train:
-        make_folder(folder)  # before hours are spent
     console, whole = Console("quiet" if quiet else "auto"), True
     if train:
+        make_folder(folder)  # before hours are spent
         whole = train_missing(stages, console=console, deadline=deadline, side_by_side=side_by_side)
     if not runs_of(stages):
         way_on = "wait for the processes that train them" if train else "leave out --no-train to train them"
@@ -197,8 +199,17 @@ def reproduce(
     with _alone_in(folder, console):  # several processes may end at one time; the last one to draw sees all
         found = runs_of(stages)
         num_missing = len({path for stage in stages for path in stage.folders}) - len(found)
-        how: dict[str, Any] = {"clean": clean, "ylim": ylim, "named": nets is not None or depths is not None}
-        _make(what, found, folder, changes["execution"], console, num_missing=num_missing, **how)
+        _make(
+            what,
+            found,
+            folder,
+            changes["execution"],
+            console,
+            clean=clean,
+            ylim=ylim,
+            num_missing=num_missing,
+            named=nets is not None or depths is not None,
+        )
     if not whole:
         console.say("not all runs are finished: run the same command again to resume")
     if assert_:
@@ -254,7 +265,7 @@ def _networks(
 ) -> list[tuple[str, int, Sequence[int]]]:
     """(architecture, depth, seeds) in the order of the work."""
     from fastres.reproduce.paper import FIGURE_7, STAGES
-    from fastres.reproduce.plan import stages_of
+    from fastres.reproduce.plan import in_order_of_work
 
     if nets is not None:
         chosen = [parse_model(word, "--nets") for word in parse_list("--nets", nets, str)]
@@ -270,7 +281,7 @@ def _networks(
                 f"--nets: the paper has no ImageNet-style network of {depth} layers on CIFAR-10; leave it out"
             )
         make_config(model={"arch": arch, "depth": depth})  # refuses a depth that is none
-    return stages_of(chosen, parse_seeds(seeds), parse_seeds(plain_seeds, "--plain-seeds"))
+    return in_order_of_work(chosen, parse_seeds(seeds), parse_seeds(plain_seeds, "--plain-seeds"))
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from fastres.cli.flags import (
     parse_seeds,
     read_file,
     refuse_both,
+    refuse_data_flags,
 )
 from fastres.cli.help import panel
 from fastres.clock import Clocks
@@ -303,10 +304,7 @@ def train(
         raise InputError("--milestones does nothing with a linear schedule; add --schedule step")
     if resolved.recipe.warmup == "error" and (warmup_steps or warmup_epochs) is not None:
         raise InputError("--warmup error ends by the training error, not after a number of steps; leave that out")
-    if data_dir is not None and resolved.data.dataset == "synthetic":
-        raise InputError("--data-dir does nothing with built-in data; add --dataset cifar10, or leave it out")
-    if data_url is not None and resolved.data.dataset == "synthetic":
-        raise InputError("--data-url does nothing with built-in data; add --dataset cifar10, or leave it out")
+    refuse_data_flags(resolved.data.dataset, data_dir, data_url)
     check_idle(chosen, resolved)
     if side_by_side is not None and seeds is None and resume is None:
         raise InputError("--side-by-side does nothing without --seeds; leave it out")

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -30,6 +30,7 @@ from fastres.errors import MachineError, says_out_of_memory
 RUNS_AHEAD = 2  # runs that are asked for before the first of them is taken
 RING_RUNS = 4  # in the ring: in use, next, being copied, and the one before, not all of whose steps may be launched
 FRAMES_PER_RUN = 4_096  # 50 MB in fp32; large enough that a run's fixed cost does not show
+MOST_FRAMES = 65_535  # a run: on a GPU each is a block of DALI's warp along z, of which CUDA has no more
 
 START = "DALI does not start"
 
@@ -43,11 +44,21 @@ def dali_available() -> bool:
 
 
 def check_starts(device: torch.device) -> None:
-    """Raise MachineError where DALI is installed and does not start."""
-    try:
-        _pipeline(device, 1)
-    except (ImportError, OSError, RuntimeError) as error:
-        raise _explained(START, error) from error
+    """Raise MachineError where DALI is installed and does not make a batch: some errors come with the first kernel."""
+    black, label = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), np.zeros(1, np.uint8)
+    images = ImageSet(black, label, black, label, ("black",), "black", "", official=False, source="built in")
+    loader = DaliLoader(
+        images,
+        EpochPlan(0, 1),
+        mean=images.mean_image(),
+        batch_size=1,
+        device=device,
+        dtype=torch.float32,
+        num_threads=1,
+        steps_per_run=1,
+    )
+    with contextlib.closing(loader):
+        loader.prepare(0)
 
 
 class DaliLoader:
@@ -68,7 +79,7 @@ class DaliLoader:
         compiled: Compile what a step takes from the ring; else each operation is a kernel.
 
     Raises:
-        MachineError: DALI is not installed, or does not start.
+        MachineError: DALI is not installed, does not start, or would need more frames a run than it takes.
     """
 
     name, prefetched = "dali", 0
@@ -96,6 +107,12 @@ class DaliLoader:
             )
         self.plans, self.batch_size, self.channels_last = (plan, *others), batch_size, channels_last
         self.period = self.steps_per_run = max(ahead, steps_per_run or FRAMES_PER_RUN // (batch_size * len(self.plans)))
+        frames = self.steps_per_run * batch_size * len(self.plans)
+        if device.type == "cuda" and frames > MOST_FRAMES:
+            raise MachineError(
+                f"the DALI loader makes at most {MOST_FRAMES:,} images at once, and {self.steps_per_run} steps a graph "
+                f"need {frames:,}; use --loader resident, or fewer --graph-steps"
+            )
         self._labels = torch.from_numpy(images.train_labels.astype(np.int64)).to(device)
         self._codes = [DevicePlan(each, batch_size, device) for each in self.plans]
         shape = (RING_RUNS * self.steps_per_run, len(self.plans), batch_size, IMAGE_SIZE, IMAGE_SIZE, 3)
@@ -108,13 +125,11 @@ class DaliLoader:
         self._side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._filled: dict[int, torch.cuda.Event | None] = {}  # runs in the ring, and when their copy is done
         self._data = torch.from_numpy(pixels(images.train_images, mean)).to(device)[None]  # DALI reads it in place
-        try:
+        with _explained(START):  # half installed, or not for this driver
             self._pipeline: Any = _pipeline(device, num_threads)
             self._feed("data", self._data)
-        except (ImportError, OSError, RuntimeError) as error:  # half installed, or not for this driver
-            raise _explained(START, error) from error
-        self._next_run = 0  # the run that will be asked for next
-        self._asked: list[int] = []  # runs under way, oldest first
+        self._asked: list[int] = []  # runs that DALI has the input of, oldest first
+        self._under_way = 0  # of them: that it was told to make
         self._started = False
         # DALI's buffers, oldest first, each with when its copy is done: let go, DALI writes the next run into one, and
         # knows nothing of our stream.
@@ -163,18 +178,18 @@ class DaliLoader:
         if self._side:
             self._side.synchronize()  # the last copies read DALI's buffers
         self._held.clear()
-        with contextlib.suppress(MachineError):  # discard what it was at
-            self._drain()
-        self._pipeline = None
+        try:
+            with contextlib.suppress(MachineError):  # discard what it was at
+                self._drain()
+        finally:
+            self._pipeline = None
 
     def _fill(self, run: int, used: torch.cuda.Event | None) -> None:
         """Copy a run into its place in the ring, cast to the training precision, behind `used`."""
         if self._asked and self._asked[0] != run:  # a jump: discard what was asked for
             self._drain()
-        if not self._asked:
-            self._next_run = run
         while len(self._asked) < RUNS_AHEAD:
-            self._ask(self._next_run)
+            self._ask(self._asked[-1] + 1 if self._asked else run)
         place = run % RING_RUNS * self.steps_per_run
         slots = self._ring[place : place + self.steps_per_run]
         with torch.cuda.stream(self._side):  # does nothing where there is none
@@ -188,8 +203,9 @@ class DaliLoader:
             self._held.append((copied, frames))
 
     def _drain(self) -> None:
-        while self._asked:
+        while self._under_way:
             self._take()
+        self._asked.clear()  # what it was fed and not told to make: a signal came between the two
 
     def _ask(self, run: int) -> None:
         """Have the pipeline make a run, behind those it is at."""
@@ -197,12 +213,12 @@ class DaliLoader:
         self._feed("order", torch.from_numpy(samples.index)[None])
         self._feed("matrices", torch.from_numpy(_matrices(samples))[None])
         self._asked.append(run)
-        self._next_run = run + 1
         if self._started:
             self._pipeline.schedule_run()
+            self._under_way += 1
         elif len(self._asked) == RUNS_AHEAD:  # DALI's first call starts as many runs as its queue is deep
             self._pipeline.schedule_run()
-            self._started = True
+            self._started, self._under_way = True, RUNS_AHEAD
 
     def _samples(self, run: int) -> Samples:
         """What a run is made of, in the order [step, plan, image]."""
@@ -217,12 +233,11 @@ class DaliLoader:
 
     def _take(self) -> Tensor:
         """The frames float32 `(steps_per_run * plans * batch, 32, 32, 3)` of the oldest run under way."""
-        run = self._asked.pop(0)
-        try:
+        run, under_way = self._asked.pop(0), self._under_way
+        self._under_way = 0  # a pipeline that has failed gives nothing more
+        with _explained(f"DALI failed at its run {run}"):
             (frames,) = self._pipeline.outputs(cuda_stream=self._side and self._side.cuda_stream)
-        except RuntimeError as error:
-            self._asked.clear()  # a pipeline that has failed gives nothing more
-            raise _explained(f"DALI failed at its run {run}", error) from error
+        self._under_way = under_way - 1
         # By the array interface, not by DLPack: DALI gives such a buffer back by a thread that waits for the whole
         # device. Nothing but the stream above says when it is filled: it must be the one that copies it.
         if self._side:
@@ -267,16 +282,20 @@ class Seat:
         self._loader.close()
 
 
-def _explained(what: str, error: Exception) -> Exception:
-    """The error to raise: `what` and why. One for lack of memory is returned as it is; `guards` explains it.
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn DALI's errors into MachineError: `what` and why. One for lack of memory is `guards`' to explain.
 
     DALI names the operator, prints where the pipeline made it, and says why after "encountered:".
     """
-    if says_out_of_memory(error):
-        return error
-    said = str(error).rpartition("encountered:")[2].splitlines()
-    first = next((line for line in said if line.strip()), "no reason given")
-    return MachineError(f"{what}: {first.strip().rstrip(':')}; --loader resident does without")
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError) as error:
+        if says_out_of_memory(error):
+            raise
+        said = str(error).rpartition("encountered:")[2].splitlines()
+        first = next((line for line in said if line.strip()), "no reason given")
+        raise MachineError(f"{what}: {first.strip().rstrip(':')}; --loader resident does without") from error
 
 
 def _pipeline(device: torch.device, num_threads: int) -> Any:

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -108,7 +108,7 @@ def gpus() -> Iterable[Finding]:
     for k in range(torch.cuda.device_count()):
         seen = torch.cuda.get_device_properties(k)
         capability, what = (seen.major, seen.minor), f"GPU cuda:{k}"
-        value = f"{seen.name}, {_room(k)}, compute capability {seen.major}.{seen.minor}"
+        value = f"{seen.name}, {_memory_of(k)}, compute capability {seen.major}.{seen.minor}"
         if not gpu.has_kernels(capability):
             mark: Mark = "error" if k == 0 else "note"  # the one that --device auto takes
             remedy = f"fastres train --device cpu, or {gpu.other_torch(capability)}"
@@ -121,7 +121,7 @@ def gpus() -> Iterable[Finding]:
             yield Finding("ok", what, f"{value}, bf16")
 
 
-def _room(index: int) -> str:
+def _memory_of(index: int) -> str:
     """A GPU's memory; one that is full, or another process' alone, does not even tell."""
     import torch
 
@@ -164,7 +164,7 @@ def memory() -> Iterable[Finding]:
     """Host memory."""
     import torch
 
-    from fastres.runtime import usable_memory
+    from fastres.machine.memory import usable_memory
 
     usable = usable_memory(torch.device("cpu"))
     if usable is None:
@@ -276,20 +276,25 @@ def data(data_dir: Path | None) -> Iterable[Finding]:
         yield Finding("note", "CIFAR-10", value)
 
 
-def disk() -> Iterable[Finding]:
-    """Room for run folders and for the data cache."""
+def run_disk() -> Iterable[Finding]:
+    """Room for run folders, without which there is no training."""
+    yield _room_in("disk, runs", Path.cwd() / "runs", "fastres train --out elsewhere", stops=True)
 
-    for what, folder in (("disk, runs", Path.cwd() / "runs"), ("disk, data cache", host.default_cache_dir())):
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(there).free
-        value, runs = f"{free / 1e9:.1f} GB free in {folder}", what == "disk, runs"
-        elsewhere = "fastres train --out elsewhere" if runs else "set FASTRES_CACHE to another folder"
-        if not os.access(there, os.W_OK):
-            yield Finding("error" if runs else "note", what, f"{folder} cannot be written", elsewhere, stops=runs)
-        elif free < RUN_BYTES:
-            yield Finding("error" if runs else "note", what, value, elsewhere, stops=runs)
-        else:
-            yield Finding("ok" if free > ROOM_BYTES else "note", what, value)
+
+def cache_disk() -> Iterable[Finding]:
+    """Room for the data cache."""
+    yield _room_in("disk, data cache", host.default_cache_dir(), "set FASTRES_CACHE to another folder", stops=False)
+
+
+def _room_in(what: str, folder: Path, remedy: str, *, stops: bool) -> Finding:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free, lacking = shutil.disk_usage(there).free, Finding("error" if stops else "note", what, "", remedy, stops)
+    if not os.access(there, os.W_OK):
+        return replace(lacking, value=f"{folder} cannot be written")
+    value = f"{free / 1e9:.1f} GB free in {folder}"
+    if free < RUN_BYTES:
+        return replace(lacking, value=value)
+    return Finding("ok" if free > ROOM_BYTES else "note", what, value)
 
 
 def compile_cache() -> Iterable[Finding]:

@@ -45,7 +45,8 @@ def examine(data_dir: Path | None = None) -> Examination:
         ("Triton", checks.triton),
         ("DALI", checks.dali),
         ("CIFAR-10", lambda: checks.data(data_dir)),
-        ("disk", checks.disk),
+        ("disk, runs", checks.run_disk),
+        ("disk, data cache", checks.cache_disk),
         ("compile cache", checks.compile_cache),
     ]
     findings = [finding for what, check in looks for finding in _isolated(what, check)]

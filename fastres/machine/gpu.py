@@ -1,6 +1,7 @@
 """GPUs: whether torch can use one, why not, and what its generation can do."""
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import torch
 from fastres.errors import InputError, MachineError
 from fastres.machine import driver
 
+_SAID: list[str] = []  # why CUDA did not start, as torch had it
 Capability = tuple[int, int]  # CUDA's compute capability: (9, 0) of an H200
 BF16: Capability = (8, 0)  # Ampere and later
 COMPILED: Capability = (7, 0)  # Volta and later: what Triton makes kernels for, and so torch.compile
@@ -48,10 +50,14 @@ def choose(name: str) -> tuple[torch.device, str | None]:
 
 
 def available() -> bool:
-    """Whether torch finds a GPU. Of a driver that is too old it would warn in many lines; `why_none` says it in one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.cuda.is_available()
+    """Whether torch finds a GPU. Where CUDA cannot start it would warn in many lines; `why_none` says it in one."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = torch.cuda.is_available()
+    for warning in caught:  # once a process: torch keeps what it found
+        if error := re.search(r"CUDA initialization: .*(Error \d+: [^()\n]+)", str(warning.message), re.DOTALL):
+            _SAID[:] = [f"CUDA does not start: {error[1].strip()}"]
+    return found
 
 
 def why_none() -> str:
@@ -65,7 +71,8 @@ def why_none() -> str:
         return "this torch was built for the CPU alone"
     if driver_too_old():
         return f"the driver knows CUDA up to {newest[0]}.{newest[1]}, and this torch needs {built_for}"
-    return ""
+    seen = [f"CUDA_VISIBLE_DEVICES is {hidden!r}"] if hidden is not None else []
+    return ", ".join([*_SAID, *seen])
 
 
 def driver_too_old() -> bool:

@@ -1,7 +1,7 @@
 """Curves of runs as PNG and SVG.
 
-Training error is thin and test error bold; both have their run's colour. What was logged is
-pale where a smoothed line stands in front of it. Training error is the running error over the augmented stream.
+Training error is thin and test error bold; both have their run's colour. What was logged is pale where a smoothed line
+stands in front of it. Training error is the running error over the augmented stream.
 """
 
 import math
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastres.files import check_figure, save_figure
-from fastres.plots.series import FEW_POINTS, Curve, What, XAxis, curve_of, held_out_of
+from fastres.plots.series import FEW_POINTS, Curve, What, XAxis, curve_of, held_out_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.legend import Legend
 
 # Told apart by readers who do not see red and green alike, and dark enough for thin lines on white.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#a63d8f", "#7a5c00", "#3397ce", "#222222")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a63d8f", "#7a5c00", "#3397ce", "#222222")
 DASHES: tuple[Any, ...] = (
     "-",
     (0, (5, 2)),
     (0, (1.5, 1.5)),
     (0, (6, 2, 1.5, 2)),
 )  # after the last colour, the next dash
-NUM_STYLES = len(COLORS) * len(DASHES)
+NUM_STYLES = len(COLOURS) * len(DASHES)
 UNITS = (("hours", 3_600.0), ("minutes", 60.0), ("seconds", 1.0))
 AXES_HEIGHT, LEGEND_ROW = 4.4, 0.21  # inches
 LEGEND_WIDTH, HANDLE = 96, 9  # characters: of the figure, of a handle and the room around it
@@ -150,7 +150,7 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 def style(number: int) -> tuple[str, Any]:
     """Colour and dash of the n-th curve."""
-    return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
+    return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
 
 
 def _draw_curve(axes: "Axes", curve: Curve, number: int, scale: float) -> None:
@@ -238,7 +238,7 @@ def _key_of_legend(curves: Sequence[Curve], what: What) -> list[Entry]:
     from matplotlib.patches import Patch
 
     one = len(curves) == 1
-    color = COLORS[0] if one else "0.35"
+    color = COLOURS[0] if one else "0.35"
     lines = [line for curve in curves for line in curve.lines]
     name = {"error": " error", "loss": " loss", "lr": ""}[what]
     key: list[Entry] = []
@@ -246,7 +246,9 @@ def _key_of_legend(curves: Sequence[Curve], what: What) -> list[Entry]:
         note = " (running, augmented images)" if one else ""
         key.append((Line2D([], [], color=color, linewidth=1.0), f"training{name}{note}"))
     if any(curve.test for curve in curves):
-        key.append((Line2D([], [], color=color, linewidth=2.3), f"{held_out_of(curves)}{name}"))
+        key.append(
+            (Line2D([], [], color=color, linewidth=2.3), f"{held_out_names(curve.held_out for curve in curves)}{name}")
+        )
     if any(line.smoothed and line.low is None for line in lines):
         key.append((Line2D([], [], color=color, linewidth=1.0, alpha=0.35), "as logged"))
     if any(line.low is not None and len(line.x) > 1 for line in lines):

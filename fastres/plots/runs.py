@@ -202,8 +202,7 @@ def plot_runs(
     if out is not None:
         check_figure(out)
     common, runs = read_runs(paths, say)
-    curves = {id(run): run.curve(what=what, x=x, smooth=smooth) for run in runs}
-    drawn = [run for run in runs if curves[id(run)].lines]
+    drawn = [run for run in runs if run.curve(what=what, x=x, smooth=smooth).lines]
     if not drawn:
         where = runs[0].folder.path if len(runs) == 1 else f"none of {len(runs)} runs, {runs[0].folder.path} the first,"
         train_on = resume_with(runs[0].folder.path)
@@ -215,10 +214,9 @@ def plot_runs(
             say(f"{run.folder.path} has logged no {what} yet: left out")
     if len(drawn) < len(runs):  # else they would be told from some that are not there
         common, drawn = labelled(drawn)
-        curves = {id(run): run.curve(what=what, x=x, smooth=smooth) for run in drawn}
     groups = grouped(drawn) if band else [[run] for run in drawn]
     named = zip(groups, mean_labels(groups), strict=True)
-    means = [mean_curve([curves[id(run)] for run in group], label) for group, label in named]
+    means = [mean_curve([run.curve(what=what, x=x, smooth=smooth) for run in group], label) for group, label in named]
     usual = (what, x, smooth, log_y, ylim, band) == ("error", "step", None, False, None, False)
     name = "curves.png" if usual else f"{what}{'' if x == 'step' else f'-by-{x}'}.png"
     out = out or (paths[0] if len(paths) == 1 else Path()) / name
@@ -230,7 +228,7 @@ def plot_runs(
     return out
 
 
-def remarks(named: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
+def once_each(named: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
     """Each remark once; one that is not made on every name says on which: "synthetic data (ResNet20)"."""
     names: dict[str, None] = {}
     found: dict[str, dict[str, None]] = {}
@@ -244,7 +242,7 @@ def remarks(named: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
 
 def caveats(runs: Iterable[Run]) -> str:
     """Caveats on the images behind runs, for a reader; "" where all had the official CIFAR-10 files."""
-    return "; ".join(remarks((run.label, [run.caveat] if run.caveat else []) for run in runs))
+    return "; ".join(once_each((run.label, [run.caveat] if run.caveat else []) for run in runs))
 
 
 def group_labels(groups: Sequence[Sequence[Run]]) -> list[str]:

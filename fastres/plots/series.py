@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from fastres.configtree import is_number
 
 Float64Array = npt.NDArray[np.float64]
 What = Literal["error", "loss", "lr"]
@@ -117,9 +119,9 @@ def mean_curve(curves: Sequence[Curve], label: str) -> Curve:
     return Curve(label, trains, tests, any(c.unfinished for c in curves), held_out=curves[0].held_out)
 
 
-def held_out_of(curves: Sequence[Curve]) -> str:
-    """What the tested images of curves are called: "test", "validation", or both."""
-    return " or ".join(sorted({curve.held_out for curve in curves})) or "test"
+def held_out_names(names: Iterable[str]) -> str:
+    """What the tested images of several runs are called: "test", "validation", or both."""
+    return " or ".join(sorted(set(names))) or "test"
 
 
 def _points(records: Iterable[dict[str, Any]], kind: str, what: What) -> tuple[Float64Array, Float64Array]:
@@ -129,11 +131,6 @@ def _points(records: Iterable[dict[str, Any]], kind: str, what: What) -> tuple[F
     scaled = ((step, scale * float(value)) for step, value in found.items() if is_number(value))
     kept = sorted((step, value) for step, value in scaled if math.isfinite(value))
     return np.array([step for step, _ in kept], np.float64), np.array([value for _, value in kept], np.float64)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value out of a JSON file is a finite number (NaN and Inf are stored as text)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _axis(

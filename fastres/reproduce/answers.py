@@ -16,9 +16,9 @@ from fastres.data.imageset import Bytes
 from fastres.evaluate import Trained, load_trained
 from fastres.evaluator import Evaluation
 from fastres.responses import layer_responses
-from fastres.runtime import autocast, eager
+from fastres.runtime import autocast
 
-MISTAKES = 25  # a sheet of five by five
+NUM_MISTAKES = 25  # a sheet of five by five
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,17 @@ def _logits(trained: Trained) -> tuple[Tensor, Tensor]:
     """Labels int64 `(num_images,)` and fp32 logits `(num_images, num_classes)`, on the CPU, in the order of the set."""
     trained.net.eval()
     labels, logits = list[Tensor](), list[Tensor]()
-    with eager():
-        for images, truth in trained.batches():
-            with autocast(images.device, trained.runtime.dtype):
-                logits.append(trained.net(images).float().cpu())
-            labels.append(truth.cpu())
+    for images, truth in trained.batches():
+        with autocast(images.device, trained.runtime.dtype):
+            logits.append(trained.net(images).float().cpu())
+        labels.append(truth.cpu())
     return torch.cat(labels), torch.cat(logits)
 
 
 def _mistakes(trained: Trained, labels: Tensor, answers: Tensor, probabilities: Tensor) -> list[Mistake]:
     """Equal probabilities (1 in fp32) keep the order of the set."""
     wrong = (answers != labels).nonzero().flatten()
-    order = wrong[probabilities[wrong].argsort(descending=True, stable=True)][:MISTAKES].tolist()
+    order = wrong[probabilities[wrong].argsort(descending=True, stable=True)][:NUM_MISTAKES].tolist()
     names, images = trained.images.class_names, trained.images.test_images
     return [
         Mistake(i, data_uri(images[i]), names[int(labels[i])], names[int(answers[i])], float(probabilities[i]))

@@ -6,11 +6,13 @@ Colours are CSS variables, so that one chart reads well in light and in dark.
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from fastres.plots.series import FEW_POINTS, Curve, Float64Array, Line
 from fastres.reproduce.markup import text
 
 SIDE = 1_000  # units of a chart's width and height
-COLORS, DASHES = 7, 4  # s0 to s6 and d0 to d3 of report.css
+COLOURS, DASHES = 7, 4  # s0 to s6 and d0 to d3 of report.css
 SHADES = 8  # of wrong answers: h1 to h8 of report.css, h0 for none
 SETTLED = 0.1  # of the x axis; the y axis shows all that comes after it
 
@@ -86,31 +88,25 @@ def _line(
     line: Line, kind: str, n: int, across: Callable[[float], int], down: Callable[[float], int], points: int
 ) -> str:
     """A line; behind it what was logged, or the band."""
-    shade, dash = f"s{n % COLORS}", n // COLORS % DASHES
+    shade, dash = f"s{n % COLOURS}", n // COLOURS % DASHES
     step = max(1, math.ceil(len(line.x) / points))
-    kept = [*range(0, len(line.x) - 1, step), len(line.x) - 1]
+    kept = np.r_[0 : len(line.x) - 1 : step, len(line.x) - 1]
     found = []
     if line.low is not None and line.high is not None:
-        there = _path([line.x[i] for i in kept], [line.high[i] for i in kept], across, down)
-        back = _path([line.x[i] for i in reversed(kept)], [line.low[i] for i in reversed(kept)], across, down)
+        there = _path(line.x[kept], line.high[kept], across, down)
+        back = _path(line.x[kept[::-1]], line.low[kept[::-1]], across, down)
         found.append(f'<path class="{shade} band" d="{there}L{back[1:]}z"/>')
     elif line.smoothed:
-        found.append(f'<path class="{shade} pale" d="{_thinned(line.x, line.y, kept, across, down)}"/>')
+        found.append(f'<path class="{shade} pale" d="{_path(line.x[kept], line.y[kept], across, down)}"/>')
     dashed = f" d{dash}" if dash else ""
-    found.append(f'<path class="{shade} {kind}{dashed}" d="{_thinned(line.x, line.smooth, kept, across, down)}"/>')
+    found.append(f'<path class="{shade} {kind}{dashed}" d="{_path(line.x[kept], line.smooth[kept], across, down)}"/>')
     if len(line.x) < FEW_POINTS:
         dots = "".join(f"M{across(x)} {down(y)}h0" for x, y in zip(line.x, line.smooth, strict=True))
         found.append(f'<path class="{shade} {kind} dots" d="{dots}"/>')
     return "".join(found)
 
 
-def _thinned(
-    x: Float64Array, y: Float64Array, kept: Sequence[int], across: Callable[[float], int], down: Callable[[float], int]
-) -> str:
-    return _path([x[i] for i in kept], [y[i] for i in kept], across, down)
-
-
-def _path(x: Sequence[float], y: Sequence[float], across: Callable[[float], int], down: Callable[[float], int]) -> str:
+def _path(x: Float64Array, y: Float64Array, across: Callable[[float], int], down: Callable[[float], int]) -> str:
     return "M" + "L".join(f"{across(a)} {down(b)}" for a, b in zip(x, y, strict=True))
 
 
@@ -118,8 +114,8 @@ def _legend(curves: Sequence[Curve], key: Sequence[tuple[str, str]]) -> str:
     entries = []
     if len(curves) > 1:
         for n, curve in enumerate(curves):
-            dash = f"d{n // COLORS % DASHES}"
-            entries.append(f'<li class="s{n % COLORS}"><i class="{dash}"></i><span>{text(curve.label)}</span></li>')
+            dash = f"d{n // COLOURS % DASHES}"
+            entries.append(f'<li class="s{n % COLOURS}"><i class="{dash}"></i><span>{text(curve.label)}</span></li>')
     shade = "s0" if len(curves) == 1 else ""
     entries += [f'<li class="{shade}"><i class="{kind}"></i><span>{text(words)}</span></li>' for kind, words in key]
     return f'<ul class="legend">{"".join(entries)}</ul>\n' if entries else ""
@@ -160,7 +156,7 @@ def stacked(rows: Sequence[tuple[str, float, str]]) -> str:
         return ""
     pieces, names = [], []
     for n, (name, length, words) in enumerate(rows):
-        shade, share = f"s{n % COLORS}", length / total
+        shade, share = f"s{n % COLOURS}", length / total
         said = f"{text(name)} {text(words)}, {100 * share:.1f} %"
         pieces.append(f'<i class="{shade}" style="width:{_percent(share)}" title="{said}"></i>')
         names.append(f'<li class="{shade}"><i class="box"></i><span>{said}</span></li>')

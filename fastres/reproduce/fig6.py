@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastres.configtree import is_number
 from fastres.errors import InputError
 from fastres.plots.curves import print_note
-from fastres.plots.series import FEW_POINTS, is_number
+from fastres.plots.series import FEW_POINTS, held_out_names
 from fastres.reproduce.figure import ASIDE, colours_of, paper_style, place_legend, save, write_csv
 from fastres.reproduce.networks import Network, by_network
 from fastres.rundir import RunDir
@@ -21,7 +22,7 @@ PAPER_YLIM = 0.2  # the error at the upper end of the paper's y axis, a fraction
 CAPTION_COLUMNS = 190  # that fit below the figure
 MARGIN = 65 / 64  # of the x axis: the paper's 64,000 iterations end it at 6.5e4
 
-Curve = list[tuple[int, float]]  # (step, error in per cent)
+Points = list[tuple[int, float]]  # (step, error in per cent)
 
 
 def draw(
@@ -94,7 +95,7 @@ def _records(run: RunDir) -> list[dict[str, Any]]:
     return [record for record in run.metrics() if record["kind"] in KINDS and is_number(record.get("error"))]
 
 
-def _curves(records: Sequence[dict[str, Any]]) -> dict[str, Curve]:
+def _curves(records: Sequence[dict[str, Any]]) -> dict[str, Points]:
     """Error over steps by kind of record."""
     return {kind: [(r["step"], 100 * r["error"]) for r in records if r["kind"] == kind] for kind in KINDS}
 
@@ -109,7 +110,7 @@ def _by_panel(networks: Sequence[Network]) -> list[list[Network]]:
 def _panel(
     axes: "Axes",
     networks: Sequence[Network],
-    curves: dict[Path, dict[str, Curve]],
+    curves: dict[Path, dict[str, Points]],
     kind: str,
     colours: Mapping[int, str],
     *,
@@ -139,7 +140,7 @@ def _panel(
         _line(axes, [of_run["test"] for of_run in every], unit, colour, {"linewidth": 1.9, "label": label})
 
 
-def _line(axes: "Axes", curves: Sequence[Curve], unit: int, colour: str, how: dict[str, Any]) -> None:
+def _line(axes: "Axes", curves: Sequence[Points], unit: int, colour: str, how: dict[str, Any]) -> None:
     """The mean over seeds and the band from the lowest to the highest, as far as all of them got; then each alone."""
     there = [curve for curve in curves if curve]
     steps, mean, low, high = _over_seeds(there)
@@ -156,7 +157,7 @@ def _line(axes: "Axes", curves: Sequence[Curve], unit: int, colour: str, how: di
             axes.plot([step / unit for step, _ in rest], [error for _, error in rest], color=colour, alpha=0.6, **alone)
 
 
-def _over_seeds(curves: Sequence[Curve]) -> tuple[list[int], list[float], list[float], list[float]]:
+def _over_seeds(curves: Sequence[Points]) -> tuple[list[int], list[float], list[float], list[float]]:
     """Steps at which any run has a record and that all reached, and there the mean, least and greatest error.
 
     Between its records a run's error is a straight line: seeds may have been logged at other steps. A mean over the
@@ -174,7 +175,7 @@ def _over_seeds(curves: Sequence[Curve]) -> tuple[list[int], list[float], list[f
     return steps, mean, low, high
 
 
-def _shared(curves: Sequence[Curve]) -> tuple[int, int]:
+def _shared(curves: Sequence[Points]) -> tuple[int, int]:
     """The steps between which all curves have a value; none where the first is above the last."""
     return max((curve[0][0] for curve in curves), default=0), min((curve[-1][0] for curve in curves), default=-1)
 
@@ -189,7 +190,7 @@ def _caption(networks: Sequence[Network], clean: bool, ylim: float) -> str:
     data = [network.config.data for network in networks]
     augmented = "augmented " if all(d.augment for d in data) else ""
     how = "on the training images without augmentation" if clean else f"running over the {augmented}stream"
-    held_out = " or ".join(sorted({d.held_out for d in data})) or "test"
+    held_out = held_out_names(d.held_out for d in data)
     parts = [f"thin, dashed: training error, {how}", f"bold: {held_out} error"]
     if any(len(network.runs) > 1 for network in networks):
         parts.append("lines: mean over n seeds, up to the last step that all reached; bands: lowest to highest")

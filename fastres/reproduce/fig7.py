@@ -11,17 +11,16 @@ from fastres.evaluate import Trained, load_trained
 from fastres.plots.curves import print_note
 from fastres.reproduce.figure import colours_of, paper_style, place_legend, save, write_csv
 from fastres.reproduce.networks import Network, by_network, paper_name
+from fastres.reproduce.paper import FIGURE_7
 from fastres.responses import Response, layer_responses
 from fastres.rundir import RunDir
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAPER = ("plain-20", "plain-56", "ResNet-20", "ResNet-56", "ResNet-110")
-
 
 @dataclass(frozen=True)
-class Line:
+class Responses:
     """One network in the figure."""
 
     label: str
@@ -83,7 +82,7 @@ def draw(
             notes |= {words: None for words in trained.caveats if words not in note}
         stds = [sum(r.std for r in of_layer) / len(of_layer) for of_layer in zip(*measured, strict=True)]
         model = network.config.model
-        lines.append(Line(network.label(min(steps), len(chosen)), model.depth, model.arch == "resnet", stds))
+        lines.append(Responses(network.label(min(steps), len(chosen)), model.depth, model.arch == "resnet", stds))
     with paper_style():
         written = save(plot(lines, "; ".join(filter(None, notes))), [folder / "fig7.png", folder / "fig7.svg"])
     header = ("network", "seed", "layer_index", "layer_name", "std", "images")
@@ -95,12 +94,12 @@ def draw_one(trained: Trained, responses: Sequence[Response], path: Path) -> Non
     net = trained.net
     name = paper_name(trained.arch, net.depth)
     label = name if trained.step is None else f"{name}, step {trained.step:,}"
-    line = Line(label, net.depth, net.residual, [r.std for r in responses])
+    line = Responses(label, net.depth, net.residual, [r.std for r in responses])
     with paper_style():
         save(plot([line], "; ".join(trained.caveats)), [path])
 
 
-def plot(lines: Sequence[Line], note: str) -> "Figure":
+def plot(lines: Sequence[Responses], note: str) -> "Figure":
     """Both panels: above in the layers' order, below sorted by magnitude. To be called within `paper_style`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -137,7 +136,7 @@ def has_weights(run: RunDir, say: Callable[[str], None] = lambda _: None) -> boo
 
 def _as_in_the_paper(networks: Sequence[Network], say: Callable[[str], None]) -> list[Network]:
     """The paper's five where there are some of them, else all."""
-    chosen = [network for network in networks if network.name in PAPER]
+    chosen = [network for network in networks if (network.config.model.arch, network.config.model.depth) in FIGURE_7]
     if not chosen:
         return list(networks)
     if others := [network.name for network in networks if network not in chosen]:

@@ -1,14 +1,15 @@
 """The pieces of a self-contained HTML page: escaped text, tables, the shell around them, and how it looks."""
 
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from fastres.configtree import is_number
 from fastres.files import printable
 
 # Nothing may be loaded and nothing may run, whatever a run folder holds: images are data URIs, styles are in the page.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+DASH = "\N{EN DASH}"  # in the place of a number that there is not
 
 
 def page(title: str, body: str) -> str:
@@ -45,9 +46,9 @@ def note(message: str) -> str:
 def stats(values: Iterable[tuple[str, str, str]]) -> str:
     """Numbers that count, the first of them largest: (name, value, what it is of)."""
     cells = []
-    for number, (name, value, of) in enumerate(values):
+    for n, (name, value, of) in enumerate(values):
         small = f'<span class="of">{text(of)}</span>' if of else ""
-        first = ' class="first"' if number == 0 else ""
+        first = ' class="first"' if n == 0 else ""
         cells.append(f"<div{first}><dt>{text(name)}</dt><dd>{text(value)}</dd>{small}</div>")
     return f'<dl class="stats">{"".join(cells)}</dl>\n'
 
@@ -66,9 +67,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[
     def line(cells: Iterable[str], tag: str) -> str:
         return "".join(f"<{tag}{' class=n' if i in right else ''}>{cell}</{tag}>" for i, cell in enumerate(cells))
 
-    body = "\n".join(
-        f"<tr{' class=mean' if number in bold else ''}>{line(row, 'td')}</tr>" for number, row in enumerate(rows)
-    )
+    body = "\n".join(f"<tr{' class=mean' if n in bold else ''}>{line(row, 'td')}</tr>" for n, row in enumerate(rows))
     return (
         f'<div class="scroll"><table class="wide"><thead><tr>{line(map(text, head), "th")}</tr></thead>\n'
         f"<tbody>{body}</tbody></table></div>\n"
@@ -88,6 +87,4 @@ def keys(values: Iterable[tuple[str, object, str]]) -> str:
 
 def number(value: object, form: str = ",.0f", unit: str = "") -> str:
     """A number out of a JSON file, or a dash where it is none."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return "\N{EN DASH}"
-    return f"{value:{form}}{unit}"
+    return f"{value:{form}}{unit}" if is_number(value) else DASH

@@ -7,7 +7,7 @@ from itertools import groupby
 from fastres.config import RunConfig
 from fastres.data.imageset import caveat, short_digest
 from fastres.errors import InputError
-from fastres.plots.runs import remarks
+from fastres.plots.runs import once_each
 from fastres.reproduce import paper
 from fastres.rundir import RunDir
 
@@ -104,7 +104,7 @@ def note_of(runs: Iterable[RunDir]) -> str:
     """
     read = [(run.config(), run) for run in runs]
     named = [(paper_name(config.model.arch, config.model.depth), config, run) for config, run in read]
-    notes = remarks((name, on_images(config, run)) for name, config, run in named)
+    notes = once_each((name, on_images(config, run)) for name, config, run in named)
     precisions: dict[str, set[str]] = {}
     for name, _, run in named:
         precisions.setdefault(name, set()).update(str(e["precision"]) for e in run.environments() if "precision" in e)
@@ -116,7 +116,7 @@ def recipe_notes(named: Iterable[tuple[str, RunConfig]]) -> list[str]:
     """In what networks were not trained as the paper has it, then what else was chosen where it leaves a choice."""
     named, notes = list(named), []
     for heading, is_open in (("not the paper's recipe", False), ("where the paper leaves it open", True)):
-        changed = remarks((name, _changed(config, is_open)) for name, config in named)
+        changed = once_each((name, _changed(config, is_open)) for name, config in named)
         notes += [f"{heading}: {', '.join(changed)}"] if changed else []
     return notes
 

@@ -28,23 +28,25 @@ from fastres.result import result_of
 from fastres.rundir import CONFIG, RunDir, folders_below
 from fastres.sweep import train_all
 
+WORDS = {"finished": "finished", "cut": "begun", "missing": "to do", "diverged": "abandoned (diverged)"}  # by status
+
 
 @dataclass(frozen=True)
-class Need:
+class Stage:
     """Runs of one network that belong together: one stage of the work."""
 
     name: str  # ResNet20
     folders: dict[Path, RunConfig]
 
 
-def needs(
+def plan_stages(
     nets: Sequence[tuple[str, int, Sequence[int]]],
     root: Path,
     preset: str,
     changes: dict[str, Any],
     *,
     variant: str = "",
-) -> list[Need]:
+) -> list[Stage]:
     """The runs of each (architecture, depth, seeds), with the folders where they are or will be.
 
     Args:
@@ -59,18 +61,18 @@ def needs(
         InputError: A run folder of another config stands where a new one would go.
     """
     known = _known(root)
-    stages: list[Need] = []
+    stages: list[Stage] = []
     for arch, depth, seeds in nets:
         folders: dict[Path, RunConfig] = {}
         for seed in seeds:
-            tree = merge(_concerning(changes, arch, depth), {"model": {"arch": arch, "depth": depth}, "seed": seed})
+            tree = merge(concerning(changes, arch, depth), {"model": {"arch": arch, "depth": depth}, "seed": seed})
             config = make_config(preset, **tree)
             place = root / variant / config.name.lower() / f"seed{seed}"
             path = known.get(config.digest, place)
             if path == place and (path / CONFIG).exists():
                 _check_same(path, config)
             folders[path] = dataclasses.replace(config, output=dataclasses.replace(config.output, out=str(path)))
-        stages.append(Need(config.name, folders))
+        stages.append(Stage(config.name, folders))
     return stages
 
 
@@ -84,7 +86,8 @@ def _check_same(path: Path, config: RunConfig) -> None:
         raise InputError(f"{path} is a run of another config ({'; '.join(changed)}); give another --runs")
 
 
-def _concerning(changes: dict[str, Any], arch: str, depth: int) -> dict[str, Any]:
+def concerning(changes: dict[str, Any], arch: str, depth: int) -> dict[str, Any]:
+    """Changes of a config's tree, without those that do nothing to this network."""
     unheard = set[tuple[str, str]]()
     if arch == "plain":
         unheard |= {("model", "shortcut"), ("model", "pad")}
@@ -96,7 +99,7 @@ def _concerning(changes: dict[str, Any], arch: str, depth: int) -> dict[str, Any
     }
 
 
-def stages_of(
+def in_order_of_work(
     nets: Sequence[tuple[str, int]], seeds: Sequence[int], plain_seeds: Sequence[int]
 ) -> list[tuple[str, int, Sequence[int]]]:
     """(architecture, depth, seeds) of the networks asked for, in the order of `paper.STAGES`; then others, as asked."""
@@ -111,7 +114,7 @@ def stages_of(
 
 
 def train_missing(
-    stages: Sequence[Need], *, console: Console, deadline: float = math.inf, side_by_side: int = 0
+    stages: Sequence[Stage], *, console: Console, deadline: float = math.inf, side_by_side: int = 0
 ) -> bool:
     """Train what is missing and go on with what was cut, stage by stage; says how far it is and how long it may take.
 
@@ -121,8 +124,8 @@ def train_missing(
         Whether all is done; False where the deadline came first (all saved), or other processes are not done yet.
     """
     folders = {path: config for stage in stages for path, config in stage.folders.items()}
-    counts = [RunDir(path).status for path in folders]
-    said = [f"{counts.count(kind)} {word}" for kind, word in _WORDS.items() if kind in counts]
+    statuses = [RunDir(path).status for path in folders]
+    said = [f"{statuses.count(kind)} {word}" for kind, word in WORDS.items() if kind in statuses]
     console.say(f"{_plural(len(folders), 'run')}: {', '.join(said)}")
     for path in folders:
         run = RunDir(path)
@@ -131,7 +134,7 @@ def train_missing(
                 result_of(run)
             except InputError as error:
                 console.say(str(error))
-    if "missing" in counts or "cut" in counts:
+    if "missing" in statuses or "cut" in statuses:
         _check_images(folders, console)
     whole, interrupt, announced = OverallProgress(folders), Interrupt(AGAIN, deadline), set[str]()
 
@@ -141,7 +144,6 @@ def train_missing(
             console.say(f"{head}; {whole.between_stages()}")
         whole.begins(paths)
 
-    how: dict[str, Any] = {"console": console, "side_by_side": side_by_side, "shared": True}
     console.overall = whole.at_step
     try:
         trained, again = True, False
@@ -150,7 +152,15 @@ def train_missing(
             for number, stage in enumerate(stages, 1):
                 head = f"[{number}/{len(stages)}] {stage.name}, {_plural(len(stage.folders), 'run')}"
                 on_begin = functools.partial(begin, head)
-                trained |= train_all(stage.folders, interrupt, **how, again=again, on_begin=on_begin)
+                trained |= train_all(
+                    stage.folders,
+                    interrupt,
+                    side_by_side=side_by_side,
+                    console=console,
+                    shared=True,
+                    again=again,
+                    on_begin=on_begin,
+                )
                 again |= trained
     except OutOfTime as cut:
         console.say(str(cut))
@@ -232,9 +242,6 @@ class OverallProgress:
         return work + self._last[0] - self._first[0], seconds + self._last[1] - self._first[1]
 
 
-_WORDS = {"finished": "finished", "cut": "begun", "missing": "to do", "diverged": "abandoned (diverged)"}
-
-
 def _plural(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
@@ -280,7 +287,7 @@ def _share_done(path: Path, config: RunConfig) -> float:
     return max((record["step"] for record in run.metrics()), default=0) / config.recipe.steps
 
 
-def runs_of(stages: Sequence[Need]) -> list[RunDir]:
+def runs_of(stages: Sequence[Stage]) -> list[RunDir]:
     """The run folders there are, each once."""
     paths = dict.fromkeys(path for stage in stages for path in stage.folders)
     return [RunDir(path) for path in paths if (path / CONFIG).exists()]

@@ -20,9 +20,9 @@ from fastres.plots.runs import Run, group_labels, grouped, mean_labels, read_run
 from fastres.plots.series import mean_curve
 from fastres.reproduce import sections, table6
 from fastres.reproduce.answers import Answers, answers_of
-from fastres.reproduce.markup import mark, note, number, page, section, table, text
+from fastres.reproduce.markup import DASH, mark, note, number, page, section, table, text
 from fastres.reproduce.networks import paper_name, recipe_notes, sentence
-from fastres.reproduce.sections import DASH, Subject, as_percent, banners, training_time
+from fastres.reproduce.sections import Subject, as_percent, banners, training_time
 from fastres.result import RunResult, result_of
 
 MAX_BYTES = 1_000_000
@@ -60,20 +60,17 @@ def write_report(
         MachineError: The file cannot be written.
     """
     if out is not None and out.suffix not in (".html", ".htm"):
-        raise InputError(f"--out is {out}; give a name that ends in .html")
+        raise InputError(f"--out is {out}; give a name that ends in .html or .htm")
     common, runs = read_runs(paths, say)
     subjects = []
     for count, run in enumerate(runs, 1):
         if evaluate:
             say(f"testing {run.folder.path} ({count} of {len(runs)})")
-        subjects.append(_subject(run, _answers(run, execution or {}, say) if evaluate else "--no-eval was given."))
+        answers = _answers(run, execution or {}, say) if evaluate else "--no-eval was given."
+        subjects.append(Subject(run, _result(run), answers))
     out = out or (paths[0] if len(paths) == 1 else Path()) / "report.html"
     write_text(out, render(common, subjects))
     return out
-
-
-def _subject(run: Run, answers: Answers | str) -> Subject:
-    return Subject(run, _result(run), answers)
 
 
 def _result(run: Run) -> RunResult | None:
@@ -175,12 +172,12 @@ def _overview(subjects: Sequence[Subject], points: int, num_shown: int) -> str:
     groups = grouped(subject.run for subject in subjects)
     rows: list[list[str]] = []
     means: list[int] = []
-    for group, label in zip(groups, mean_labels(groups), strict=True):
+    for group, label in zip(groups, group_labels(groups), strict=True):
         rows += [_row(*by_run[id(run)], num_shown) for run in group]
         finished = [by_run[id(run)][1].result for run in group if run.finished]
         if len(finished) > 1:
             means.append(len(rows))
-            rows.append(_mean_row(finished, f"{label.rpartition(', mean of')[0]}, mean of {len(finished)}"))
+            rows.append(_mean_row(finished, f"{label}, mean of {len(finished)}"))
     head = ("run", "test error", "best (no result)", "training error", "parameters", "steps", "training", "img/s")
     if any(subject.held_out == "validation" for subject in subjects):
         head = (head[0], "test or validation error", *head[2:])
@@ -215,13 +212,13 @@ def _table6(subjects: Sequence[Subject]) -> str:
 
 
 def _by_variant(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Runs of one config, with the network's name, ResNets first; of several configs of a network what differs."""
+    """Runs of one config, with the network's name, plain nets last; of several configs of a network what differs."""
     networks: dict[tuple[str, int], list[list[Run]]] = {}
     for group in grouped(runs):
         model = group[0].config.model
         networks.setdefault((model.arch, model.depth), []).append(group)
     found = []
-    for (arch, depth), groups in sorted(networks.items(), key=lambda item: (item[0][0] == "plain", *item[0])):
+    for (arch, depth), groups in sorted(networks.items(), key=lambda item: (item[0][0] == "plain", item[0][1])):
         name = paper_name(arch, depth)
         labels = group_labels(groups) if len(groups) > 1 else [""]
         found += [(", ".join(filter(None, (name, label))), group) for label, group in zip(labels, groups, strict=True)]

@@ -7,19 +7,18 @@ from typing import Any
 import numpy as np
 
 from fastres.config import RunConfig
-from fastres.configtree import leaves, show_key, show_value
+from fastres.configtree import is_number, leaves, show_key, show_value
 from fastres.console import duration, percent
 from fastres.plots.curves import changes_of_lr, time_unit
 from fastres.plots.runs import Run
-from fastres.plots.series import Curve, Line, held_out_of, is_number
+from fastres.plots.series import Curve, Line, held_out_names
 from fastres.reproduce.answers import Answers, Mistake
 from fastres.reproduce.charts import bars, line_chart, matrix, stacked
-from fastres.reproduce.markup import keys, mark, note, number, section, stats, text
+from fastres.reproduce.markup import DASH, keys, mark, note, number, section, stats, text
 from fastres.reproduce.networks import on_images, sentence
 from fastres.reproduce.paper import Difference, differences
 from fastres.result import LEAST_SECONDS, PHASES, RunResult
 
-DASH = "\N{EN DASH}"
 WHERE_TIME_WENT = ("train", "evaluate", "compile", "data", "checkpoint", "import", "other")
 DATASETS = {"cifar10": "CIFAR-10", "synthetic": "the built-in synthetic set"}
 
@@ -123,7 +122,10 @@ def training_time(result: RunResult) -> str:
 def error_chart(curves: list[Curve], what: str, points: int = 300) -> str:
     """Training and test error over steps."""
     smoothed = any(line.smoothed and line.low is None for curve in curves for line in curve.lines)
-    key = [("thin", "training error, running over augmented images"), ("bold", f"{held_out_of(curves)} error")]
+    key = [
+        ("thin", "training error, running over augmented images"),
+        ("bold", f"{held_out_names(curve.held_out for curve in curves)} error"),
+    ]
     if smoothed:
         key.append(("pale", "as logged, where a smoothed line stands in front of it"))
     if any(line.low is not None for curve in curves for line in curve.lines):

@@ -16,9 +16,10 @@ from rich.table import Table
 
 from fastres.errors import InputError, OutsideTolerance
 from fastres.files import write_json, write_text
+from fastres.plots.series import held_out_names
 from fastres.reproduce.figure import write_csv
 from fastres.reproduce.networks import Network, by_network, sentence
-from fastres.reproduce.paper import TABLE_6, TOLERANCE, differences
+from fastres.reproduce.paper import TABLE_6, TOLERANCE, departures, differences
 from fastres.result import RunResult, result_of
 from fastres.rundir import RunDir
 
@@ -67,7 +68,7 @@ class Row:
 
 
 def rows_of(runs: Sequence[RunDir]) -> list[Row]:
-    """Table 6's rows, ResNets first, by depth.
+    """Table 6's rows, plain nets last, by depth.
 
     Args:
         runs: Of any networks, finished or not; those of one network differ in their seed alone.
@@ -95,8 +96,7 @@ def _row(network: Network) -> Row:
     errors = [result.test_error for result in results.values()]
     published = TABLE_6.get((network.config.model.arch, network.config.model.depth))
     paper = published.error if published else None
-    differing = differences(network.config)
-    others = [str(difference) for difference in differing if not difference.is_open]
+    others = list(map(str, departures(network.config)))
     mean = fmean(errors) if errors else None
     best_seed = min(results, key=lambda seed: results[seed].test_error) if results else None
     return Row(
@@ -118,7 +118,7 @@ def _row(network: Network) -> Row:
         delta=round(mean - paper, DIGITS) if mean is not None and paper is not None and not others else None,
         verdict=verdict(errors, paper) if not others or not errors else "not the paper's experiment",
         experiment=", ".join(others) or "the paper's",
-        choices=", ".join(str(difference) for difference in differing if difference.is_open),
+        choices=", ".join(str(one) for one in differences(network.config) if one.is_open),
         caveat=network.caveat,
         data=network.digest,
         seconds=_mean([result.seconds.get("train", 0.0) / result.side_by_side for result in results.values()]),
@@ -245,11 +245,12 @@ LEGEND = (
     "chosen on the images it was tested on, so it is no result. Seconds are of the training clock alone; of runs side "
     "by side they are a run's share, and img/s is their sum."
 )
+ERROR = "error, %"
 HEADS = (
     "network",
     "parameters",
     "n",
-    "error, %",
+    ERROR,
     "95 %",
     "best seed",
     "paper",
@@ -262,8 +263,8 @@ HEADS = (
 
 def heads(rows: Sequence[Row]) -> list[str]:
     """`HEADS`, the error called by the images that it is of."""
-    held_out = " or ".join(sorted({row.held_out for row in rows}))
-    return [f"{held_out} {head}".strip() if head == HEADS[3] else head for head in HEADS]
+    error = f"{held_out_names(row.held_out for row in rows)} {ERROR}"
+    return [error if head == ERROR else head for head in HEADS]
 
 
 def cells(row: Row) -> list[str]:
@@ -281,7 +282,7 @@ def cells(row: Row) -> list[str]:
         "" if row.interval is None else f"{100 * row.interval[0]:.2f} to {100 * row.interval[1]:.2f}",
         "" if row.best is None else f"{100 * row.best:.2f} (seed {row.best_seed})",
         paper,
-        "" if row.delta is None else f"{round(100 * row.delta, 2) + 0.0:+.2f}",  # + 0.0: no "-0.00"
+        "" if row.delta is None else f"{100 * row.delta:+z.2f}",
         row.verdict + ("; not on the official files" if row.delta is not None and row.caveat else ""),
         "" if row.seconds is None else f"{row.seconds:,.0f}",
         "" if row.images_per_second is None else f"{row.images_per_second:,.0f}",
@@ -291,7 +292,7 @@ def cells(row: Row) -> list[str]:
 def terminal(rows: Sequence[Row]) -> Table:
     """The table for a terminal of 80 columns: what a row comes to."""
     table = Table(box=None, pad_edge=False)
-    kept = [HEADS.index(head) for head in ("network", "n", "error, %", "95 %", "paper", "verdict")]
+    kept = [HEADS.index(head) for head in ("network", "n", ERROR, "95 %", "paper", "verdict")]
     for k in kept:
         table.add_column(heads(rows)[k], justify="left" if k in (kept[0], kept[-1]) else "right")
     for row in rows:
