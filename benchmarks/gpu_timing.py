@@ -173,12 +173,12 @@ def evaluation(setting: Setting, depth: int) -> Result:
     """
     from fastres.bench.cells import Cell
     from fastres.bench.measure import FIRST_STEPS, Bench
-    from fastres.build import build_evaluator, load_images
+    from fastres.build import build_evaluators, load_images
 
     config, rounds = setting.config(depth, data={"dataset": "cifar10"}), 1 if setting.tiny else 10
     images = load_images(config.data, config.execution, say=print)
     bench = Bench(Cell(config.name, config), images)
-    test = build_evaluator(bench.replica.net, config, images, images.mean_image(), bench.runtime)
+    (test,) = build_evaluators([bench.replica.net], config, images, images.mean_image(), bench.runtime)
     began = perf_counter()
     test.warm_up()
     warm_up = perf_counter() - began

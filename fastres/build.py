@@ -1,18 +1,18 @@
 """From a config to the things it names: data, network, optimizer, loaders, tests. Used by train, eval and bench."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastres import config as cfg
 from fastres.config import RunConfig
 from fastres.cudagraph import CapturedGraph
 from fastres.data.imageset import Float32Array, ImageSet
-from fastres.errors import MachineError
+from fastres.errors import InputError, MachineError
 from fastres.evaluator import Evaluator
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.models.imagenet import ImageNetNet, Network
@@ -118,6 +118,15 @@ def loader_kind(execution: cfg.Execution, runtime: Runtime) -> str:
     return "dali" if runtime.device.type == "cuda" and dali_available() else "resident"
 
 
+def check_loader(config: RunConfig) -> None:
+    """Raise InputError for a loader that does not augment as the plan says."""
+    if config.execution.loader == "torchvision":
+        raise InputError(
+            "--loader torchvision uses its own random crops and flips, so the same config would give other results; it "
+            "is there for `fastres bench`. Use --loader resident or dali"
+        )
+
+
 def build_loaders(
     configs: Sequence[RunConfig],
     images: ImageSet,
@@ -197,7 +206,19 @@ def build_evaluators(
 
     The images are on the device once, for all of them. `train`: the plain training images instead.
     """
-    batches = list(_plain_batches(config, images, mean, runtime, train=train))
+    from fastres.data.resident import evaluation_batches
+
+    batches = list(
+        evaluation_batches(
+            images.train_images if train else images.test_images,
+            images.train_labels if train else images.test_labels,
+            mean,
+            batch_size=EVALUATION_BATCH,
+            device=runtime.device,
+            dtype=runtime.dtype,
+            channels_last=config.execution.channels_last,
+        )
+    )
     capture = CapturedGraph if runtime.cuda_graph else None
     how: dict[str, Any] = {"num_classes": len(images.class_names), "dtype": runtime.dtype, "capture": capture}
     return [Evaluator(net, batches, forward=inference_of(net, runtime), **how) for net in nets]
@@ -208,26 +229,3 @@ def inference_of(net: nn.Module, runtime: Runtime) -> Inference | LayerInference
     if not runtime.native or runtime.device.type != "cuda":
         return None
     return LayerInference(net) if runtime.layer_kernels else Inference(net)
-
-
-def build_evaluator(
-    net: nn.Module, config: RunConfig, images: ImageSet, mean: Float32Array, runtime: Runtime
-) -> Evaluator:
-    """`build_evaluators` for one network."""
-    return build_evaluators([net], config, images, mean, runtime)[0]
-
-
-def _plain_batches(
-    config: RunConfig, images: ImageSet, mean: Float32Array, runtime: Runtime, *, train: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    from fastres.data.resident import evaluation_batches
-
-    return evaluation_batches(
-        images.train_images if train else images.test_images,
-        images.train_labels if train else images.test_labels,
-        mean,
-        batch_size=EVALUATION_BATCH,
-        device=runtime.device,
-        dtype=runtime.dtype,
-        channels_last=config.execution.channels_last,
-    )

@@ -159,7 +159,7 @@ def move_newer_aside(folder: Path, used: Path | None) -> None:
             try:
                 path.replace(path.with_suffix(".unused.safetensors"))
             except OSError as error:
-                raise files.disk_error(error, folder, 0) from error
+                raise files.disk_error(error, folder) from error
 
 
 def all_finite(tensors: Mapping[str, Tensor]) -> bool:

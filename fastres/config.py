@@ -20,6 +20,7 @@ from fastres.errors import InputError
 from fastres.models.depth import check_depth
 
 NUM_TRAIN = {"cifar10": 50_000, "synthetic": 10_000}  # images before any validation split
+TINY, HUGE = 1e-30, 1e30  # of rates, well within fp32's range
 MAX_STEPS = 10_000_000  # rates, losses and errors of each step are kept on the device: 160 MB
 MAX_GRAPH_STEPS = 64  # a graph holds every kernel of its steps, a few hundred each
 FIRST_LOOK = 400  # steps: where a warm-up by the training error may end (`optim.WARMUP_WINDOW`)
@@ -325,8 +326,8 @@ def _validate(config: RunConfig) -> None:
     need(0 < model.bn_momentum <= 1, "bn_momentum", model.bn_momentum, "it must be above 0 and at most 1")
     for key, low_ok in (("lr", False), ("warmup_lr", False), ("weight_decay", True)):
         value = getattr(recipe, key)
-        holds = math.isfinite(value) and (value >= 0 if low_ok else value > 0)
-        need(holds, key, value, f"it must be a finite number {'at least' if low_ok else 'above'} 0")
+        rule = f"it must be {'0 or ' if low_ok else ''}{TINY:g} to {HUGE:g}, for which fp32 has room"
+        need(TINY <= value <= HUGE or (low_ok and value == 0), key, value, rule)
     need(1e-6 <= recipe.lr_decay <= 1, "lr_decay", recipe.lr_decay, "it must be 1e-6 to 1")
     need(0 <= recipe.momentum < 1, "momentum", recipe.momentum, "it must be at least 0 and below 1")
     rises = all(a < b for a, b in pairwise((0, *recipe.milestones)))
@@ -337,9 +338,8 @@ def _validate(config: RunConfig) -> None:
         need(recipe.warmup_steps <= recipe.steps, "warmup_steps", recipe.warmup_steps, rule)
     if config.data.val_split:
         need(config.data.dataset == "cifar10", "val_split", "true", "only CIFAR-10 has the paper's 45k/5k split")
-    graph_steps = config.execution.graph_steps
+    graph_steps, device = config.execution.graph_steps, config.execution.device
     need(1 <= graph_steps <= MAX_GRAPH_STEPS, "graph_steps", graph_steps, f"it must be 1 to {MAX_GRAPH_STEPS}")
-    device = config.execution.device
     need(bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", device)), "device", repr(device), "use auto, cpu, cuda or cuda:0")
     need(config.execution.threads >= 0, "threads", config.execution.threads, "0 means one a core")
     for key in ("log_every", "eval_every"):

@@ -71,7 +71,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """ "; did you mean ...?" for an error's message; empty where nothing known is like the word."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.65)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -81,7 +81,7 @@ class OutOfTime(FastresError):
 
 
 class Interrupted(FastresError):
-    """SIGINT, SIGTERM or SIGHUP arrived; the state was saved before this was raised."""
+    """A signal arrived (`guards.SIGNALS`); the state was saved before this was raised."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)

@@ -22,7 +22,8 @@ from fastres.errors import InputError
 from fastres.evaluator import Evaluation, Evaluator
 from fastres.machine import gpu
 from fastres.models.imagenet import Network
-from fastres.rundir import RunDir, found_again
+from fastres.rundir import RunDir
+from fastres.runfolders import found_again
 from fastres.runtime import Runtime, prepare
 from fastres.weights import ForeignWeights, read_weights
 
@@ -140,7 +141,7 @@ def load_trained(
     images = load_images(chosen.data, chosen.execution, train=learned.mean is None, say=say)
     caveats = [images.caveat]
     if saved:
-        theirs, ours = saved.meta["data"]["test_digest"], images.test_digest()
+        theirs, ours = saved.meta["data"]["test_digest"], images.test_digest
         if theirs != ours and not test_set:
             say(f"tested on other images ({short_digest(ours)}) than the run was tested on ({short_digest(theirs)})")
         caveats = [_training_caveat(saved), images.caveat, OTHER_IMAGES if theirs != ours else ""]
@@ -177,9 +178,14 @@ def _own(saved: checkpoint.Checkpoint, target: Path, arch: str | None, pixels: C
         raise InputError(f"{target} brings its own mean image; leave out --mean and --std")
     if arch is not None and arch != model.arch:
         raise InputError(f"--arch {arch}: {target} says of itself that it is {model.arch}")
+    check_scale(saved, target)
+    return _Learned(model, saved.weights, saved.meta["step"], saved.tensors["data/mean"].numpy())
+
+
+def check_scale(saved: checkpoint.Checkpoint, target: Path) -> None:
+    """Raise InputError where a checkpoint's network was trained on pixels of another scale than this fastres'."""
     if saved.meta["data"]["scale"] != SCALE:
         raise InputError(f"{target} was trained with pixels scaled by {saved.meta['data']['scale']}, not {SCALE}")
-    return _Learned(model, saved.weights, saved.meta["step"], saved.tensors["data/mean"].numpy())
 
 
 def _foreign(
@@ -311,7 +317,7 @@ def report(outcome: Outcome) -> str:
 
 def tested_images(images: ImageSet) -> str:
     """ "10,000 images of cifar10", and what to know of them."""
-    note = "" if images.official else f", not the official files ({short_digest(images.test_digest())})"
+    note = "" if images.official else f", not the official files (these images: {short_digest(images.test_digest)})"
     return f"{len(images.test_images):,} images of {images.name}{note}"
 
 

@@ -36,6 +36,18 @@ class Evaluation:
         return [(sum(row) - row[k]) / sum(row) if sum(row) else None for k, row in enumerate(self.confusion)]
 
 
+@contextlib.contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode inside the block; the mode of each of its parts is put back."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class Evaluator:
     """Tests one network on one set of images, again and again; the images stay on the device.
 
@@ -73,14 +85,14 @@ class Evaluator:
     def warm_up(self) -> None:
         """Compile and capture, before any clock runs; without a capture the first call compiles."""
         if self._capture and not self._graph:
-            with self._evaluating():
+            with evaluating(self.net):
                 self._graph = self._capture([self._launch], [*self.net.state_dict().values()])
 
     @torch.no_grad()
     def __call__(self) -> Evaluation:
         """Test the network in evaluation mode (running BN statistics); its mode is put back. Waits for the device."""
         self.warm_up()
-        with self._evaluating():
+        with evaluating(self.net):
             if self._graph:
                 self._graph.check()
                 self._graph.replay()
@@ -88,15 +100,6 @@ class Evaluator:
                 self._launch()
         counts = self._confusion.view(self.num_classes, -1).tolist()  # host sync: the evaluation's one read
         return Evaluation(float(self._loss_sum) / sum(map(sum, counts)), counts)
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        training = self.net.training
-        self.net.eval()
-        try:
-            yield
-        finally:
-            self.net.train(training)
 
     def _logits(self, images: Tensor) -> Tensor:
         if self._forward:

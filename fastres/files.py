@@ -30,7 +30,7 @@ def write_bytes(path: Path, content: bytes, *, keep: Path | None = None) -> None
         keep: Another name in the same folder, for the file that was there before.
 
     Raises:
-        MachineError: The disk is full or the folder cannot be written; what was there is untouched.
+        MachineError: The disk is full or the folder cannot be written; what was there is there yet, at worst as `keep`.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -46,7 +46,7 @@ def write_bytes(path: Path, content: bytes, *, keep: Path | None = None) -> None
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise disk_error(error, path.parent, len(content)) from error
+        raise disk_error(error, path.parent) from error
 
 
 def given_path(name: str, path: object) -> Path:
@@ -128,7 +128,7 @@ def make_folder(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise disk_error(error, path, 0) from error
+        raise disk_error(error, path) from error
 
 
 def fsync_folder(folder: Path) -> None:
@@ -138,12 +138,15 @@ def fsync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # some file systems do so for files alone
+            raise
     finally:
         os.close(handle)
 
 
-def disk_error(error: OSError, folder: Path, num_bytes: int) -> MachineError:
-    """What to tell a user whose disk refused a write of `num_bytes` in `folder`."""
+def disk_error(error: OSError, folder: Path) -> MachineError:
+    """What to tell a user whose disk refused a write in `folder`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull(f"no room on the disk for {num_bytes:,} bytes in {folder}; free some")
+        return DiskFull(f"no room on the disk in {folder}; free some")
     return MachineError(f"cannot write in {folder}: {error.strerror or error}")

@@ -40,6 +40,7 @@ USABLE_SHARE = 0.8  # of what is free; the rest goes to fragments and workspaces
 BACKWARD = 1.4
 DOUBT = 1.2  # what is estimated at so much more than there is may fit yet
 DEEP = 38  # layers from which on a step's memory is extrapolated
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # as far as there are any; the last by batch systems, in time
 AGAIN = "run the same command again to resume"
 UNITS = {"bytes": 1e-9, "KiB": 2**10 / 1e9, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}  # in GB
 WEIGHT_BYTES = 4 * 4  # a parameter: weight, gradient, momentum, and copies in other precisions
@@ -59,11 +60,12 @@ class Interrupt:
 
 @contextlib.contextmanager
 def interrupts(interrupt: Interrupt) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into a flag that the loop reads after each step; a second signal stops at once.
+    """Turn `SIGNALS` into a flag that the loop reads after each step; a second signal stops at once.
 
     So does the first one before `interrupt.training`, which is false until somebody sets it inside the block.
 
-    One that is ignored stays so: SIGHUP under nohup, SIGINT in a script's background.
+    One that is ignored stays so, SIGHUP under nohup, SIGINT in a script's background; or that another program around
+    Python handles.
     Only the main thread may set handlers; elsewhere the flag stays unset.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -78,8 +80,8 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
 
     interrupt.training = False
 
-    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heeded = [signum for signum in known if signal.getsignal(signum) != signal.SIG_IGN]
+    known = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    heeded = [signum for signum in known if signal.getsignal(signum) not in (signal.SIG_IGN, None)]
     before = {signum: signal.signal(signum, note) for signum in heeded}
     try:
         yield

@@ -1,4 +1,4 @@
-"""The training loop, one function read from top to bottom."""
+"""The training loop: `_run`, read from top to bottom, and what leads to it."""
 
 import contextlib
 import math
@@ -8,7 +8,7 @@ from statistics import fmean
 from time import perf_counter
 
 from fastres import pace
-from fastres.build import load_images
+from fastres.build import check_loader, load_images
 from fastres.checkpoint import Checkpoint
 from fastres.clock import Clocks
 from fastres.config import RunConfig
@@ -28,11 +28,11 @@ from fastres.guards import (
 )
 from fastres.machine.memory import peak_memory, reset_peak_memory
 from fastres.member import Member, introduction, make_members
-from fastres.optim import LrSchedule
 from fastres.resolve import prepare_for
 from fastres.result import RunResult, result_of, summary
-from fastres.rundir import CONFIG, DIVERGED, RunDir, found_again, new_run_folder, remove_empty, resume_with
-from fastres.runstate import RunState, load_states, record_environment, record_loader, take_folders
+from fastres.rundir import CONFIG, DIVERGED, RunDir
+from fastres.runfolders import found_again, new_run_folder, remove_empty, resume_with
+from fastres.runstate import RunState, load_states, record_environment, take_folders
 from fastres.runtime import Runtime, synchronize, usual_torch
 from fastres.step import TrainStep
 from fastres.steptimer import StepTimer, milliseconds
@@ -69,10 +69,12 @@ def train(
         MachineError: No data and no network, no GPU where one was asked for, a full disk.
         OutOfMemory: The batch does not fit.
         Diverged: The loss became NaN or Inf; the last good checkpoint is kept.
-        Interrupted: SIGINT, SIGTERM or SIGHUP (main thread only); the state was saved.
+        Interrupted: SIGINT, SIGTERM, SIGHUP or SIGUSR1 (main thread only); the state was saved.
         OutOfTime: The deadline has come; the state was saved.
     """
     check_config(config)
+    if math.isnan(deadline):
+        raise InputError("deadline is nan; give seconds on the clock of time.perf_counter")
     if resume is not None and overwrite:
         raise InputError(f"resume={str(resume)!r} goes on with that run, and overwrite moves it aside; leave one out")
     here = Path() if console else Path.cwd()  # a program may go elsewhere while this trains, a command does not
@@ -158,7 +160,6 @@ def train_together(
             if checkpoint is None:
                 run.write_json(CONFIG, own.to_dict())
             run.remove(DIVERGED)
-            record_environment(run, config, runtime, images, checkpoint, console.say)
         return _run(configs, runs, runtime, images, saved, console, clocks, interrupt, brief=brief)
 
 
@@ -177,32 +178,20 @@ def _run(
     """Build, train, test, save. A step counts as done after its update; all records name the number of steps done."""
     config = configs[0]  # the others have another seed, and all else in common
     recipe, output = config.recipe, config.output
-    schedule = LrSchedule(recipe)
 
     with contextlib.ExitStack() as stack:
         # Build. Chance is a function of the seed: weights here, samples in the epoch plan.
         reset_peak_memory(runtime.device)
         mean = images.mean_image()
         members = make_members(configs, runs, images, mean, runtime, clocks, stack, console.say)
-        record_loader(runs, members[0].replica.loader.name)
+        for member, checkpoint in zip(members, saved, strict=True):
+            record_environment(member.run, runtime, images, member.replica.loader.name, checkpoint, console.say)
         train_step = TrainStep([member.replica for member in members])
         if runtime.needs_warm_up:
-            console.say("compiling (later runs of the same model find the result in the compiler's cache)")
-            with clocks("compile"), explained_compilation(runtime):
-                capture = CapturedGraph if runtime.cuda_graph else None
-                train_step.warm_up(capture, graph_steps=config.execution.graph_steps)
-                for member in members:
-                    member.warm_up_tests()
+            _warm_up(train_step, members, runtime, clocks, console)
 
         # Resume, or begin.
-        for member, checkpoint in zip(members, saved, strict=True):
-            if checkpoint:
-                member.state = RunState.restored(checkpoint, member.replica)
-        done = first = members[0].state.step
-        train_step.seek(done)
-        for member in members:
-            member.set_lrs(schedule)
-        clocks.add(members[0].state.seconds)
+        done = first = _restore(train_step, members, saved, clocks)
         if first:
             console.say(f"resuming from step {first:,} of {', '.join(str(run.path) for run in runs)}")
         first_line, *notes = introduction(members, images, runtime)
@@ -237,8 +226,8 @@ def _run(
                     if warning := pace.long_run(perf_counter() - began, done - first, recipe.steps - done):
                         console.say(f"{warning} Ctrl-C saves; {interrupt.way_on}")
 
-                if ended := [member for member in alive if member.end_warm_up_if_due(schedule, done)]:
-                    rates = f"lr {schedule.at(done - 1, done):.4g} -> {schedule.at(done, done):.4g}"
+                if ended := [member for member in alive if member.end_warm_up_if_due(done)]:
+                    rates = f"lr {ended[0].lr_at(done - 1):.4g} -> {ended[0].lr_at(done):.4g}"
                     console.say(f"step {done:,}: warm-up ends, {rates}", *(member.run for member in ended))
 
                 cut = interrupt.signum is not None or perf_counter() >= interrupt.deadline
@@ -247,7 +236,7 @@ def _run(
                 if not (logs or tests_now or saves):
                     continue
                 for member in alive:
-                    member.read(done, schedule, runtime.precision)  # host sync
+                    member.read(done, runtime.precision)  # host sync
                 seconds = clocks.read("train")  # after it: else it would be the seconds of launching
                 if saves:
                     train_step.check()  # else a graph may read freed memory
@@ -291,12 +280,12 @@ def _run(
         if first == recipe.steps:  # cut between the last checkpoint and the result
             for member in members:
                 member.evaluate(clocks, record=False)
-        measured = {
+        of_run = {
             "step_milliseconds": milliseconds(step_seconds),
             "peak_memory": peak_memory(runtime.device),
             "side_by_side": len(members),
         }
-        outcomes = [member.diverged or member.finish(images, clocks, measured) for member in members]
+        outcomes = [member.diverged or member.finish(images, clocks, of_run) for member in members]
         console.close()
         for member, outcome in zip(members, outcomes, strict=True):
             if isinstance(outcome, RunResult):
@@ -305,6 +294,32 @@ def _run(
                 for line in lines:
                     member.run.say(line) if brief else console.say(line, member.run)
         return outcomes
+
+
+def _warm_up(
+    train_step: TrainStep, members: Sequence[Member], runtime: Runtime, clocks: Clocks, console: Console
+) -> None:
+    """Compile and capture what trains and what tests, before the clock of training runs."""
+    console.say("compiling (later runs of the same model find the result in the compiler's cache)")
+    with clocks("compile"), explained_compilation(runtime):
+        capture = CapturedGraph if runtime.cuda_graph else None
+        train_step.warm_up(capture, graph_steps=members[0].config.execution.graph_steps)
+        for member in members:
+            member.warm_up_tests()
+
+
+def _restore(
+    train_step: TrainStep, members: Sequence[Member], saved: Sequence[Checkpoint | None], clocks: Clocks
+) -> int:
+    """Have the members stand where their checkpoints are, or at their beginning; the number of steps done there."""
+    for member, checkpoint in zip(members, saved, strict=True):
+        if checkpoint:
+            member.state = RunState.restored(checkpoint, member.replica)
+        member.set_lrs()
+    clocks.add(members[0].state.seconds)
+    done = members[0].state.step
+    train_step.seek(done)
+    return done
 
 
 def _reopen(path: Path, asked: RunConfig | None) -> tuple[RunDir, RunConfig]:
@@ -322,15 +337,6 @@ def check_config(config: object) -> None:
     """Raise InputError for what a user might take for a config: a preset's name, a dict."""
     if config is not None and not isinstance(config, RunConfig):
         raise InputError(f"config is {config!r}; build one with fastres.make_config, as make_config('smoke')")
-
-
-def check_loader(config: RunConfig) -> None:
-    """Raise InputError for a loader that does not augment as the plan says."""
-    if config.execution.loader == "torchvision":
-        raise InputError(
-            "--loader torchvision uses its own random crops and flips, so the same config would give other results; it "
-            "is there for `fastres bench`. Use --loader resident or dali"
-        )
 
 
 def _update(progress: Progress, members: Sequence[Member], done: int) -> None:

@@ -1,7 +1,6 @@
 """One run among those that a loop trains: what it has of its own, and what it writes into its folder."""
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -60,9 +59,13 @@ class Member:
         self.tested: Evaluation | None = None
         self._window = Window(0, [], [])
 
-    def set_lrs(self, schedule: LrSchedule, start: int = 0) -> None:
+    def lr_at(self, step: int) -> float:
+        """The learning rate of 0-based step `step`, as far as one knows now."""
+        return LrSchedule(self.config.recipe).at(step, self.state.warmup_end)
+
+    def set_lrs(self, start: int = 0) -> None:
         """The learning rates of 0-based step `start` and all after it."""
-        self.replica.set_lrs(functools.partial(schedule.at, warmup_end=self.state.warmup_end), start)
+        self.replica.set_lrs(self.lr_at, start)
 
     def warm_up_tests(self) -> None:
         """Compile and capture what tests the network."""
@@ -70,7 +73,7 @@ class Member:
         if self.clean:
             self.clean.warm_up()
 
-    def end_warm_up_if_due(self, schedule: LrSchedule, done: int) -> bool:
+    def end_warm_up_if_due(self, done: int) -> bool:
         """Whether the warm-up ends with `done` steps done; then the rates after it are set, and it is noted."""
         recipe, state = self.config.recipe, self.state
         if state.warmup_end is not None or recipe.warmup == "none":
@@ -85,18 +88,18 @@ class Member:
         elif done < recipe.warmup_steps:
             return False
         state.warmup_end = done
-        self.set_lrs(schedule, done)
-        self.run.append_metrics({"kind": "warmup_end", "step": done, "lr": schedule.at(done, done)})
+        self.set_lrs(done)
+        self.run.append_metrics({"kind": "warmup_end", "step": done, "lr": self.lr_at(done)})
         return True
 
-    def read(self, done: int, schedule: LrSchedule, precision: str) -> None:
+    def read(self, done: int, precision: str) -> None:
         """Take the losses and errors since the last log from the device (a host sync). NaN or Inf: `diverged`."""
-        self.state.step, self.lr = done, schedule.at(done - 1, self.state.warmup_end)
+        self.state.step, self.lr = done, self.lr_at(done - 1)
         self._window = self.replica.window(self.state.logged, done)
         for offset, loss in enumerate(self._window.losses):
             if not math.isfinite(loss):
                 step = self._window.start + offset + 1
-                how = f"lr {schedule.at(step - 1, self.state.warmup_end):.4g}, {precision}"
+                how = f"lr {self.lr_at(step - 1):.4g}, {precision}"
                 self._give_up(
                     step,
                     f"the loss became {loss} at step {step:,} ({how}); {last_good(self.run)}. "

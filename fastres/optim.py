@@ -120,21 +120,21 @@ def set_lr(optimizer: torch.optim.SGD, lr: Tensor) -> None:
         optimizer: From `make_sgd`.
         lr: One number, float32, on the optimizer's device.
     """
-    for tensor in {id(group["lr"]): group["lr"] for group in optimizer.param_groups}.values():
-        tensor.copy_(lr.view(()))
+    optimizer.param_groups[0]["lr"].copy_(lr.view(()))  # that of all groups
 
 
 def lr_ratios(lrs: Tensor) -> Tensor:
     """What velocities are scaled with before each step's update to have the rate inside: the last rate over this one.
 
     Args:
-        lrs: float32 `(steps,)`, above zero: the rates of steps in a row.
+        lrs: float32 `(steps,)`, the rates of steps in a row.
 
     Returns:
-        float32 `(steps,)`: exactly 1 where the rate stays, and for the first, before which there was no velocity.
+        float32 `(steps,)`: exactly 1 where the rate stays, for the first, before which there was no velocity, and where
+        the rate is zero in fp32.
     """
     before = torch.cat([lrs[:1], lrs[:-1]]).double()
-    return (before / lrs).float()
+    return torch.where(lrs > 0, before / lrs, 1.0).float()
 
 
 def scale_velocities(velocities: list[Tensor], ratio: Tensor) -> None:

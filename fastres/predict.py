@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastres.build import EVALUATION_BATCH, empty_net, place
 from fastres.config import RunConfig
-from fastres.data.imageset import IMAGE_SIZE, Bytes, Float32Array
+from fastres.data.imageset import IMAGE_SIZE, Float32Array
 from fastres.data.resident import evaluation_batches
 from fastres.errors import InputError
-from fastres.evaluate import for_one_pass, read_checkpoint
+from fastres.evaluate import check_scale, for_one_pass, read_checkpoint
+from fastres.evaluator import evaluating
 from fastres.files import given_path
 from fastres.models.imagenet import Network
 from fastres.runtime import Runtime, autocast, prepare, usual_torch
@@ -23,7 +25,8 @@ class Predictor:
     """A trained network; call it with images.
 
     Attributes:
-        net: In evaluation mode, on its device. It takes float images `(batch, 3, 32, 32)`: (pixels - mean) / 64.
+        net: In evaluation mode until you change that, on its device. It takes float images `(batch, 3, 32, 32)`:
+            (pixels - mean) / 64.
         mean: float32 `(32, 32, 3)`, 0 to 255: the mean of the training images.
         class_names: Of the logits.
         config: The run's.
@@ -40,21 +43,24 @@ class Predictor:
 
     @usual_torch()
     @torch.no_grad()
-    def __call__(self, images: Bytes) -> Float32Array:
-        """The logits, float32 `(num, classes)`.
+    def __call__(self, images: Any) -> Float32Array:
+        """The logits, float32 `(num, classes)`. In evaluation mode, whatever mode `net` is in, which stays.
 
         Args:
-            images: uint8 `(num, 32, 32, 3)`, RGB, as in `ImageSet`; or one, `(32, 32, 3)`.
+            images: uint8 `(num, 32, 32, 3)`, RGB, as in `ImageSet`; or one, `(32, 32, 3)`. An array, a tensor, a PIL
+                image, or a list of any of these.
 
         Raises:
             InputError: Images of another type or shape.
         """
-        images = np.asarray(images)
+        wanted = f"give uint8 (num, {IMAGE_SIZE}, {IMAGE_SIZE}, 3), 0 to 255, colours last"
+        try:
+            images = np.asarray(images)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"images are no array ({error}); {wanted}") from error
         images = images[None] if images.ndim == 3 else images
         if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
-            raise InputError(
-                f"images are {images.dtype} {images.shape}; give uint8 (num, {IMAGE_SIZE}, {IMAGE_SIZE}, 3)"
-            )
+            raise InputError(f"images are {images.dtype} {images.shape}; {wanted}")
         device, dtype = self.runtime.device, self.runtime.dtype
         batches = evaluation_batches(
             images,
@@ -65,14 +71,18 @@ class Predictor:
             dtype=dtype,
             channels_last=self.config.execution.channels_last,
         )
-        with autocast(device, dtype):
+        with evaluating(self.net), autocast(device, dtype):
             logits = [self.net(batch).float().cpu().numpy() for batch, _ in batches]
-        return np.concatenate([*logits, np.zeros((0, len(self.class_names)), np.float32)])
+        return np.concatenate(logits) if logits else np.zeros((0, len(self.class_names)), np.float32)
 
 
 @usual_torch()
 def load(
-    run: str | Path, *, device: str = "auto", precision: str | None = None, say: Callable[[str], None] = print
+    run: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    precision: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> Predictor:
     """The network that a run trained, as far as it got. No data set is needed.
 
@@ -94,8 +104,9 @@ def load(
     saved = read_checkpoint(path, say)
     if saved is None:
         raise InputError(f"{path} is no checkpoint of fastres; `fastres eval` reads other projects' weights")
+    check_scale(saved, path)
     config = RunConfig.from_dict(saved.meta["config"])
-    asked = {"device": device, "threads": torch.get_num_threads()}
+    asked = {"device": str(device), "threads": torch.get_num_threads()}
     asked |= {"precision": precision} if precision is not None else {}
     execution = RunConfig.from_dict({"execution": for_one_pass(config.to_dict(), asked)["execution"]}).execution
     runtime, names = prepare(execution), tuple(saved.meta["data"]["class_names"])

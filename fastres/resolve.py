@@ -15,7 +15,7 @@ from torch import Tensor
 from fastres.build import EVALUATION_BATCH, build_net, build_optimizer, inference_of
 from fastres.config import Model, RunConfig, make_config
 from fastres.data.frozen import FrozenLoader
-from fastres.errors import FastresError, InputError, MachineError, OutOfMemory, first_line, says_out_of_memory
+from fastres.errors import InputError, MachineError, OutOfMemory, first_line, says_out_of_memory
 from fastres.native import layernet
 from fastres.native.fusednet import is_paper_net, supports
 from fastres.optim import momentum_buffers
@@ -42,32 +42,26 @@ def prepare_for(config: RunConfig, say: Callable[[str], None] | None = None) -> 
             the batch, do not run on this GPU, or compute something else there.
     """
     runtime, execution, batch_size = prepare_unchecked(config), config.execution, config.recipe.batch_size
-    while runtime.native and runtime.device.type == "cuda":
-        bare = replace(runtime, compile_scope="none", compile_mode="default", cuda_graph=False, threads=1, notes=())
-        verdict = check_kernels(bare, replace(config.model, depth=SMALL), batch_size, say)
-        if not verdict.fault:
-            return replace(runtime, notes=(*runtime.notes, *verdict.notes))
-        if runtime.layer_kernels:
-            name, wanted, others = "--layer-kernels", execution.layer_kernels, replace(runtime, layer_kernels=False)
-        else:
-            name, wanted, others = "--native kernels", execution.native, replace(runtime, native=False)
-        if wanted:
-            raise MachineError(f"{name} {verdict.fault}; use {name.split()[0].replace('--', '--no-')}")
-        runtime = replace(others, notes=(*runtime.notes, f"training without {name}, more slowly: they {verdict.fault}"))
-    return runtime
+    if not runtime.native or runtime.device.type == "cpu":
+        return runtime
+    bare = replace(runtime, compile_scope="none", compile_mode="default", cuda_graph=False, threads=1, notes=())
+    verdict = check_kernels(bare, replace(config.model, depth=SMALL), batch_size, say)
+    if not verdict.fault:
+        return replace(runtime, notes=(*runtime.notes, *verdict.notes))
+    if execution.layer_kernels:
+        raise MachineError(f"--layer-kernels {verdict.fault}; use --no-layer-kernels")
+    if execution.native:
+        raise MachineError(f"--native kernels {verdict.fault}; use --no-native")
+    note = f"training without --native kernels, more slowly: they {verdict.fault}"
+    return replace(runtime, native=False, notes=(*runtime.notes, note))
 
 
 def prepare_unchecked(config: RunConfig) -> Runtime:
     """`prepare_for` without the check: with all kernels that network and batch allow, nothing compiled."""
     runtime, batch_size = prepare(config.execution, depth=config.model.depth), config.recipe.batch_size
-    wanted = config.execution.layer_kernels
-    if wanted or (wanted is None and layernet.BY_DEFAULT and runtime.native and runtime.device.type == "cuda"):
-        try:
-            _check_layer_kernels(config, runtime)
-            return replace(runtime, layer_kernels=True)
-        except FastresError:
-            if wanted:
-                raise
+    if config.execution.layer_kernels:
+        _check_layer_kernels(config, runtime)
+        return replace(runtime, layer_kernels=True)
     if not runtime.native or runtime.device.type == "cpu" or supports(config.model, batch_size):
         return runtime
     if config.execution.native:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastres.errors import InputError
 from fastres.evaluate import Trained, bar, tested_images
+from fastres.evaluator import evaluating
 from fastres.models.imagenet import Network
 from fastres.runtime import autocast, eager
 
@@ -41,16 +42,10 @@ def layer_responses(net: Network, batches: Iterable[tuple[Tensor, Tensor]], dtyp
     """
     layers = _batch_norms(net)
     moments = [_Moments() for _ in layers]
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        with _watched(list(layers.values()), moments), eager():
-            for images, _ in batches:
-                with autocast(images.device, dtype):
-                    net(images)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(net), _watched(list(layers.values()), moments), eager():
+        for images, _ in batches:
+            with autocast(images.device, dtype):
+                net(images)
     if moments[0].count == 0:
         raise ValueError("no batches to measure the responses on")
     stds = torch.stack([m.squares / m.count for m in moments]).sqrt().tolist()  # host sync: the one read

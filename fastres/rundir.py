@@ -15,8 +15,7 @@ import json
 import math
 import os
 import re
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ import filelock
 
 from fastres.config import RunConfig
 from fastres.errors import InputError, InUse, MachineError
-from fastres.files import aside, by_numbers, disk_error, is_aside, typed, write_json, write_text
+from fastres.files import aside, by_numbers, disk_error, is_aside, write_json, write_text
 
 CONFIG, ENVIRONMENT, METRICS, RESULT, DIVERGED, CONSOLE = (
     "config.json",
@@ -67,7 +66,7 @@ class RunDir:
             there.mkdir(parents=True, exist_ok=True)
             (path / CONSOLE).touch()
         except OSError as error:
-            raise disk_error(error, path, 0) from error
+            raise disk_error(error, path) from error
         return RunDir(path)
 
     @staticmethod
@@ -82,12 +81,11 @@ class RunDir:
         if lost:
             raise InputError(f"{path} is a link to {path.readlink()}, which is not there; make that, or remove it")
         if occupied and not overwrite:
-            is_run = path.is_dir() and ((path / CONFIG).exists() or bool(folders_below(path)))
-            or_move = ", or --overwrite moves it aside" if is_run else ""
-            way_on = f"; to resume it: --resume {path}" if (path / CONFIG).exists() else ""
+            or_move = ", or --overwrite moves it aside" if is_run(path) or folders_below(path) else ""
+            way_on = f"; to resume it: --resume {path}" if is_run(path) else ""
             what = "is not empty" if path.is_dir() else "is a file"
             raise InputError(f"{path} {what}; {way_out or f'give another --out{or_move}{way_on}'}")
-        if occupied and not ((path / CONFIG).exists() or folders_below(path)):
+        if occupied and not (is_run(path) or folders_below(path)):
             raise InputError(f"{path} holds no run, and --overwrite moves only runs aside; give another --out")
         if occupied and path.resolve() in (Path.cwd(), *Path.cwd().parents):
             raise InputError(f"{path} is where this was started, and cannot be moved aside; give another --out")
@@ -129,7 +127,9 @@ class RunDir:
         except filelock.Timeout as error:
             raise InUse(f"{self.path} is being trained by another process; wait for it, or stop it first") from error
         except OSError as error:
-            raise disk_error(error, self.path, 0) from error
+            raise disk_error(error, self.path) from error
+        except NotImplementedError as error:  # from older versions of filelock
+            raise MachineError(f"{self.path} is on a file system without locks; give another --out") from error
         self._held = _identity(self.path / LOCK)
         try:
             yield
@@ -182,7 +182,7 @@ class RunDir:
         try:
             (self.path / name).unlink(missing_ok=True)
         except OSError as error:
-            raise disk_error(error, self.path, 0) from error
+            raise disk_error(error, self.path) from error
 
     def environments(self) -> list[dict[str, Any]]:
         """What environment.json has of the first process, then of those that resumed it; none where it is damaged."""
@@ -235,7 +235,7 @@ class RunDir:
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
         except OSError as error:
-            raise disk_error(error, self.path, 0) from error
+            raise disk_error(error, self.path) from error
 
     def say(self, text: str) -> None:
         """Add a line to console.log."""
@@ -247,7 +247,7 @@ class RunDir:
             with (self.path / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except OSError as error:
-            raise disk_error(error, self.path, len(text)) from error
+            raise disk_error(error, self.path) from error
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -259,21 +259,17 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def find_runs(paths: Iterable[Path]) -> list[RunDir]:
-    """The run folders that paths name: a run folder itself, or all that are below a folder (`folders_below`).
-
-    Raises:
-        InputError: A path is neither, or holds no run folder.
-    """
-    found: dict[Path, RunDir] = {}
-    for path in paths:
-        inside = [path] if (path / CONFIG).is_file() else folders_below(path)
-        if not inside:
-            raise InputError(
-                f"{path} is not a run folder, and holds none: no {CONFIG} in it or up to {DEEPEST} levels below"
-            )
-        found |= {folder.resolve(): RunDir(folder) for folder in inside}
-    return list(found.values())
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, whole or damaged; other programs write a config.json too."""
+    if not (folder / CONFIG).is_file():
+        return False
+    if any((folder / name).exists() for name in (ENVIRONMENT, METRICS, CONSOLE)):
+        return True
+    try:
+        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return True
+    return isinstance(stored, dict) and {"model", "recipe", "seed"} <= stored.keys()
 
 
 def folders_below(root: Path) -> list[Path]:
@@ -282,56 +278,9 @@ def folders_below(root: Path) -> list[Path]:
     Those that were moved aside (`files.aside`) are left out.
     """
     levels = ("/".join(["*"] * level) for level in range(1, DEEPEST + 1))
-    found = (file.parent for level in levels for file in root.glob(f"{level}/{CONFIG}"))
-    return sorted((path for path in found if not any(map(is_aside, path.relative_to(root).parts))), key=by_numbers)
-
-
-def new_run_folder(config: RunConfig) -> Path:
-    """The default folder of a run, made: `runs/resnet20-seed0-<date>-<time>`."""
-    return new_folder(f"{config.name.lower()}-seed{config.seed}")
-
-
-def new_folder(name: str) -> Path:
-    """Make an empty folder `runs/<name>-<date>-<time>` that no other process has. Raises MachineError."""
-    base = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, count = base, 2
-    while True:
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            path, count = base.with_name(f"{base.name}-{count}"), count + 1
-        except OSError as error:
-            raise disk_error(error, path, 0) from error
-        else:
-            return path
-
-
-def resume_with(path: Path) -> str:
-    """How to resume a run or a sweep."""
-    return f"resume with: fastres train --resume {typed(path)}"
-
-
-def found_again(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored config, without a data folder that is gone since (the run was moved): it is looked for as by default."""
-    execution = dict(tree.get("execution", {}))
-    folder = execution.get("data_dir")
-    if folder and isinstance(folder, str) and not os.path.exists(folder):  # noqa: PTH110 (False where it may not look)
-        execution["data_dir"] = None
-    return {**tree, "execution": execution}
-
-
-def remove_lone_lock(path: Path) -> None:
-    """Remove the lock of a folder that holds nothing else."""
-    with contextlib.suppress(OSError):  # the folder was moved
-        if [inside.name for inside in path.iterdir()] == [LOCK]:
-            (path / LOCK).unlink()
-
-
-def remove_empty(path: Path) -> None:
-    """Remove a folder that `new_folder` made and that stayed empty, and then runs/."""
-    with contextlib.suppress(OSError):  # it is not empty
-        path.rmdir()
-        path.parent.rmdir()
+    inside = {file.parent for level in levels for file in root.glob(f"{level}/{CONFIG}")}
+    found = [path for path in inside if not any(map(is_aside, path.relative_to(root).parts))]
+    return sorted(filter(is_run, found), key=by_numbers)
 
 
 def _occupied(path: Path) -> bool:

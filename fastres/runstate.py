@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastres import checkpoint
-from fastres.build import loader_kind
 from fastres.checkpoint import Checkpoint
 from fastres.config import RunConfig
 from fastres.data.imageset import Float32Array, ImageSet
@@ -80,7 +79,7 @@ class RunState:
             "config": config.to_dict(),
             "data": {
                 **images.facts(),
-                "test_digest": images.test_digest(),
+                "test_digest": images.test_digest,
                 "class_names": list(images.class_names),
                 "scale": SCALE,  # with the mean, all of the normalisation
             },
@@ -225,7 +224,10 @@ def _choices(run: RunDir, say: Callable[[str], None]) -> list[Checkpoint]:
 
 
 # Of environment.json: where one differs, sums are taken in another order or rounded otherwise.
-ROUNDING = ("gpu", "cpu", "threads", "precision", "native", "layer_kernels", "compile", "torch")
+ROUNDING = (
+    "gpu", "cpu", "threads", "precision", "native", "layer_kernels", "channels_last", "compile", "compile_mode",
+    "torch",
+)  # fmt: skip
 
 
 def data_note(images: ImageSet) -> dict[str, Any]:
@@ -240,9 +242,9 @@ def data_note(images: ImageSet) -> dict[str, Any]:
 
 def record_environment(
     run: RunDir,
-    config: RunConfig,
     runtime: Runtime,
     images: ImageSet,
+    loader: str,
     saved: Checkpoint | None,
     say: Callable[[str], None],
 ) -> None:
@@ -250,7 +252,6 @@ def record_environment(
 
     `say` is told where the two do not compute to the same bit.
     """
-    loader = loader_kind(config.execution, runtime)
     now = {**environment(runtime), "loader": loader, "data": data_note(images)}
     if saved is None or not (run.path / ENVIRONMENT).exists():
         run.write_json(ENVIRONMENT, now)
@@ -267,13 +268,3 @@ def record_environment(
     others = [f"{key} {first.get(key)} -> {now[key]}" for key in ROUNDING if first.get(key, now[key]) != now[key]]
     if others:
         say(f"begun with other arithmetic ({'; '.join(others)}): from here on numbers may differ in rounding")
-
-
-def record_loader(runs: Sequence[RunDir], name: str) -> None:
-    """Correct the loader in environment.json, of the process that writes last, where another one took its place."""
-    for run in runs:
-        first = run.read_json(ENVIRONMENT)
-        latest = first["resumed"][-1] if first.get("resumed") else first
-        if latest.get("loader") != name:
-            latest["loader"] = name
-            run.write_json(ENVIRONMENT, first)

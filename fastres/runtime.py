@@ -40,6 +40,7 @@ class Runtime:
     shadow_weights: bool = False
     native: bool = False
     layer_kernels: bool = False
+    channels_last: bool = True
     threads: int = 1  # CPU threads
     notes: tuple[str, ...] = ()  # lines the user should see: a fall-back that was taken
 
@@ -49,10 +50,12 @@ class Runtime:
             "device": str(self.device),
             "precision": self.precision,
             "compile": self.compile_scope,
+            "compile_mode": None if self.compile_scope == "none" else self.compile_mode,
             "cuda_graph": self.cuda_graph,
             "deterministic": self.deterministic,
             "native": self.native,
             "layer_kernels": self.layer_kernels,
+            "channels_last": self.channels_last,
         }
 
     @property
@@ -116,6 +119,7 @@ def prepare(execution: Execution, *, depth: int = 20) -> Runtime:
         deterministic=execution.deterministic,
         shadow_weights=device.type == "cuda" and precision == "bf16" if shadows is None else shadows,
         native=native,
+        channels_last=execution.channels_last,
         threads=threads,
         notes=tuple(notes),
     )

@@ -114,9 +114,9 @@ class Replica:
         self._sgd: ShadowedSgd | None = None
         if runtime.shadow_weights:
             self._sgd = ShadowedSgd(net, optimizer, compiled=runtime.compile_scope != "none")
-        self._scaled: list[Tensor] = []  # velocities that have the learning rate inside
+        self._velocities: list[Tensor] = []  # velocities that have the learning rate inside
         if optimizer.param_groups[0]["lr_in_velocity"]:
-            self._scaled = list(optim.momentum_buffers(net, optimizer).values())
+            self._velocities = list(optim.momentum_buffers(net, optimizer).values())
         self._predict, self._record, head = _predict, _record, predict_maps
         options = compile_options(self.device, runtime.compile_mode)
         if runtime.compile_scope != "none":
@@ -150,7 +150,7 @@ class Replica:
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The cross-entropy, fp32 (fp64 for an fp64 network), and wrong answers, int32: their mean and sum, both `()`.
 
-        With the layer kernels both are per image, `(batch,)`.
+        With the layer kernels both are per image, `(batch,)`; `log` takes either.
         """
         if self._make_passes and not self._passes:
             assert self._sgd
@@ -168,8 +168,8 @@ class Replica:
 
     def update(self) -> None:
         """SGD on the fp32 weights, with the learning rate that stands at the counter."""
-        if self._scaled:
-            optim.scale_velocities(self._scaled, self.lr_ratios.index_select(0, self.counter))
+        if self._velocities:
+            optim.scale_velocities(self._velocities, self.lr_ratios.index_select(0, self.counter))
         if self._sgd:
             self._sgd.step(self.lrs, self.counter, self._passes.grads if self._passes else None)
             return
@@ -189,10 +189,15 @@ class Replica:
     def state(self) -> list[Tensor]:
         """Every tensor that a step changes, the scaler's apart."""
         momentum = optim.momentum_buffers(self.net, self.optimizer)
-        lrs = {id(group["lr"]): group["lr"] for group in self.optimizer.param_groups}
         logs = (self.counter, self.losses, self.errors)
         shadows = [self._sgd.shadows] if self._sgd else []
-        return [*self.net.state_dict().values(), *momentum.values(), *lrs.values(), *logs, *shadows]
+        return [
+            *self.net.state_dict().values(),
+            *momentum.values(),
+            self.optimizer.param_groups[0]["lr"],
+            *logs,
+            *shadows,
+        ]
 
     def seek(self, step: int) -> None:
         """Have the counter stand at 0-based step `step`, and take over weights that were loaded from elsewhere."""

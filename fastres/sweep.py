@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from fastres import checkpoint
+from fastres.build import check_loader
 from fastres.clock import Clocks
 from fastres.config import RunConfig
 from fastres.configtree import is_int
@@ -16,18 +17,11 @@ from fastres.console import Console, Verbosity, percent
 from fastres.errors import Diverged, InputError, InUse
 from fastres.files import given_path, make_folder, move_aside
 from fastres.guards import Interrupt, stopped
-from fastres.loop import check_config, check_loader, train_together
+from fastres.loop import check_config, train_together
 from fastres.machine import gpu
 from fastres.result import RunResult, result_of
-from fastres.rundir import (
-    CONFIG,
-    DIVERGED,
-    RunDir,
-    found_again,
-    remove_empty,
-    remove_lone_lock,
-    resume_with,
-)
+from fastres.rundir import CONFIG, DIVERGED, RunDir
+from fastres.runfolders import found_again, remove_empty, remove_lone_lock, resume_with
 from fastres.sweepdir import (
     SWEEP,
     any_begun,

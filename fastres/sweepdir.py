@@ -9,7 +9,8 @@ from fastres.config import RunConfig
 from fastres.configtree import is_int
 from fastres.errors import InputError
 from fastres.files import is_aside, write_json
-from fastres.rundir import CONFIG, RunDir, is_left_behind, new_folder
+from fastres.rundir import CONFIG, RunDir, is_left_behind
+from fastres.runfolders import found_again, new_folder
 
 SWEEP = "sweep.json"
 SCHEMA = 1  # of sweep.json; a reader refuses what it does not know
@@ -46,6 +47,11 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{folder / SWEEP} is damaged: {error}. {remedy}") from error
     return stored
+
+
+def stored_config(path: Path) -> dict[str, Any]:
+    """The config, as a tree, of a run or a sweep that is to go on. Raises InputError where `path` is neither."""
+    return found_again(read_sweep(path)["config"] if is_sweep(path) else RunDir.open(path).config().to_dict())
 
 
 def is_sweep(path: Path) -> bool:

@@ -27,6 +27,7 @@ LAYERS = (
     ("native.layernet",),
     ("evaluator",),
     ("rundir",),
+    ("runfolders",),
     ("console", "plots.curves", "sweepdir"),
     ("step", "steptimer", "plots.runs"),
     ("bench.roofline",),

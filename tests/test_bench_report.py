@@ -19,6 +19,7 @@ from fastres.bench.measure import SCHEMA, Bench
 from fastres.bench.parts import PARTS
 from fastres.bench.profiling import STEPS, Kernel, Name, idle_between, idle_share, kernel_table, profile_cell
 from fastres.bench.report import (
+    MACHINE,
     check_place,
     compare,
     compare_reports,
@@ -143,7 +144,7 @@ def test_a_report_that_does_not_fit_leaves_the_one_before(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(MachineError, match=r"no room on the disk for \d[\d,]+ bytes"):
+    with pytest.raises(MachineError, match=r"no room on the disk in"):
         write_json({**report, "cells": []}, path)
     assert read_json(path) == report
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
@@ -217,7 +218,7 @@ def test_unpaired_rounds_are_drawn_apart() -> None:
     assert compare(a, b, paired=False).verdict == "undecided"
 
 
-@pytest.mark.parametrize("key", ["cpu", "cpu_id", "gpu", "cores"])
+@pytest.mark.parametrize("key", MACHINE)
 def test_other_machines_are_refused(report: Report, key: str) -> None:
     other = copy.deepcopy(report)
     other["environment"][key] = "another"

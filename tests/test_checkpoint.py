@@ -146,7 +146,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patch:
         patch.setattr(*((os, "fsync", no_room) if fails == "fsync" else (Path, "replace", no_room)))
-        with pytest.raises(MachineError, match=r"no room on the disk for [0-9,]+ bytes"):
+        with pytest.raises(MachineError, match=r"no room on the disk in"):
             checkpoint.save(tmp_path, tensors(), {"step": 2})
     assert [p.name for p in tmp_path.iterdir()] == [checkpoint.NEWEST]
     assert checkpoint.load(tmp_path / checkpoint.NEWEST).meta["step"] == 1

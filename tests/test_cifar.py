@@ -252,6 +252,13 @@ def test_a_folder_without_cifar_or_with_a_part_of_it(tmp_path: Path, records: Ba
     assert load_cifar10(tmp_path, say=Say().append).source == str(archive)
 
 
+def test_a_batch_that_is_another_one_too(tmp_path: Path, records: Batches) -> None:
+    """As after a slip in a script that copies them: the network would be trained on its test images."""
+    folder = write_folder(tmp_path / cifar.BINARY, records)
+    (folder / "test_batch.bin").write_bytes((folder / "data_batch_2.bin").read_bytes())
+    assert f"{folder}: test_batch is the same as data_batch_2" in refusal(tmp_path, tmp_path)
+
+
 def test_paths_that_cannot_be_looked_at(tmp_path: Path) -> None:
     for path, complaint in ((tmp_path / ("a" * 300), "File name too long"), (Path("~nobody.here/x"), "home directory")):
         with pytest.raises(InputError, match=rf"^--data-dir .* cannot be read: .*{complaint}"):

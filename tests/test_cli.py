@@ -504,7 +504,7 @@ def test_a_full_disk_under_stdout_loses_no_run(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_save_and_exit(tmp_path: Path, signum: signal.Signals) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "fastres", "train", *TINY, "--steps", "100000", "--out", str(out)]
@@ -523,6 +523,28 @@ def test_signals_save_and_exit(tmp_path: Path, signum: signal.Signals) -> None:
     assert process.returncode == 128 + signum
     assert f"--resume {out}" in error
     assert (out / "checkpoint.safetensors").exists()
+
+
+def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    line = ["train", *TINY, "--steps", "10", "--checkpoint-every", "3", "--out", str(out), "--continue"]
+    assert run(line) == 0
+    (out / "result.json").unlink()
+    (out / "checkpoint.safetensors").unlink()  # as if it was cut before the last
+    capsys.readouterr()
+    assert run(line) == 0
+    assert f"resuming from step 9 of {out}" in capsys.readouterr().out
+    assert run(line) == 0
+    assert "is finished: nothing to resume" in capsys.readouterr().out
+    assert run([*line, "--lr", "0.7"]) == 2
+    assert "was started with another config (recipe.lr" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    assert run([*line[:-2], str(tmp_path / "mine"), "--continue"]) == 2
+    assert run(["train", *TINY, "--continue"]) == 2
+    assert "add --out RUN" in capsys.readouterr().err
+    sweep = ["train", *TINY, "--steps", "4", "--seeds", "2", "--out", str(tmp_path / "sweep"), "--continue"]
+    assert run(sweep) == run(sweep) == 0
 
 
 def test_sigterm_before_there_is_anything_to_save() -> None:

@@ -120,7 +120,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"recipe": {"batch_size": True}}, "must be an integer"),
     ({"recipe": {"lr": float("nan")}}, "lr is nan"),
     ({"recipe": {"lr": float("inf")}}, "lr is inf"),
-    ({"recipe": {"lr": 0}}, "above 0"),
+    ({"recipe": {"lr": 0}}, "must be 1e-30 to"),
     ({"recipe": {"lr": "0.1"}}, "must be a number"),
     ({"recipe": {"steps": 0}}, "at least 1"),
     ({"recipe": {"lr": 10**400}}, "must be a number"),
@@ -143,7 +143,9 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"model": {"bn_eps": float("inf")}}, "bn_eps is inf"),
     ({"model": {"bn_momentum": 0}}, "above 0 and at most 1"),
     ({"model": {"bn_momentum": 1.5}}, "above 0 and at most 1"),
-    ({"recipe": {"weight_decay": -1e-4}}, "at least 0"),
+    ({"recipe": {"weight_decay": -1e-4}}, "must be 0 or 1e-30 to 1e"),
+    ({"recipe": {"lr": 1e-300}}, r"lr is 1e-300; it must be 1e-30 to 1e\+30, for which fp32 has room"),
+    ({"recipe": {"lr": 1e39}}, "for which fp32 has room"),
     ({"recipe": {"milestones": [48_000, 32_000]}}, "must rise"),
     ({"recipe": {"milestones": [32_000, 32_000]}}, "must rise"),
     ({"recipe": {"milestones": [0, 5]}}, "must rise"),
@@ -274,6 +276,8 @@ MILESTONES: list[tuple[int, list[int]]] = [
         ({"model": {"depth": 110}, "recipe": {"steps": 399}}, ("constant", 39)),
         ({"model": {"depth": 110}, "recipe": {"steps": 3}}, ("constant", 1)),
         ({"model": {"depth": 110}, "recipe": {"steps": 300, "warmup": "none"}}, ("none", 400)),
+        ({"model": {"depth": 110}, "recipe": {"schedule": "linear"}}, ("none", 400)),
+        ({"recipe": {"warmup": "constant", "lr": 0.01}}, ("constant", 400)),  # no lower than the rate after it
     ],
     ids=str,
 )

@@ -363,6 +363,19 @@ def test_bands_join_what_differs_in_the_seed_alone(tmp_path: Path, monkeypatch: 
     plotted(tmp_path, *paths, band=True)
     assert [curve.label for curve in seen] == ["lr 0.1, mean of 3", "lr 0.2, seed 7"]
     assert [curve.lines[0].low is not None for curve in seen] == [True, False]
+    seen.clear()
+    copy, said = made_run(tmp_path / "copy of a1", seed=1), list[str]()
+    plot_runs([*paths, copy], tmp_path / "out.svg", band=True, say=said.append)
+    assert [curve.label for curve in seen] == ["lr 0.1, mean of 3", "lr 0.2, seed 7"]
+    assert said == [f"{copy} has the seed of another run of its config: left out of the mean"]
+    plot_runs([*paths, copy], tmp_path / "out.svg", say=said.append)
+    assert len(seen) == 2 + 5  # each alone
+
+
+def test_epochs_are_of_the_runs_own_images(tmp_path: Path) -> None:
+    _, (run,) = read_runs([made_run(tmp_path / "run", recipe={"batch_size": 16})])
+    steps, epochs = (run.curve(x=x).lines[0].x for x in ("step", "epoch"))
+    assert epochs.tolist() == pytest.approx((steps * 16 / 10_000).tolist())
 
 
 def test_one_run_gets_its_figure_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,6 +224,17 @@ def test_a_cut_every_megabyte_is_no_reason_to_give_up(
     assert len(server.asked) == 7
 
 
+def test_a_server_that_always_cuts_at_one_byte_is_given_up(
+    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it gave once is no gain when it gives it again."""
+    monkeypatch.setattr(download, "MIN_GAIN", 50_000)
+    mirror, home = serve(*[gives(upto=100_000)] * 10), serve(gives())
+    fetched(official(home), tmp_path, mirror.url)
+    assert len(mirror.asked) == 1 + download.TRIES
+    assert len(home.asked) == 1
+
+
 def test_a_mirror_that_resumes_with_other_content_gets_one_clean_start(
     serve: Callable[..., Server], tmp_path: Path
 ) -> None:
@@ -404,6 +415,18 @@ def test_mirrors_that_are_no_addresses(serve: Callable[..., Server], tmp_path: P
     with pytest.raises(InputError, match="no http or https address"):
         cached(official(server), tmp_path, [url], say=lambda _: None)
     assert server.asked == []
+
+
+def test_what_is_kept_needs_no_room_again(
+    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"{NAME}.part").write_bytes(CONTENT[:100_000])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=len(CONTENT) - 100_001))
+    with pytest.raises(MachineError, match=rf"{len(CONTENT) - 100_000:,} bytes needed"):
+        cached(official(serve(gives())), tmp_path, say=lambda _: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=len(CONTENT) - 100_000))
+    assert cached(official(serve(gives())), tmp_path, say=lambda _: None).read_bytes() == CONTENT
 
 
 def test_no_room(serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,14 @@ def test_a_run_without_a_checkpoint(run: Path, tmp_path: Path, left: str, says: 
         outcome_of(copy.path)
 
 
+def test_pixels_of_another_scale_are_refused(run: Path, tmp_path: Path) -> None:
+    saved = checkpoint.load(run / checkpoint.NEWEST)
+    checkpoint.save(tmp_path, saved.tensors, {**saved.meta, "data": {**saved.meta["data"], "scale": 1 / 32}})
+    for ask in (outcome_of, fastres.load):
+        with pytest.raises(InputError, match=r"was trained with pixels scaled by 0\.03125, not"):
+            ask(tmp_path / checkpoint.NEWEST)
+
+
 def test_contradictions_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="says of itself that it is resnet"):
         outcome_of(run, arch="plain")

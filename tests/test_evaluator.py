@@ -68,6 +68,14 @@ def test_running_statistics_are_used_and_left_alone(net: CifarNet) -> None:
     assert net.training
 
 
+def test_each_part_is_in_the_mode_it_was_in(net: CifarNet) -> None:
+    for training in (True, False):
+        net.train(training)
+        net.layer1.train(not training)  # as one freezes a part
+        Evaluator(net, [noise()], num_classes=10, dtype=torch.float32)()
+        assert (net.training, net.layer1.training, net.layer2.training) == (training, not training, training)
+
+
 def test_a_captured_evaluation_sees_the_weights_of_each_call(net: CifarNet) -> None:
     captures: list[object] = []
 

@@ -7,19 +7,23 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 import torch
 import typer.main
+from torch import nn
 
+from fastres.build import build_loaders, build_net, build_optimizer, load_images
 from fastres.cli import app, run
 from fastres.config import Data, Model, Recipe, RunConfig, make_config
-from fastres.configtree import changed_keys
+from fastres.configtree import changed_keys, merge
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.optim import make_sgd
 from fastres.runtime import Runtime
 from fastres.step import Replica
+from tests.test_config import SWITCHES
 from tests.test_step import CPU, Noise, compiles, one_thread  # noqa: F401 (a fixture for the whole file)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +76,58 @@ def test_an_ablation_is_the_default_and_then_one_thing_changed(capsys: pytest.Ca
     }  # fmt: skip
     nearest = resolved(capsys, *BLOCKS[-1])
     assert (nearest.model.norm_batch, nearest.recipe.lr_in_velocity, nearest.recipe.warmup) == (64, True, "error")
+
+
+BUILT: dict[str, Any] = {  # what of a built run each switch changes; some take part in the loss alone
+    "model.arch": lambda parts: [parts.net.residual, *(name for name, _ in parts.net.named_modules())],
+    "model.depth": lambda parts: len(list(parts.net.modules())),
+    "model.shortcut": lambda parts: sorted(name for name, _ in parts.net.named_parameters()),
+    "model.pad": lambda parts: parts.answer,
+    "model.init": lambda parts: parts.net.conv1.weight.tolist(),
+    "model.norm_batch": lambda parts: parts.answer_in_training,
+    "model.bn_eps": lambda parts: [norm.eps for norm in parts.norms],
+    "model.bn_momentum": lambda parts: [norm.momentum for norm in parts.norms],
+    "data.augment": lambda parts: parts.batch.tolist(),
+    "recipe.batch_size": lambda parts: len(parts.batch),
+    "recipe.momentum": lambda parts: [group["momentum"] for group in parts.groups],
+    "recipe.weight_decay": lambda parts: [group["weight_decay"] for group in parts.groups],
+    "recipe.weight_decay_on": lambda parts: [(group["weight_decay"], len(group["params"])) for group in parts.groups],
+    "recipe.lr_in_velocity": lambda parts: [group["lr_in_velocity"] for group in parts.groups],
+    "seed": lambda parts: (parts.net.fc.weight.tolist(), parts.batch.tolist()),
+}
+OF_SCHEDULE = {"steps", "lr", "schedule", "milestones", "lr_decay", "warmup", "warmup_steps", "warmup_lr"}  # test_optim
+
+
+def built(config: RunConfig) -> SimpleNamespace:
+    """A run's parts, built as training builds them, and what they answer to the first batch."""
+    runtime, images = Runtime(CPU, "fp32"), load_images(config.data, config.execution, say=print)
+    net = build_net(config, runtime, num_classes=10)
+    (loader,) = build_loaders([config], images, images.mean_image(), runtime)
+    loader.prepare(0)
+    batch, _ = loader.load(torch.zeros(1, dtype=torch.int64))
+    with torch.no_grad():
+        in_training = net.train()(batch).tolist()
+        answer = net.eval()(batch).tolist()
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    groups = build_optimizer(net, config.recipe).param_groups
+    return SimpleNamespace(
+        net=net, norms=norms, batch=batch, groups=groups, answer=answer, answer_in_training=in_training
+    )
+
+
+def test_every_switch_reaches_what_is_built() -> None:
+    """Else a run would be called by what it is not: digest, name and table know only the config."""
+    keys = {f"model.{field.name}" for field in dataclasses.fields(Model)}
+    keys |= {f"recipe.{field.name}" for field in dataclasses.fields(Recipe) if field.name not in OF_SCHEDULE}
+    assert keys == BUILT.keys() - {"data.augment", "seed"}
+    base = make_config(data={"dataset": "synthetic"}, model={"depth": 8}, execution={"device": "cpu"})
+    usual, again = built(base), built(base)
+    for path, part in BUILT.items():
+        section, _, key = path.rpartition(".")
+        own = {key: {"data.augment": False, "seed": 1, "model.depth": 14}.get(path, SWITCHES.get(section, {}).get(key))}
+        other = built(make_config(**merge(base.to_dict(), {section: own} if section else own)))
+        assert part(other) != part(usual), path
+        assert part(again) == part(usual), path  # not by chance
 
 
 def test_clean_train_error_is_no_part_of_what_is_computed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -249,6 +249,9 @@ def test_other_configs_under_one_name_are_refused(tmp_path: Path) -> None:
     twin = made_run(tmp_path / "twin", "resnet-20")
     with pytest.raises(InputError, match="are both ResNet-20 with seed 0"):
         fig6.draw([runs[0], twin], tmp_path, note="")
+    others = [made_run(tmp_path / str(n), "resnet-20", seed=1) for n in range(2)]
+    with pytest.raises(InputError, match="are both ResNet-20 with seed 1"):
+        fig6.draw([runs[0], *others], tmp_path, note="")
     how: dict[str, Any] = {"execution": {"device": "cpu"}, "output": {"log_every": 10}}  # how it runs may differ
     assert len(by_network([runs[0], made_run(tmp_path / "how", "resnet-20", seed=3, **how)])[0].runs) == 2
 

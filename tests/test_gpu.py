@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastres
 from benchmarks.gpu_timing import launch_seconds
-from fastres.build import build_evaluator, build_loaders, build_net, build_optimizer
+from fastres.build import build_evaluators, build_loaders, build_net, build_optimizer
 from fastres.config import Model, RunConfig, make_config
 from fastres.configtree import merge
 from fastres.cudagraph import CapturedGraph
@@ -85,7 +85,7 @@ def built(config: RunConfig, *, seeds: tuple[int, ...] = (0,)) -> tuple[TrainSte
     step = TrainStep(replicas)
     if runtime.compile_scope != "none" or runtime.cuda_graph:
         step.warm_up(CapturedGraph if runtime.cuda_graph else None, graph_steps=config.execution.graph_steps)
-    return step, build_evaluator(replicas[0].net, config, images, mean, runtime)
+    return step, build_evaluators([replicas[0].net], config, images, mean, runtime)[0]
 
 
 def close(step: TrainStep) -> None:

@@ -240,6 +240,16 @@ def test_a_second_signal_stops_at_once_and_says_what_is_left(signum: signal.Sign
         work()
 
 
+def test_a_handler_that_is_not_pythons_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another program embeds Python; it could not be put back."""
+    handler = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda signum: None if signum == signal.SIGHUP else handler(signum))
+    with interrupts(Interrupt("resume")):
+        assert handler(signal.SIGHUP) != handler(signal.SIGTERM)
+        assert handler(signal.SIGUSR1) == handler(signal.SIGTERM)
+    assert handler(signal.SIGUSR1) == signal.SIG_DFL
+
+
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
 def test_a_signal_that_is_ignored_stays_ignored(signum: signal.Signals) -> None:
     """As SIGHUP under nohup, SIGINT in a script's background. Other signals are put back as they were."""

@@ -37,8 +37,8 @@ def test_the_mean_is_of_each_pixel_over_the_training_images_alone(images: ImageS
 
 
 def test_the_test_digest_is_of_test_labels_and_pixels_alone(images: ImageSet) -> None:
-    digest = images.test_digest()
+    digest = images.test_digest
     assert digest.startswith("sha256:")
-    assert replace(images, train_images=images.train_images[:3], digest="sha256:1").test_digest() == digest
-    assert replace(images, test_labels=images.test_labels[::-1]).test_digest() != digest
-    assert replace(images, test_images=images.test_images[::-1]).test_digest() != digest
+    assert replace(images, train_images=images.train_images[:3], digest="sha256:1").test_digest == digest
+    assert replace(images, test_labels=images.test_labels[::-1]).test_digest != digest
+    assert replace(images, test_images=images.test_images[::-1]).test_digest != digest

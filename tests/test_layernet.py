@@ -589,11 +589,8 @@ def test_what_suits(model: dict[str, Any], batch_size: int, suited: bool, monkey
     why = "cannot share out --batch-size 997 over 132 multi" if batch_size == 997 else "are for the paper's"
     with contextlib.nullcontext() if suited else pytest.raises(InputError, match=f"--layer-kernels {why}"):
         assert prepare_for(make_config(**changes, execution={"threads": 1, "layer_kernels": True})).layer_kernels
-    for by_default in (False, True):
-        monkeypatch.setattr(layernet, "BY_DEFAULT", by_default)
-        assert prepare_for(make_config(**changes, execution={"threads": 1})).layer_kernels == (by_default and suited)
-        without = make_config(**changes, execution={"threads": 1, "layer_kernels": False})
-        assert not prepare_for(without).layer_kernels
+    for without in (None, False):
+        assert not prepare_for(make_config(**changes, execution={"threads": 1, "layer_kernels": without})).layer_kernels
 
 
 def roomy_gpu(monkeypatch: pytest.MonkeyPatch, shared: int = 232_448) -> None:
@@ -603,12 +600,9 @@ def roomy_gpu(monkeypatch: pytest.MonkeyPatch, shared: int = 232_448) -> None:
 
 
 def test_where_they_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(*, by_name: bool = True, **how: Any) -> bool:
-        wanted = True if by_name else None
-        return prepare_for(make_config(execution={"threads": 1, "layer_kernels": wanted, **how})).layer_kernels
+    def ask(**how: Any) -> bool:
+        return prepare_for(make_config(execution={"threads": 1, "layer_kernels": True, **how})).layer_kernels
 
-    monkeypatch.setattr(layernet, "BY_DEFAULT", True)
-    assert not ask(by_name=False, device="cpu")
     with pytest.raises(MachineError, match="--layer-kernels need a GPU"):
         ask(device="cpu")
     roomy_gpu(monkeypatch)
@@ -620,15 +614,12 @@ def test_where_they_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         "--no-channels-last": {"channels_last": False},
     }
     for flag, how in against.items():
-        assert not ask(by_name=False, **how)
         with pytest.raises(InputError, match=f"do not go with {flag}"):
             ask(**how)
     roomy_gpu(monkeypatch, shared=101_376)  # an RTX 4090's
-    assert not ask(by_name=False)
     with pytest.raises(MachineError, match="147,456 bytes of shared memory a thread block, and this GPU has 101,376"):
         ask()
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cuda" else real(name))
-    assert not ask(by_name=False)
     with pytest.raises(MachineError, match="need cuda-bindings"):
         ask()

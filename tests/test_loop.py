@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import fastres
 from fastres import build, checkpoint, loop, member, pace
@@ -25,11 +27,13 @@ from fastres.config import RunConfig
 from fastres.data import synthetic
 from fastres.data.imageset import ImageSet
 from fastres.errors import Diverged, InputError, Interrupted, MachineError, OutOfMemory
-from fastres.evaluator import Evaluator
+from fastres.evaluator import Evaluation, Evaluator
 from fastres.files import disk_error
 from fastres.models.depth import IMAGENET_BLOCKS
 from fastres.rundir import RunDir
+from fastres.runstate import RunState
 from fastres.step import Replica, TrainStep
+from fastres.steptimer import milliseconds
 from fastres.sweep import train_seeds
 from tests.runs import assert_same_run, timeless_metrics, tiny
 
@@ -196,12 +200,49 @@ def test_a_run_whose_folder_was_moved_stops(tmp_path: Path, monkeypatch: pytest.
         assert (out / "metrics.jsonl").read_bytes() == (tmp_path / "elsewhere/metrics.jsonl").read_bytes()
 
 
+def test_a_checkpoint_is_not_written_into_anothers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first write after the move is the checkpoint's, at step 7."""
+    out, take = tmp_path / "run", TrainStep.__call__
+
+    def replaced(self: TrainStep, step: int, stop: int | None = None) -> int:
+        if step == 6:
+            out.rename(tmp_path / "elsewhere")
+            shutil.copytree(tmp_path / "elsewhere", out)
+        return take(self, step, stop)
+
+    monkeypatch.setattr(TrainStep, "__call__", replaced)
+    with pytest.raises(MachineError, match="was moved, replaced or deleted"):
+        fastres.train(tiny(out), verbosity="quiet")
+    assert not (out / checkpoint.NEWEST).exists()
+
+
+def test_the_best_step_is_the_first_of_equal_ones() -> None:
+    state = RunState()
+    for step in (12, 24):
+        state.record_evaluation(Evaluation(0.5, [[1, 1], [1, 1]]), step)
+    assert (state.best_error, state.best_step) == (0.5, 12)
+
+
+def test_a_tensor_of_another_shape_does_not_fit(tmp_path: Path) -> None:
+    """copy_ would spread a single number over all places."""
+    out = tmp_path / "run"
+    fastres.train(tiny(out), verbosity="quiet")
+    saved = checkpoint.load(out / checkpoint.NEWEST)
+    saved.tensors["fc.bias"] = torch.zeros(1)
+    (out / "result.json").unlink()
+    for _ in range(2):
+        checkpoint.save(out, saved.tensors, saved.meta)
+    with pytest.raises(InputError, match=r"fc\.bias is missing or has another shape"):
+        fastres.train(resume=out, verbosity="quiet")
+
+
 def test_a_test_loss_of_nan_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test = Evaluator.__call__
     monkeypatch.setattr(Evaluator, "__call__", lambda self: replace(test(self), loss=math.nan))
     with pytest.raises(Diverged, match="the test loss is nan at step 12"):
-        fastres.train(tiny(tmp_path / "run"), verbosity="quiet")
+        fastres.train(tiny(tmp_path / "run", output={"checkpoint_every": "6"}), verbosity="quiet")
     assert not (tmp_path / "run/result.json").exists()
+    assert checkpoint.load(tmp_path / "run" / checkpoint.NEWEST).meta["step"] == 6  # none of what it said nan of
 
 
 @pytest.mark.parametrize(
@@ -440,6 +481,25 @@ def test_warmup_by_error_waits_for_the_error_and_survives_a_stop(
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_warmup_by_error_looks_at_its_own_window_and_not_at_the_last_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastres.config.FIRST_LOOK", 4)
+    monkeypatch.setattr("fastres.optim.WARMUP_WINDOW", 8)
+    monkeypatch.setattr("fastres.optim.WARMUP_LOOK_EVERY", 4)
+    take = TrainStep.__call__
+
+    def scripted(self: TrainStep, step: int, stop: int | None = None) -> int:
+        take(self, step, stop)
+        self.replicas[0].errors[step] = 15 if step < 11 else 4
+        return 1
+
+    monkeypatch.setattr(TrainStep, "__call__", scripted)
+    # At step 12 the eight steps before it hold 109 wrong of 128; the two since the last log only 19 of 32.
+    recipe = {"warmup": "error", "warmup_lr": 0.001}
+    assert fastres.train(tiny(tmp_path / "run", recipe=recipe), verbosity="quiet").warmup_end == 16
+
+
 def test_a_warmup_that_never_ends_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastres.config.FIRST_LOOK", 24)
     with pytest.raises(Diverged, match="warm-up never ended"):
@@ -452,6 +512,61 @@ def test_a_long_run_says_so_by_step_20(tmp_path: Path, monkeypatch: pytest.Monke
     log = (tmp_path / "run" / "console.log").read_text()
     assert "remaining 4 steps take about" in log
     assert "--preset fast" in log
+
+
+def test_a_resumed_run_says_so_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "LONG_RUN_SECONDS", 0)
+    monkeypatch.setattr(pace, "LOOK_AHEAD_STEPS", 5)
+    train_until(monkeypatch, 10, tiny(tmp_path / "run"))
+    fastres.train(resume=tmp_path / "run", verbosity="quiet")
+    log = (tmp_path / "run" / "console.log").read_text()
+    assert "remaining 19 steps take about" in log  # the first process, after five steps
+    assert re.search(r"remaining (8|9) steps take about", log)  # and the second
+
+
+def test_steps_are_timed_without_what_is_between_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests, logs and checkpoints are not of a step; each record is of the steps since the one before."""
+    test, seen = Evaluator.__call__, list[int]()
+
+    def slow(self: Evaluator) -> Evaluation:
+        time.sleep(1.5)
+        return test(self)
+
+    def counted(seconds: list[float]) -> dict[str, float]:
+        seen.append(len(seconds))
+        return milliseconds(seconds)
+
+    monkeypatch.setattr(Evaluator, "__call__", slow)
+    monkeypatch.setattr(loop, "milliseconds", counted)
+    output = {"log_every": 6, "eval_every": 6, "checkpoint_every": "60min"}
+    fastres.train(tiny(tmp_path / "run", output=output), verbosity="quiet")
+    assert seen == [6, 6, 6, 6, 24]
+    records = [record for record in RunDir(tmp_path / "run").metrics() if record["kind"] == "train"]
+    assert max(record["clock"]["step_milliseconds"]["p99"] for record in records) < 1_400
+
+
+def test_checkpoints_by_the_clock_come_once_in_that_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, save, steps = [0.0], checkpoint.save, list[int]()
+
+    def later() -> float:
+        return now[0]
+
+    take = TrainStep.__call__
+
+    def step_of_a_minute(self: TrainStep, step: int, stop: int | None = None) -> int:
+        now[0] += 61.0
+        return take(self, step, stop)
+
+    def noted(folder: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+        steps.append(meta["step"])
+        save(folder, tensors, meta)
+
+    monkeypatch.setattr(TrainStep, "__call__", step_of_a_minute)
+    monkeypatch.setattr(checkpoint, "save", noted)
+    for module in (loop, pace):
+        monkeypatch.setattr(module, "perf_counter", later)
+    fastres.train(tiny(tmp_path / "run", output={"checkpoint_every": "10min"}), verbosity="quiet")
+    assert steps == [10, 20, 24]
 
 
 def test_out_of_memory_names_a_batch_that_may_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,14 +621,14 @@ def test_a_full_disk_says_what_is_saved_and_how_to_go_on(tmp_path: Path, monkeyp
 
     def full(self: RunDir, record: Mapping[str, Any]) -> None:
         if record["step"] > 7:
-            raise disk_error(OSError(errno.ENOSPC, "No space left on device"), self.path, 99)
+            raise disk_error(OSError(errno.ENOSPC, "No space left on device"), self.path)
         append(self, record)
 
     monkeypatch.setattr(RunDir, "append_metrics", full)
     with pytest.raises(MachineError) as caught:
         fastres.train(tiny(out), verbosity="quiet")
     assert str(caught.value) == (
-        f"no room on the disk for 99 bytes in {out}; free some; the newest checkpoint is of step 7; "
+        f"no room on the disk in {out}; free some; the newest checkpoint is of step 7; "
         f"resume with: fastres train --resume {out}"
     )
 

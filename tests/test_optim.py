@@ -262,6 +262,10 @@ def test_ratios_of_a_table_that_a_warmup_changes_on_the_way() -> None:
     assert (one.lr_ratios[6:] == 1).all()
 
 
+def test_a_rate_that_is_zero_in_fp32_leaves_the_velocities_alone() -> None:
+    assert lr_ratios(torch.tensor([0.1, 1e-50, 0.0])).tolist() == [1, 1, 1]
+
+
 def test_without_momentum_there_is_nothing_to_scale() -> None:
     net = make_net()
     optimizer = make_sgd(net, lr=0.1, momentum=0.0, weight_decay=1e-4, lr_in_velocity=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastres
 from fastres import checkpoint
@@ -39,6 +40,28 @@ def test_it_answers_as_the_run_was_tested(run: Path, monkeypatch: pytest.MonkeyP
         assert np.allclose(predictor.net(by_hand).numpy(), logits[:3], atol=1e-4)
 
 
+def test_it_answers_alike_whatever_mode_its_network_is_in(run: Path) -> None:
+    """In training mode it would answer by the batch's own statistics, and keep them."""
+    images, predictor = make_synthetic().test_images[:4], fastres.load(run, device=torch.device("cpu"))
+    before, mean = predictor(images), predictor.net.state_dict()["bn1.running_mean"].clone()
+    predictor.net.train()
+    predictor.net.layer1.eval()  # as one freezes a part
+    assert np.array_equal(predictor(images), before)
+    assert torch.equal(predictor.net.state_dict()["bn1.running_mean"], mean)
+    assert (predictor.net.training, predictor.net.layer1.training) == (True, False)
+    predictor.net.fc = torch.nn.Linear(64, 3)
+    assert predictor(images).shape == (4, 3)
+
+
+def test_it_takes_whatever_holds_pixels(run: Path) -> None:
+    images, predictor = make_synthetic().test_images[:2], fastres.load(run, device="cpu")
+    expected = predictor(images)
+    for same in (torch.from_numpy(images), list(images), [Image.fromarray(image) for image in images]):
+        assert np.array_equal(predictor(same), expected)
+    with pytest.raises(InputError, match="images are no array"):
+        predictor([images[0], images[0][:5]])
+
+
 def test_it_takes_the_threads_there_are_and_is_short_at_a_prompt(run: Path) -> None:
     before = torch.get_num_threads()
     try:
@@ -70,7 +93,7 @@ def test_what_it_does_not_take(run: Path, tmp_path: Path) -> None:
     predictor = fastres.load(str(run), device="cpu")
     for images in (np.zeros((1, 32, 32, 3)), np.zeros((1, 3, 32, 32), np.uint8), np.zeros((32, 32), np.uint8)):
         with pytest.raises(InputError, match=r"give uint8 \(num, 32, 32, 3\)"):
-            predictor(images)  # type: ignore[arg-type]
+            predictor(images)
     with pytest.raises(InputError, match="does not exist; give a run folder"):
         fastres.load(tmp_path / "nowhere")
     torch.save({}, tmp_path / "w.pt")

@@ -21,7 +21,8 @@ from fastres.files import aside
 from fastres.member import Member
 from fastres.reproduce import fig7
 from fastres.reproduce.plan import OverallProgress, plan_stages, train_missing
-from fastres.rundir import RunDir, find_runs
+from fastres.rundir import RunDir
+from fastres.runfolders import find_runs
 from tests.crash import REPRODUCE, crash_reproduce, timeless_table
 from tests.test_table6 import RESULT_VALUES
 
@@ -225,6 +226,17 @@ def test_how_far_all_is_and_how_long_it_takes(tmp_path: Path, capsys: pytest.Cap
     assert "62 % of all, about 54.0 s left" in capsys.readouterr().out
 
 
+def test_the_time_left_counts_layers_and_runs_side_by_side(tmp_path: Path) -> None:
+    nets = [("resnet", 8, range(2)), ("resnet", 14, range(1))]
+    shallow, deep = plan_stages(nets, tmp_path, "smoke", {"recipe": {"steps": 100}})
+    path = next(iter(shallow.folders))
+    run = RunDir.create(path)
+    run.write_json("config.json", shallow.folders[path].to_dict())
+    run.write_json("result.json", RESULT_VALUES | {"steps": 100, "seconds": {"train": 140.0}, "side_by_side": 2})
+    # Of 7 + 7 + 13 layers 7 are trained, in 70 s of the machine's time; 20 are left.
+    assert OverallProgress({**shallow.folders, **deep.folders}).between_stages() == "26 % of all, about 3:20 left"
+
+
 def test_an_ablation_has_a_folder_of_its_own(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = [*REPRODUCE, "--runs", str(whole), "--dry-run"]
     flags = ["--shortcut", "B", "--norm-batch", "64", "--lr-in-velocity", "--init", "fan_in", "--warmup", "none"]
@@ -234,8 +246,8 @@ def test_an_ablation_has_a_folder_of_its_own(whole: Path, tmp_path: Path, capsys
     assert places == [str(folder / name) for name in ("resnet8/seed0", "resnet8/seed1", "plainnet8/seed0")]
     assert run([*line, "--shortcut", "B"]) == 0  # plain nets have none: theirs are the runs that are there
     assert capsys.readouterr().out.splitlines()[-2].split()[-1] == str(whole / "plainnet8/seed0")
-    assert run([*line, "--warmup", "error"]) == 0  # of ResNet-110 and deeper
-    assert "missing" not in capsys.readouterr().out
+    assert run([*line, "--warmup", "error"]) == 2  # of ResNet-110 and deeper
+    assert "none of these networks heeds warmup error" in capsys.readouterr().err
 
 
 def test_an_ablation_makes_its_own_table(whole: Path) -> None:

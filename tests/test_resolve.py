@@ -170,10 +170,8 @@ def test_what_cannot_be_compared_is_told_and_used(monkeypatch: pytest.MonkeyPatc
     assert verdict.notes == ("fastres' own GPU kernels could not be checked: RuntimeError: cuDNN is not there",)
 
 
-@pytest.mark.parametrize("layers", [True, False])
-def test_torchs_kernels_take_the_place_of_those_with_a_fault(layers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_kernels_take_the_place_of_those_with_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     roomy_gpu(monkeypatch)
-    monkeypatch.setattr("fastres.native.layernet.BY_DEFAULT", layers)
     monkeypatch.setattr(resolve, "check_kernels", lambda runtime, *_: Verdict("are wrong" if runtime.native else None))
     runtime = prepare_for(make_config(execution={"threads": 1}))
     assert not runtime.native
@@ -185,14 +183,20 @@ def test_torchs_kernels_take_the_place_of_those_with_a_fault(layers: bool, monke
         prepare_for(make_config(execution={"threads": 1, "layer_kernels": True}))
 
 
-def test_each_kind_of_kernels_is_checked_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_could_not_be_checked_is_used_and_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     roomy_gpu(monkeypatch)
-    monkeypatch.setattr("fastres.native.layernet.BY_DEFAULT", True)
-    faults = {True: Verdict("are wrong"), False: Verdict(notes=("a note",))}
-    monkeypatch.setattr(resolve, "check_kernels", lambda runtime, *_: faults[runtime.layer_kernels])
-    runtime = prepare_for(make_config(execution={"threads": 1}))
-    assert (runtime.native, runtime.layer_kernels) == (True, False)
-    assert runtime.notes == ("training without --layer-kernels, more slowly: they are wrong", "a note")
+    asked: list[Any] = []
+
+    def compare(*which: Any) -> Verdict:
+        asked.append(which)
+        return Verdict(notes=("a note",))
+
+    monkeypatch.setattr(resolve, "_compare", compare)
+    for count in (1, 2):  # memory may have been short for a moment
+        runtime = prepare_for(make_config(execution={"threads": 1}))
+        assert runtime.native
+        assert runtime.notes == ("a note",)
+        assert len(asked) == count
 
 
 def test_it_is_done_once_a_process_and_said_before(monkeypatch: pytest.MonkeyPatch) -> None:

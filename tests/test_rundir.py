@@ -1,5 +1,6 @@
 """rundir.py: a run folder refuses what would lose something, and survives what a crash leaves."""
 
+import contextlib
 import errno
 import json
 import os
@@ -14,18 +15,9 @@ import torch
 from fastres import checkpoint
 from fastres.config import make_config
 from fastres.errors import InputError, MachineError
-from fastres.files import given_path, typed
-from fastres.rundir import (
-    CONFIG,
-    DIVERGED,
-    METRICS,
-    RESULT,
-    RunDir,
-    folders_below,
-    found_again,
-    new_run_folder,
-    remove_empty,
-)
+from fastres.files import given_path, typed, write_text
+from fastres.rundir import CONFIG, DIVERGED, METRICS, RESULT, RunDir, folders_below, is_run
+from fastres.runfolders import find_runs, found_again, new_run_folder, remove_empty
 
 
 def test_non_empty_folders_are_refused_or_moved_aside(tmp_path: Path) -> None:
@@ -61,6 +53,46 @@ def test_an_empty_folder_is_fine_and_a_file_is_not(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="run is not empty; give another --out, or --overwrite moves it aside; to res"):
         RunDir.create(tmp_path / "run")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_no_file_is_written_into_a_folder_that_took_the_place(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run")
+    with run.locked():
+        run.path.rename(tmp_path / "elsewhere")
+        RunDir.create(run.path)
+        with pytest.raises(MachineError, match="was moved, replaced or deleted"):
+            run.write_json(DIVERGED, {})
+    assert not (run.path / DIVERGED).exists()
+
+
+def test_a_config_of_another_program_is_no_run(tmp_path: Path) -> None:
+    mine = tmp_path / "bert"
+    mine.mkdir()
+    (mine / CONFIG).write_text('{"model_type": "bert"}')
+    with pytest.raises(InputError, match="bert holds no run, and --overwrite moves only runs aside"):
+        RunDir.create(mine, overwrite=True)
+    with pytest.raises(InputError, match=r"bert is not empty; give another --out$"):
+        RunDir.create(mine)
+    with pytest.raises(InputError, match="is not a run folder, and holds none"):
+        find_runs([tmp_path])
+    for damaged in ("", '{"mod'):  # of a run whose disk lost it
+        (mine / CONFIG).write_text(damaged)
+        assert is_run(mine)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.EIO])
+def test_file_systems_that_sync_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    fsync = os.fsync
+
+    def refuses_folders(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").is_dir():
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuses_folders)
+    with pytest.raises(MachineError) if number == errno.EIO else contextlib.nullcontext():
+        write_text(tmp_path / "a", "b")
+    assert (tmp_path / "a").read_text() == "b"
 
 
 def test_only_runs_are_moved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

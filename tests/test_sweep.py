@@ -28,7 +28,8 @@ from fastres.errors import Diverged, InputError, Interrupted, InUse, MachineErro
 from fastres.guards import Interrupt
 from fastres.member import Member
 from fastres.result import RunResult
-from fastres.rundir import CONFIG, RunDir, find_runs
+from fastres.rundir import CONFIG, RunDir
+from fastres.runfolders import find_runs
 from fastres.step import Replica, TrainStep
 from fastres.sweep import train_all, train_seeds
 from fastres.sweepdir import write_sweep

@@ -112,6 +112,7 @@ SPREAD = (-0.0012, -0.0005, 0.0, 0.0006, 0.0011)  # about 0, with a 95 % interva
         ((0.0896, 0.0896, 0.0896), 0.0875, "worse"),
         ((0.0854, 0.0854, 0.0854), 0.0875, "better"),
         ((0.06, 0.07, 0.0897), 0.0697, "too few runs to say"),  # 0.35 points worse, give or take 3.8
+        ((0.05, 0.0697, 0.0797), 0.0697, "too few runs to say"),  # 0.32 points better, give or take 3.8
         ((0.065, 0.0875, 0.1101), 0.0875, "too few runs to say"),  # equal, give or take 5.6
         ((0.0865, 0.0875, 0.0885), 0.0875, "within the paper's spread"),  # 0.25
         ((0.0858, 0.0875, 0.0892), 0.0875, "too few runs to say"),  # 0.42

@@ -67,7 +67,7 @@ def take_profile(cell: Cell, trace: Path, *, say: Callable[[str], None]) -> Prof
     try:
         trace.open("w").close()  # before the work; the profiler would only log that it cannot write
     except OSError as error:
-        raise disk_error(error, trace.parent, 0) from error
+        raise disk_error(error, trace.parent) from error
     images = load_images(cell.config.data, cell.config.execution, say=say)
     with contextlib.closing(Bench(cell, images)) as bench:
         gpu = bench.runtime.device.type == "cuda"

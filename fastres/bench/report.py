@@ -98,7 +98,7 @@ def write_json(report: Report, path: Path) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise disk_error(error, path.parent, len(text)) from error
+        raise disk_error(error, path.parent) from error
 
 
 def check_place(path: Path) -> None:
@@ -113,7 +113,7 @@ def check_place(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise disk_error(error, path.parent, 0) from error
+        raise disk_error(error, path.parent) from error
 
 
 def _is_device(path: Path) -> bool:

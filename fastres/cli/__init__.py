@@ -46,7 +46,9 @@ CLOSED_PIPE = 128 + 13  # SIGPIPE's, which Python ignores
 
 def main() -> None:
     """Run the command line and exit with its code (`fastres.errors` lists them)."""
-    signal.signal(signal.SIGTERM, _stop)  # until a training loop puts its own in place
+    for name in ("SIGTERM", "SIGUSR1"):  # until a training loop puts its own in place
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the encoding of the terminal lacks

@@ -170,6 +170,8 @@ def read_file(path: Path, flag: str = "--config") -> dict[str, Any]:
     Raises:
         InputError: It cannot be read, or is neither.
     """
+    if path.is_dir() and not (path / "config.json").exists():
+        raise InputError(f"{flag} {path} is no run's folder: it has no config.json")
     path = path / "config.json" if path.is_dir() else path
     kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
@@ -184,7 +186,7 @@ def read_file(path: Path, flag: str = "--config") -> dict[str, Any]:
     if kind == "JSON" and isinstance(tree.get("output"), dict):
         tree["output"].pop("out", None)
     if kind == "JSON" and isinstance(tree.get("execution"), dict):
-        from fastres.rundir import found_again
+        from fastres.runfolders import found_again
 
         tree = found_again(tree)
     return tree
@@ -240,9 +242,8 @@ def in_steps(
     for key, value in (("steps", epochs), ("warmup_steps", warmup_epochs)):
         if value is not None:
             if not 0 < value < 1e9:
-                raise InputError(
-                    f"--{key.replace('steps', 'epochs')} is {value}; it must be above 0 and below a billion"
-                )
+                flag = f"--{key.replace('steps', 'epochs').replace('_', '-')}"
+                raise InputError(f"{flag} is {value}; it must be above 0 and below a billion")
             recipe[key] = max(1, -int(-value * draft.data.num_train // draft.recipe.batch_size))
     kind = recipe.get("warmup") or base.get("recipe", {}).get("warmup", "none")
     if "warmup_steps" in recipe and kind == "none":

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Option
 
@@ -54,6 +54,9 @@ def train(
     ] = None,
     out: Annotated[Path | None, Option(help="Run folder. [default: a new one in runs/]")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Move a run that is already in --out aside.")] = False,
+    go_on: Annotated[
+        bool, Option("--continue", help="Go on with the run that is in --out, or begin it: for jobs that are requeued.")
+    ] = False,
     resume: Annotated[Path | None, Option(help="Run folder, or folder of --seeds, to go on with.")] = None,
     quiet: Annotated[bool, Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON on stdout, all else on stderr.")] = False,
@@ -237,6 +240,8 @@ def train(
     if side_by_side is not None and side_by_side < 0:
         raise InputError(f"--side-by-side is {side_by_side}; 0 chooses, else how many")
     refuse_both("--resume", resume, "--out", out)
+    refuse_both("--continue", go_on or None, "--overwrite", overwrite or None)
+    refuse_both("--continue", go_on or None, "--resume", resume)
     refuse_both("--resume", resume, "--overwrite", overwrite or None)
     refuse_both("--resume", resume, "--preset", preset)
     refuse_both("--resume", resume, "--config", config or None)
@@ -293,7 +298,11 @@ def train(
         ),
     )
     if resume is not None:
-        base = _resumed(resume, seed)
+        from fastres.sweepdir import is_sweep, stored_config
+
+        if seed is not None and is_sweep(resume):
+            raise InputError(f"--seed {seed}: a sweep has several; --seeds {seed}-{seed} trains that one too")
+        base = stored_config(resume)
     else:
         base = based_on_preset(read_file(config[0]) if config else {}, preset)
     tree = merge(base, in_steps(chosen, base, epochs, warmup_epochs))
@@ -306,6 +315,8 @@ def train(
         raise InputError("--warmup error ends by the training error, not after a number of steps; leave that out")
     refuse_data_flags(resolved.data.dataset, data_dir, data_url)
     check_idle(chosen, resolved)
+    if go_on and not resolved.output.out:
+        raise InputError("--continue goes on with what is in --out; add --out RUN")
     if side_by_side is not None and seeds is None and resume is None:
         raise InputError("--side-by-side does nothing without --seeds; leave it out")
     chosen_seeds = parse_seeds(seeds) if seeds is not None else ()
@@ -316,6 +327,7 @@ def train(
     with clocks("import"):
         from fastres import loop, sweep
         from fastres.console import Console
+        from fastres.rundir import is_run
         from fastres.sweepdir import is_sweep
     console = Console("quiet" if quiet else "auto", stderr=as_json)
     if seeds is not None or (resume is not None and is_sweep(resume)):
@@ -331,18 +343,8 @@ def train(
             print(json.dumps([sweep.as_json(outcome) for outcome in outcomes]))
         sweep.raise_if_all_diverged(outcomes)
         return
+    if go_on and resolved.output.out and is_run(Path(resolved.output.out)):
+        resume = Path(resolved.output.out)
     result = loop.train(resolved, resume=resume, overwrite=overwrite, console=console, clocks=clocks)
     if as_json:
         print(json.dumps(result.to_dict()))
-
-
-def _resumed(path: Path, seed: int | None) -> dict[str, Any]:
-    """The config of a run or a sweep that is to go on."""
-    from fastres.rundir import RunDir, found_again
-    from fastres.sweepdir import is_sweep, read_sweep
-
-    if is_sweep(path):
-        if seed is not None:
-            raise InputError(f"--seed {seed}: a sweep has several; --seeds {seed}-{seed} trains that one too")
-        return found_again(read_sweep(path)["config"])
-    return found_again(RunDir.open(path).config().to_dict())

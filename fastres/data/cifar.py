@@ -205,11 +205,14 @@ def _decode(read: Read, source: Path, names: Sequence[str]) -> ImageSet:
     num_images = len(names) * IMAGES_PER_BATCH
     labels: Bytes = np.empty(num_images, np.uint8)
     images: Bytes = np.empty((num_images, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    digest, official = hashlib.sha256(), True
+    digest, official, seen = hashlib.sha256(), True, dict[str, str]()
     for k, name in enumerate(names):
         content = read(name)
         digest.update(content)
-        official &= hashlib.sha1(content, usedforsecurity=False).hexdigest() == OFFICIAL_SHA1[BATCHES.index(name)]
+        sha1 = hashlib.sha1(content, usedforsecurity=False).hexdigest()
+        official &= sha1 == OFFICIAL_SHA1[BATCHES.index(name)]
+        if (other := seen.setdefault(sha1, name)) != name:
+            raise InputError(f"{source}: {name} is the same as {other}; each batch of CIFAR-10 is another")
         records = np.frombuffer(content, np.uint8).reshape(IMAGES_PER_BATCH, RECORD_BYTES)
         if (worst := int(records[:, 0].max())) >= len(CLASS_NAMES):
             where = int(np.argmax(records[:, 0] >= len(CLASS_NAMES)))

@@ -1,5 +1,6 @@
 """The one form in which every data set reaches the trainer: arrays in host memory. No torch, no I/O."""
 
+import functools
 import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,8 +64,9 @@ class ImageSet:
 
     def test_facts(self) -> dict[str, Any]:
         """The same of the test images alone: `name`, `test_digest`, `official`."""
-        return {"name": self.name, "test_digest": self.test_digest(), "official": self.official}
+        return {"name": self.name, "test_digest": self.test_digest, "official": self.official}
 
+    @functools.cached_property
     def test_digest(self) -> str:
         """ "sha256:<hex>" over the test labels and pixels alone, wherever they came from."""
         digest = hashlib.sha256(np.ascontiguousarray(self.test_labels).data)

@@ -6,7 +6,8 @@ backward, which carry along what neighbours need: the norm's sums, the shortcut 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -153,13 +154,8 @@ class FusedNet:
         sizes = [layer.weight.numel() for layer in self.layers]
         self.weight_grads = torch.zeros(sum(sizes), device=device)
         self.norm_grads = torch.zeros(2 * sum(layer.out_channels for layer in self.layers), device=device)
-        counts = [size * layer.weights.programs for size, layer in zip(sizes, self.layers, strict=True)]
-        self._shares = torch.zeros(sum(counts), device=device)
-        rows = []
-        for k, (size, layer) in enumerate(zip(sizes, self.layers, strict=True)):
-            start, place = sum(counts[:k]), sum(sizes[:k])
-            rows += [[start, layer.weights.programs, size, at, place] for at in range(0, size, ADD_UP.block)]
-        self._table = torch.tensor(rows, dtype=torch.int32).to(device)
+        counts, table = sum_table(sizes, [layer.weights.programs for layer in self.layers], ADD_UP.block)
+        self._shares, self._table = torch.zeros(sum(counts), device=device), table.to(device)
         self._one = torch.ones((), device=device)  # the loss's own gradient, which autograd would fill anew each step
         self._images: Tensor | None = None
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of each layer: maps, result, statistics
@@ -302,6 +298,23 @@ class Inference:
             )  # fmt: skip
             before, source = source, out
         return logits_of(source, self.net.fc)
+
+
+def sum_table(sizes: Sequence[int], shares: Sequence[int], step: int) -> tuple[list[int], Tensor]:
+    """How the shares of the layers' gradients of weights are summed.
+
+    Args:
+        sizes, shares: Of each layer's weights, and in how many its gradient is made.
+        step: Weights that a program sums.
+
+    Returns:
+        The length of each layer's shares, and a row for each program, int32: where these shares begin, how many they
+        are, how long each, the place in them, and where the sum goes.
+    """
+    counts = [size * num for size, num in zip(sizes, shares, strict=True)]
+    begins = zip(sizes, shares, accumulate(counts, initial=0), accumulate(sizes, initial=0), strict=False)
+    rows = [[start, num, size, at, place] for size, num, start, place in begins for at in range(0, size, step)]
+    return counts, torch.tensor(rows, dtype=torch.int32)
 
 
 def check_images(images: Tensor, weight: Tensor, batch_size: int | None = None) -> None:

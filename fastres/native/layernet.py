@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastres.models.cifar import CifarNet, logits_of
-from fastres.native.fusednet import Layer, check_images, layers_of, new_maps
+from fastres.native.fusednet import Layer, check_images, layers_of, new_maps, sum_table
 from fastres.native.gpu_layers import LANES, MAX_CLASSES, MAX_LAYERS, SUM_THREADS, Kind, compile_for, launch
 
-BY_DEFAULT = False  # whether they are the default on a GPU that supports them; off until measured
 SHARED = 147_456  # bytes that a program shares, the most that one kernel takes; an A100 has them
 MAX_SHARES = 64  # of a layer's gradient of weights
 IMAGE_US, BYTES_A_US = 1.2, 3e6  # estimates for an H200, not measured: an image in `weight_grads`, and its memory
@@ -171,13 +170,9 @@ class LayerNet:
             shares = shares_for(len(group), sizes[group[0]], batch_size, processors)
             for k in group:
                 self._num_shares[k] = shares
-        counts = [size * shares for size, shares in zip(sizes, self._num_shares, strict=True)]
+        counts, table = sum_table(sizes, self._num_shares, SUM_THREADS)
         self._weight_shares: Sequence[Tensor] = torch.split(torch.zeros(sum(counts), device=device), counts)
-        rows = []
-        for k, size in enumerate(sizes):
-            start, place = sum(counts[:k]), sum(sizes[:k])
-            rows += [[start, self._num_shares[k], size, at, place] for at in range(0, size, SUM_THREADS)]
-        self._table = torch.tensor(rows, dtype=torch.int32).to(device)
+        self._table = table.to(device)
         self._images: Tensor | None = None
         self._pass: _Pass | None = None
         self._ends: tuple[Tensor, Tensor] | None = None  # the last layer's gradient, and its norm's shares
@@ -258,17 +253,19 @@ class LayerInference:
         self.net = net
         self._masters = {name: p for name, p in net.named_parameters() if p.ndim == 4}
         self._weights = {name: p.detach().bfloat16() for name, p in self._masters.items()}
+        self._layers: dict[int, list[Layer]] = {}  # by the number of images
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Images `(batch, 3, 32, 32)`, bfloat16 and channels last -> float32 logits `(batch, classes)`."""
         check_images(images, self._weights["conv1.weight"])
         torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
-        layers = layers_of(self.net, self._weights, len(images))
-        compile_for({kind_of(layer) for layer in layers}, images.device)
+        if len(images) not in self._layers:
+            self._layers[len(images)] = layers_of(self.net, self._weights, len(images))
+            compile_for({kind_of(layer) for layer in self._layers[len(images)]}, images.device)
         # No shares are summed, so there may be as many as fit at once: two a multiprocessor at 32 and 64 channels.
         programs = programs_for(len(images), 2 * processors_of(images.device))
-        passed = _Pass(layers, images, programs, training=False)
+        passed = _Pass(self._layers[len(images)], images, programs, training=False)
         return logits_of(passed.end(), self.net.fc)
 
 

@@ -14,7 +14,8 @@ from fastres.errors import InputError
 from fastres.files import check_figure, printable
 from fastres.plots.curves import NUM_STYLES, draw
 from fastres.plots.series import Curve, What, XAxis, curve_of, mean_curve
-from fastres.rundir import DIVERGED, RunDir, find_runs, resume_with
+from fastres.rundir import DIVERGED, RunDir
+from fastres.runfolders import find_runs, resume_with
 
 # Keys of the config whose value speaks for itself, and those that the model's name replaces.
 BARE = ("name", "dataset")
@@ -169,6 +170,11 @@ def grouped(runs: Iterable[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
+def once_a_seed(group: Sequence[Run]) -> list[Run]:
+    """The first run of each seed: a copy of one tells nothing of how far seeds spread."""
+    return list({run.config.seed: run for run in reversed(group)}.values())[::-1]
+
+
 def plot_runs(
     paths: Sequence[Path],
     out: Path | None = None,
@@ -214,7 +220,10 @@ def plot_runs(
             say(f"{run.folder.path} has logged no {what} yet: left out")
     if len(drawn) < len(runs):  # else they would be told from some that are not there
         common, drawn = labelled(drawn)
-    groups = grouped(drawn) if band else [[run] for run in drawn]
+    groups = [once_a_seed(group) for group in grouped(drawn)] if band else [[run] for run in drawn]
+    for run in drawn:
+        if not any(run in group for group in groups):
+            say(f"{run.folder.path} has the seed of another run of its config: left out of the mean")
     named = zip(groups, mean_labels(groups), strict=True)
     means = [mean_curve([run.curve(what=what, x=x, smooth=smooth) for run in group], label) for group, label in named]
     usual = (what, x, smooth, log_y, ylim, band) == ("error", "step", None, False, None, False)

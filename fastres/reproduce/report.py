@@ -16,7 +16,7 @@ from fastres.config import RunConfig
 from fastres.console import percent
 from fastres.errors import FastresError, InputError
 from fastres.files import write_text
-from fastres.plots.runs import Run, group_labels, grouped, mean_labels, read_runs
+from fastres.plots.runs import Run, group_labels, grouped, mean_labels, once_a_seed, read_runs
 from fastres.plots.series import mean_curve
 from fastres.reproduce import sections, table6
 from fastres.reproduce.answers import Answers, answers_of
@@ -174,7 +174,7 @@ def _overview(subjects: Sequence[Subject], points: int, num_shown: int) -> str:
     means: list[int] = []
     for group, label in zip(groups, group_labels(groups), strict=True):
         rows += [_row(*by_run[id(run)], num_shown) for run in group]
-        finished = [by_run[id(run)][1].result for run in group if run.finished]
+        finished = [by_run[id(run)][1].result for run in once_a_seed(group) if run.finished]
         if len(finished) > 1:
             means.append(len(rows))
             rows.append(_mean_row(finished, f"{label}, mean of {len(finished)}"))
@@ -187,6 +187,7 @@ def _overview(subjects: Sequence[Subject], points: int, num_shown: int) -> str:
     )
     curves = [run.curve() for group in groups for run in group]
     if len(curves) > MOST_SEEDS_APART:
+        groups = [once_a_seed(group) for group in groups]
         named = zip(groups, mean_labels(groups), strict=True)
         curves = [mean_curve([run.curve() for run in group], label) for group, label in named]
     chart = sections.error_chart([curve for curve in curves if curve.lines], f"{len(curves)} curves", points)
