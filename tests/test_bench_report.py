@@ -19,7 +19,6 @@ from fastres.bench.measure import SCHEMA, Bench
 from fastres.bench.parts import PARTS
 from fastres.bench.profiling import STEPS, Kernel, Name, idle_between, idle_share, kernel_table, profile_cell
 from fastres.bench.report import (
-    MACHINE,
     check_place,
     compare,
     compare_reports,
@@ -218,7 +217,7 @@ def test_unpaired_rounds_are_drawn_apart() -> None:
     assert compare(a, b, paired=False).verdict == "undecided"
 
 
-@pytest.mark.parametrize("key", MACHINE)
+@pytest.mark.parametrize("key", ["gpu", "driver", "cpu", "cpu_id", "cores", "threads", "platform"])
 def test_other_machines_are_refused(report: Report, key: str) -> None:
     other = copy.deepcopy(report)
     other["environment"][key] = "another"

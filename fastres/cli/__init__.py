@@ -87,42 +87,22 @@ def _stop(signum: int, _frame: FrameType | None) -> NoReturn:
 
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code. A bug's traceback is left to propagate."""
-    debug = "--debug" in argv
+    debug, rest = "--debug" in argv, [_at_home(arg) for arg in argv if arg != "--debug"]
     try:
         for arg in argv:
             if not arg or re.fullmatch("--[^=]+=", arg):
                 what = f" ({arg})" if arg else ""
                 raise InputError(f"an argument is empty{what}; is a variable of the shell not set?")
-        rest = [_at_home(arg) for arg in argv if arg != "--debug"]
         code = app(args=rest or ["--help"], prog_name="fastres", standalone_mode=False, terminal_width=width())
         if not rest:
             raise InputError("no command given (see fastres --help)")
-    except FastresError as error:
-        if debug:
+    except (FastresError, typer.TyperException, RuntimeError, MemoryError, ImportError, OSError) as error:
+        told = _told(error, rest)
+        if told is None or (debug and not isinstance(error, typer.TyperException)):
             raise
-        _tell(f"fastres: {error}")
-        return error.exit_code
-    except typer.TyperException as error:  # usage: an unknown flag, a value of the wrong type
-        _tell(f"fastres: {_usage(error)} (see {' '.join(['fastres', *(c for c in rest[:1] if c in COMMANDS)])} --help)")
-        return error.exit_code
-    except (RuntimeError, MemoryError) as error:  # where no other batch size would help: a test, a benchmark's products
-        if debug or not (isinstance(error, MemoryError) or says_out_of_memory(error)):
-            raise
-        _tell(f"fastres: out of memory: {first_line(error)}; free some, or use another --device")
-        return OutOfMemory.exit_code
-    except ImportError as error:  # a package is missing, or a library of one
-        if debug or (error.name or "").partition(".")[0] == "fastres":
-            raise
-        _tell(f"fastres: a package does not work: {first_line(error)}; see fastres doctor")
-        return MachineError.exit_code
-    except OSError as error:  # a path of the user's that may not be looked at, or is too long to be one
-        if not debug and "shared object file" in str(error):  # of torch, which loads its libraries itself
-            _tell(f"fastres: a package does not work: {first_line(error)}; see fastres doctor")
-            return MachineError.exit_code
-        if debug or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) or error.filename is None:
-            raise
-        _tell(f"fastres: {str(error.filename)[:200]}: {error.strerror}")
-        return InputError.exit_code
+        message, code = told
+        _tell(f"fastres: {message}")
+        return code
     except Stop as stop:
         _tell(f"fastres: {stop}")
         return 128 + stop.signum
@@ -135,6 +115,25 @@ def run(argv: list[str]) -> int:
     if code == 130:  # so typer returns where Ctrl-C came before there was a state to save
         _tell("fastres: stopped")
     return code if isinstance(code, int) else 0
+
+
+def _told(error: Exception, rest: list[str]) -> tuple[str, int] | None:
+    """What to say of an error of the command line `rest`, and its exit code; None: it is a bug."""
+    if isinstance(error, FastresError):
+        return str(error), error.exit_code
+    if isinstance(error, typer.TyperException):  # usage: an unknown flag, a value of the wrong type
+        command = " ".join(["fastres", *(word for word in rest[:1] if word in COMMANDS)])
+        return f"{_usage(error)} (see {command} --help)", error.exit_code
+    memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and says_out_of_memory(error))
+    if memory:  # where no other batch size would help: a test, a benchmark's products
+        return f"out of memory: {first_line(error)}; free some, or use another --device", OutOfMemory.exit_code
+    is_broken = isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "fastres"
+    if is_broken or (isinstance(error, OSError) and "shared object file" in str(error)):  # which torch loads itself
+        return f"a package does not work: {first_line(error)}; see fastres doctor", MachineError.exit_code
+    # A path of the user's that may not be looked at, or is too long to be one.
+    if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+        return f"{str(error.filename)[:200]}: {error.strerror}", InputError.exit_code
+    return None
 
 
 def _at_home(arg: str) -> str:

@@ -109,8 +109,8 @@ def bench(
     if data_dir and not _given(ctx, "dataset"):
         dataset = "cifar10"
     refuse_data_flags(dataset, data_dir)
-    refuse_both("--profile", profile or None, "--scaling", scaling or None)
-    refuse_both("--compare", compare, "--profile" if profile else "--scaling", profile or scaling or None)
+    refuse_both("--profile", profile, "--scaling", scaling)
+    refuse_both("--compare", compare, "--profile" if profile else "--scaling", profile or scaling)
     if fail_if_slower is not None and compare is None:
         raise InputError("--fail-if-slower needs --compare A B")
     limit = None if fail_if_slower is None else parse_percent("--fail-if-slower", fail_if_slower)

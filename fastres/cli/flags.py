@@ -148,8 +148,8 @@ def one_of(flag: str, value: str, allowed: Sequence[Word]) -> Word:
 
 
 def refuse_both(one: str, first: object, other: str, second: object) -> None:
-    """Raise InputError where both flags were given."""
-    if first is not None and second is not None:
+    """Raise InputError where both flags were given, neither None nor False."""
+    if not any(value is None or value is False for value in (first, second)):
         raise InputError(f"{one} and {other} contradict each other; give one of them")
 
 

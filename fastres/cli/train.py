@@ -236,15 +236,15 @@ def train(
     refuse_both("--amp", amp, "--no-amp", no_amp)
     refuse_both("--amp" if amp else "--no-amp", amp or no_amp, "--precision", precision)
     refuse_both("--seed", seed, "--seeds", seeds)
-    refuse_both("--seeds", seeds, "--overwrite", overwrite or None)
+    refuse_both("--seeds", seeds, "--overwrite", overwrite)
     if side_by_side is not None and side_by_side < 0:
         raise InputError(f"--side-by-side is {side_by_side}; 0 chooses, else how many")
     refuse_both("--resume", resume, "--out", out)
-    refuse_both("--continue", go_on or None, "--overwrite", overwrite or None)
-    refuse_both("--continue", go_on or None, "--resume", resume)
-    refuse_both("--resume", resume, "--overwrite", overwrite or None)
+    refuse_both("--continue", go_on, "--overwrite", overwrite)
+    refuse_both("--continue", go_on, "--resume", resume)
+    refuse_both("--resume", resume, "--overwrite", overwrite)
     refuse_both("--resume", resume, "--preset", preset)
-    refuse_both("--resume", resume, "--config", config or None)
+    refuse_both("--resume", resume, "--config", config)
     if config and len(config) > 1:
         raise InputError(f"--config is given {len(config)} times; give one file")
     if warmup == "none":
