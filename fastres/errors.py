@@ -16,10 +16,12 @@ def says_out_of_memory(error: BaseException) -> bool:
 
     A CUDA graph's capture that memory ends raises one more error, of streams that have not joined.
     """
+    seen = set[int]()  # two errors may be each other's cause
     cause: BaseException | None = error
-    while cause:
+    while cause and id(cause) not in seen:
         if any(sign in str(cause) for sign in OUT_OF_MEMORY):
             return True
+        seen.add(id(cause))
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return False
 

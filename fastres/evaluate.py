@@ -208,6 +208,8 @@ def _chosen(
     tree = for_one_pass(stored, execution)
     data = dict(tree["data"])
     if dataset and dataset != data["dataset"]:  # which has no validation split of the run's
+        if test_set:
+            raise InputError(f"--dataset {dataset} has no other test images; leave out --test-set")
         data |= {"dataset": dataset, "val_split": False}
     if test_set and not data["val_split"]:
         raise InputError(f"{target} kept no images for validation: it is tested on the test set; leave out --test-set")

@@ -21,6 +21,7 @@ from fastres.config import RunConfig
 from fastres.data.imageset import IMAGE_SIZE
 from fastres.errors import (
     DiskFull,
+    InputError,
     Interrupted,
     MachineError,
     OutOfMemory,
@@ -57,6 +58,10 @@ class Interrupt:
     folders: Sequence[Path] = ()  # of the runs in training
     training: bool = False  # else there is nothing to save: the first signal stops at once, a minute's compiling too
 
+    def __post_init__(self) -> None:
+        if math.isnan(self.deadline):
+            raise InputError("deadline is nan; give seconds on the clock of time.perf_counter")
+
 
 @contextlib.contextmanager
 def interrupts(interrupt: Interrupt) -> Iterator[None]:
@@ -65,7 +70,7 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
     So does the first one before `interrupt.training`, which is false until somebody sets it inside the block.
 
     One that is ignored stays so, SIGHUP under nohup, SIGINT in a script's background; or that another program around
-    Python handles.
+    Python handles. SIGUSR1 is heeded where Python handles it already, as under the command line.
     Only the main thread may set handlers; elsewhere the flag stays unset.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -82,6 +87,8 @@ def interrupts(interrupt: Interrupt) -> Iterator[None]:
 
     known = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
     heeded = [signum for signum in known if signal.getsignal(signum) not in (signal.SIG_IGN, None)]
+    if getattr(signal, "SIGUSR1", None) in heeded and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+        heeded.remove(signal.SIGUSR1)  # no command line is around this; it may be faulthandler's, which looks so too
     before = {signum: signal.signal(signum, note) for signum in heeded}
     try:
         yield

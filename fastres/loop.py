@@ -69,12 +69,10 @@ def train(
         MachineError: No data and no network, no GPU where one was asked for, a full disk.
         OutOfMemory: The batch does not fit.
         Diverged: The loss became NaN or Inf; the last good checkpoint is kept.
-        Interrupted: SIGINT, SIGTERM, SIGHUP or SIGUSR1 (main thread only); the state was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP (main thread only); the state was saved.
         OutOfTime: The deadline has come; the state was saved.
     """
     check_config(config)
-    if math.isnan(deadline):
-        raise InputError("deadline is nan; give seconds on the clock of time.perf_counter")
     if resume is not None and overwrite:
         raise InputError(f"resume={str(resume)!r} goes on with that run, and overwrite moves it aside; leave one out")
     here = Path() if console else Path.cwd()  # a program may go elsewhere while this trains, a command does not

@@ -93,10 +93,11 @@ class RunDir:
     @staticmethod
     def open(path: Path) -> "RunDir":
         """An existing run folder. Raises InputError where `path` is none."""
-        if not (path / CONFIG).is_file():
+        if not is_run(path):
             below = folders_below(path)
             way_on = f"; it holds {len(below)}: give one of them, as {below[0]}" if below else ""
-            raise InputError(f"{path} is not a run folder: it has no {CONFIG}{way_on}")
+            lacks = f"its {CONFIG} is of something else" if (path / CONFIG).exists() else f"it has no {CONFIG}"
+            raise InputError(f"{path} is not a run folder: {lacks}{way_on}")
         return RunDir(path)
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 from fastres.config import RunConfig
 from fastres.errors import InputError
 from fastres.files import disk_error, typed
-from fastres.rundir import CONFIG, DEEPEST, LOCK, RunDir, folders_below
+from fastres.rundir import CONFIG, DEEPEST, LOCK, RunDir, folders_below, is_run
 
 
 def find_runs(paths: Iterable[Path]) -> list[RunDir]:
@@ -21,7 +21,7 @@ def find_runs(paths: Iterable[Path]) -> list[RunDir]:
     """
     found: dict[Path, RunDir] = {}
     for path in paths:
-        inside = [path] if (path / CONFIG).is_file() else folders_below(path)
+        inside = [path] if is_run(path) else folders_below(path)
         if not inside:
             raise InputError(
                 f"{path} is not a run folder, and holds none: no {CONFIG} in it or up to {DEEPEST} levels below"

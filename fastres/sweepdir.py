@@ -7,9 +7,9 @@ from typing import Any
 
 from fastres.config import RunConfig
 from fastres.configtree import is_int
-from fastres.errors import InputError
-from fastres.files import is_aside, write_json
-from fastres.rundir import CONFIG, RunDir, is_left_behind
+from fastres.errors import Diverged, InputError
+from fastres.files import is_aside, typed, write_json
+from fastres.rundir import CONFIG, DIVERGED, RunDir, is_left_behind, is_run
 from fastres.runfolders import found_again, new_folder
 
 SWEEP = "sweep.json"
@@ -52,6 +52,30 @@ def read_sweep(folder: Path) -> dict[str, Any]:
 def stored_config(path: Path) -> dict[str, Any]:
     """The config, as a tree, of a run or a sweep that is to go on. Raises InputError where `path` is neither."""
     return found_again(read_sweep(path)["config"] if is_sweep(path) else RunDir.open(path).config().to_dict())
+
+
+def to_go_on_with(path: Path, config: RunConfig) -> Path | None:
+    """The run folder that a command which begins a run or goes on with it goes on with; None: it begins it.
+
+    Raises:
+        InputError: There is a sweep, or a run of another config.
+        Diverged: The run has, and would again.
+    """
+    if is_sweep(path):
+        raise InputError(
+            f"{path} is a sweep; to go on with it add its --seeds, or: fastres train --resume {typed(path)}"
+        )
+    if not is_run(path):
+        return None
+    run = RunDir.open(path)
+    if changed := run.config().differs_from(config):
+        raise InputError(
+            f"{path} was begun with another config ({'; '.join(changed)}); give the flags that it was begun with, or: "
+            f"fastres train --resume {typed(path)}"
+        )
+    if run.status == "diverged":
+        raise Diverged(f"{path} has diverged: {run.read_json(DIVERGED).get('why')}")
+    return path
 
 
 def is_sweep(path: Path) -> bool:

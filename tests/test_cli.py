@@ -28,6 +28,7 @@ from fastres.cli.flags import parse_model
 from fastres.config import RunConfig, make_config
 from fastres.errors import InputError, Stop
 from fastres.reproduce.paper import FIGURE_7, STAGES
+from fastres.rundir import RunDir
 
 TINY = shlex.split(
     "--dataset synthetic --depth 8 --batch-size 16 --device cpu --precision fp32 --threads 1 --log-every 5"
@@ -537,7 +538,13 @@ def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, capsys: py
     assert run(line) == 0
     assert "is finished: nothing to resume" in capsys.readouterr().out
     assert run([*line, "--lr", "0.7"]) == 2
-    assert "was started with another config (recipe.lr" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "was begun with another config (recipe.lr" in said
+    assert f"give the flags that it was begun with, or: fastres train --resume {out}" in said
+    RunDir(out).write_json("diverged.json", {"step": 9, "why": "the loss became nan"})
+    (out / "result.json").unlink()
+    assert run(line) == 5  # and not again and again
+    assert "has diverged: the loss became nan" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     assert run([*line[:-2], str(tmp_path / "mine"), "--continue"]) == 2
@@ -545,6 +552,15 @@ def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, capsys: py
     assert "add --out RUN" in capsys.readouterr().err
     sweep = ["train", *TINY, "--steps", "4", "--seeds", "2", "--out", str(tmp_path / "sweep"), "--continue"]
     assert run(sweep) == run(sweep) == 0
+    assert run([part for part in sweep if part not in ("--seeds", "2")]) == 2
+    assert "is a sweep; to go on with it add its --seeds" in capsys.readouterr().err
+
+
+def test_continue_finds_a_home_that_a_config_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.toml").write_text('[output]\nout = "~/run"\n')
+    line = ["train", *TINY, "--steps", "4", "--config", str(tmp_path / "c.toml"), "--continue"]
+    assert run(line) == run(line) == 0
 
 
 def test_sigterm_before_there_is_anything_to_save() -> None:

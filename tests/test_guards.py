@@ -246,8 +246,19 @@ def test_a_handler_that_is_not_pythons_is_left_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(signal, "getsignal", lambda signum: None if signum == signal.SIGHUP else handler(signum))
     with interrupts(Interrupt("resume")):
         assert handler(signal.SIGHUP) != handler(signal.SIGTERM)
-        assert handler(signal.SIGUSR1) == handler(signal.SIGTERM)
-    assert handler(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_sigusr1_is_heeded_where_python_handles_it_and_else_may_be_faulthandlers() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        for usual, heeded in ((signal.SIG_DFL, False), (lambda *_: None, True)):
+            signal.signal(signal.SIGUSR1, usual)
+            with interrupts(interrupt := Interrupt("resume")):
+                interrupt.training = True
+                assert (signal.getsignal(signal.SIGUSR1) == signal.getsignal(signal.SIGTERM)) == heeded
+            assert signal.getsignal(signal.SIGUSR1) == usual
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])

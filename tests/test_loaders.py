@@ -7,6 +7,7 @@ import importlib.util
 import json
 import multiprocessing
 import pickle
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -267,13 +268,16 @@ def test_a_dali_whose_first_kernel_fails_does_not_start(images: ImageSet, monkey
     monkeypatch.setattr("nvidia.dali.Pipeline.outputs", fails)
     with pytest.raises(MachineError, match="cudaErrorNoKernelImageForDevice"):
         dali.check_starts(CPU)
-    said: list[str] = []
     config = make_config("smoke", execution={"device": "cpu", "threads": 1})
     runtime = prepare(config.execution)
     monkeypatch.setattr("fastres.build.loader_kind", lambda *_: "dali")  # as "auto" is on a GPU
-    (loader,) = build_loaders([config], images, images.mean_image(), runtime, said.append)
-    assert loader.name == "resident"
-    assert said[0].startswith("taking the resident loader: DALI failed at its run 0: cudaErrorNoKernelImage")
+    for where in ("outputs", "schedule_run", "feed_input"):
+        said: list[str] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(f"nvidia.dali.Pipeline.{where}", fails)
+            (loader,) = build_loaders([config], images, images.mean_image(), runtime, said.append)
+        assert loader.name == "resident"
+        assert re.match("taking the resident loader: DALI .*: cudaErrorNoKernelImage", said[0])
 
 
 @needs_dali
@@ -292,8 +296,12 @@ def test_a_signal_while_dali_is_fed_ends_in_that_signal(
         feed(name, tensor)
 
     monkeypatch.setattr(loader, "_feed", interrupted)
-    with pytest.raises(KeyboardInterrupt), contextlib.closing(loader):
-        loader.prepare(1)
+    with contextlib.closing(loader):
+        with pytest.raises(KeyboardInterrupt):
+            loader.prepare(1)
+        monkeypatch.undo()
+        with pytest.raises(RuntimeError, match="make another loader"):  # what was fed would be taken for another run
+            loader.prepare(5)
     assert loader._pipeline is None
 
 
@@ -307,7 +315,7 @@ def test_a_signal_before_dali_was_told_to_make_anything(images: ImageSet, monkey
 
 def test_a_run_of_dali_has_no_more_frames_than_a_gpu_takes(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali, "dali_available", lambda: True)
-    with pytest.raises(MachineError, match=r"at most 65,535 images at once, and 64 steps a graph need 65,536"):
+    with pytest.raises(MachineError, match=r"at most 65,535 images at once, and these need 65,536 \(--graph-steps 64"):
         make(DaliLoader, images, batch_size=1024, ahead=64, device=torch.device("cuda"))
 
 
@@ -662,7 +670,6 @@ def test_where_dali_does_not_start_the_resident_loader_takes_over(
 
     monkeypatch.setattr("fastres.data.dali._pipeline", fails)
     monkeypatch.setattr("fastres.build.loader_kind", lambda *_: "dali")
-    monkeypatch.setattr("fastres.runstate.loader_kind", lambda *_: "dali")
     said: list[str] = []
     config = make_config(execution={"device": "cpu", "threads": 1})
     runtime = Runtime(CPU, "fp32", threads=1)

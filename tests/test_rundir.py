@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def test_a_config_of_another_program_is_no_run(tmp_path: Path) -> None:
         RunDir.create(mine)
     with pytest.raises(InputError, match="is not a run folder, and holds none"):
         find_runs([tmp_path])
+    with pytest.raises(InputError, match=r"bert is not a run folder: its config\.json is of something else$"):
+        RunDir.open(mine)
     for damaged in ("", '{"mod'):  # of a run whose disk lost it
         (mine / CONFIG).write_text(damaged)
         assert is_run(mine)
@@ -85,7 +88,7 @@ def test_file_systems_that_sync_files_alone(tmp_path: Path, monkeypatch: pytest.
     fsync = os.fsync
 
     def refuses_folders(handle: int) -> None:
-        if Path(f"/proc/self/fd/{handle}").is_dir():
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(number, os.strerror(number))
         fsync(handle)
 

@@ -341,6 +341,8 @@ def test_an_error_that_follows_from_lack_of_memory_says_so() -> None:
     assert says_out_of_memory(late)
     late.__suppress_context__ = True  # raised from None: it has nothing to do with it
     assert not says_out_of_memory(late)
+    late.__cause__ = late  # or one that has it for its cause
+    assert not says_out_of_memory(late)
     for name in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"):
         assert says_out_of_memory(RuntimeError(f"cuDNN error: {name}"))
     assert says_out_of_memory(RuntimeError("Can't allocate 4096 bytes on device 0."))  # DALI's words

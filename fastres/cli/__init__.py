@@ -46,9 +46,9 @@ CLOSED_PIPE = 128 + 13  # SIGPIPE's, which Python ignores
 
 def main() -> None:
     """Run the command line and exit with its code (`fastres.errors` lists them)."""
-    for name in ("SIGTERM", "SIGUSR1"):  # until a training loop puts its own in place
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _stop)
+    for signum in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):  # until a training loop puts its own
+        if signal.getsignal(signum) == signal.SIG_DFL:  # else it is ignored
+            signal.signal(signum, _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the encoding of the terminal lacks

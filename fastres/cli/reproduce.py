@@ -145,7 +145,9 @@ def reproduce(
         raise InputError(f"--side-by-side is {side_by_side}; 0 chooses, else how many")
     if warmup not in (None, "constant", "error", "none"):
         raise InputError(f"--warmup is {warmup!r}; it must be one of constant, error, none")
-    refuse_data_flags("synthetic" if preset == "smoke" else "cifar10", data_dir, data_url, other="")
+    refuse_data_flags(
+        "synthetic" if preset == "smoke" else "cifar10", data_dir, data_url, other="--preset smoke has that: "
+    )
     deadline = math.inf if budget is None else perf_counter() + 60 * budget
     ablations = {
         "model": given(shortcut=shortcut, norm_batch=norm_batch, init=init, pad=pad),
@@ -175,10 +177,8 @@ def reproduce(
 
     if runs is None:  # runs of another length would be in the way of the paper's
         runs = Path("-".join(["runs/reproduce", *_lengths_in_words(preset, steps, epochs)]))
-    variant = _variant(ablations)
-    heeded = [concerning(ablations, arch, depth) for arch, depth, _ in wanted]
-    if variant and not any(leaves(tree) for tree in heeded):
-        raise InputError(f"none of these networks heeds {variant.replace('-', ' ')}; leave it out, or name others")
+    heeded = {path for arch, depth, _ in wanted for path in leaves(concerning(ablations, arch, depth))}
+    variant = _variant(ablations, heeded)
     stages = plan_stages(wanted, runs, preset, changes, variant=variant)
     if dry_run:
         listed = {path: stage.name for stage in stages for path in stage.folders}  # a figure's runs are also a table's
@@ -237,14 +237,18 @@ def _lengths_in_words(preset: str, steps: int | None, epochs: float | None) -> l
     return words + ([] if epochs is None else [f"{epochs:g}epochs"])
 
 
-def _variant(ablations: dict[str, dict[str, Any]]) -> str:
-    """A folder's name for what departs from the defaults: "shortcut-B"; "" where nothing does."""
-    plain = make_config().to_dict()
-    words = []
-    for section, values in ablations.items():
-        for key, value in values.items():
-            if value != plain[section][key] or key == "warmup":  # of which each depth has its own default
-                words.append(key.replace("_", "-") + ("" if isinstance(value, bool) else f"-{value}"))
+def _variant(ablations: dict[str, dict[str, Any]], heeded: set[str]) -> str:
+    """A folder's name for what departs from the defaults: "shortcut-B"; "" where nothing does.
+
+    Raises InputError where that is of none of the networks, whose keys are `heeded`.
+    """
+    plain, words = leaves(make_config().to_dict()), []
+    for path, value in leaves(ablations).items():
+        name = path.rpartition(".")[2].replace("_", "-")
+        if value != plain[path] or name == "warmup":  # of which each depth has its own default
+            if path not in heeded:
+                raise InputError(f"--{name} does nothing for these networks; leave it out, or name others")
+            words.append(name + ("" if isinstance(value, bool) else f"-{value}"))
     return "-".join(words)
 
 

@@ -24,6 +24,7 @@ from fastres.clock import Clocks
 from fastres.config import RunConfig, check_sense, with_dependent_defaults
 from fastres.configtree import merge
 from fastres.errors import InputError
+from fastres.files import given_path
 
 Model = panel("Model")
 Recipe = panel("Recipe")
@@ -327,8 +328,7 @@ def train(
     with clocks("import"):
         from fastres import loop, sweep
         from fastres.console import Console
-        from fastres.rundir import is_run
-        from fastres.sweepdir import is_sweep
+        from fastres.sweepdir import is_sweep, to_go_on_with
     console = Console("quiet" if quiet else "auto", stderr=as_json)
     if seeds is not None or (resume is not None and is_sweep(resume)):
         outcomes = sweep.train_seeds(
@@ -343,8 +343,8 @@ def train(
             print(json.dumps([sweep.as_json(outcome) for outcome in outcomes]))
         sweep.raise_if_all_diverged(outcomes)
         return
-    if go_on and resolved.output.out and is_run(Path(resolved.output.out)):
-        resume = Path(resolved.output.out)
+    if go_on:
+        resume = to_go_on_with(given_path("--out", resolved.output.out), resolved)
     result = loop.train(resolved, resume=resume, overwrite=overwrite, console=console, clocks=clocks)
     if as_json:
         print(json.dumps(result.to_dict()))

@@ -110,8 +110,8 @@ class DaliLoader:
         frames = self.steps_per_run * batch_size * len(self.plans)
         if device.type == "cuda" and frames > MOST_FRAMES:
             raise MachineError(
-                f"the DALI loader makes at most {MOST_FRAMES:,} images at once, and {self.steps_per_run} steps a graph "
-                f"need {frames:,}; use --loader resident, or fewer --graph-steps"
+                f"the DALI loader makes at most {MOST_FRAMES:,} images at once, and these need {frames:,} "
+                f"(--graph-steps {self.steps_per_run}, {len(self.plans)} of {batch_size:,}); use --loader resident"
             )
         self._labels = torch.from_numpy(images.train_labels.astype(np.int64)).to(device)
         self._codes = [DevicePlan(each, batch_size, device) for each in self.plans]
@@ -130,7 +130,7 @@ class DaliLoader:
             self._feed("data", self._data)
         self._asked: list[int] = []  # runs that DALI has the input of, oldest first
         self._under_way = 0  # of them: that it was told to make
-        self._started = False
+        self._started, self._whole = False, True  # whether DALI was told to make all that it was fed
         # DALI's buffers, oldest first, each with when its copy is done: let go, DALI writes the next run into one, and
         # knows nothing of our stream.
         self._held: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
@@ -147,6 +147,8 @@ class DaliLoader:
         run = step // self.steps_per_run
         if run == self._run:
             return
+        if not self._whole:
+            raise RuntimeError("DALI holds what it was fed before a signal came; make another loader")
         if run not in self._filled:  # the first, or a jump
             self._filled.clear()
         self._run = run
@@ -188,8 +190,10 @@ class DaliLoader:
         """Copy a run into its place in the ring, cast to the training precision, behind `used`."""
         if self._asked and self._asked[0] != run:  # a jump: discard what was asked for
             self._drain()
+        self._whole = False
         while len(self._asked) < RUNS_AHEAD:
             self._ask(self._asked[-1] + 1 if self._asked else run)
+        self._whole = True
         place = run % RING_RUNS * self.steps_per_run
         slots = self._ring[place : place + self.steps_per_run]
         with torch.cuda.stream(self._side):  # does nothing where there is none
@@ -210,15 +214,16 @@ class DaliLoader:
     def _ask(self, run: int) -> None:
         """Have the pipeline make a run, behind those it is at."""
         samples = self._samples(run)
-        self._feed("order", torch.from_numpy(samples.index)[None])
-        self._feed("matrices", torch.from_numpy(_matrices(samples))[None])
-        self._asked.append(run)
-        if self._started:
-            self._pipeline.schedule_run()
-            self._under_way += 1
-        elif len(self._asked) == RUNS_AHEAD:  # DALI's first call starts as many runs as its queue is deep
-            self._pipeline.schedule_run()
-            self._started, self._under_way = True, RUNS_AHEAD
+        with _explained(f"DALI failed at its run {run}"):
+            self._feed("order", torch.from_numpy(samples.index)[None])
+            self._feed("matrices", torch.from_numpy(_matrices(samples))[None])
+            self._asked.append(run)
+            if self._started:
+                self._pipeline.schedule_run()
+                self._under_way += 1
+            elif len(self._asked) == RUNS_AHEAD:  # DALI's first call starts as many runs as its queue is deep
+                self._pipeline.schedule_run()
+                self._started, self._under_way = True, RUNS_AHEAD
 
     def _samples(self, run: int) -> Samples:
         """What a run is made of, in the order [step, plan, image]."""

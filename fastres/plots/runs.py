@@ -171,8 +171,13 @@ def grouped(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def once_a_seed(group: Sequence[Run]) -> list[Run]:
-    """The first run of each seed: a copy of one tells nothing of how far seeds spread."""
-    return list({run.config.seed: run for run in reversed(group)}.values())[::-1]
+    """Of each seed the run that got farthest: a copy of one tells nothing of how far seeds spread."""
+    best: dict[int, Run] = {}
+    for run in group:
+        other = best.setdefault(run.config.seed, run)
+        if (run.finished, run.reached) > (other.finished, other.reached):
+            best[run.config.seed] = run
+    return [run for run in group if best[run.config.seed] is run]
 
 
 def plot_runs(
