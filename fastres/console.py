@@ -234,7 +234,7 @@ def percent(fraction: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as 4.2 s, 3:07 or 19:05:00."""
-    if seconds < 60:
+    if seconds < 59.95:  # else it would be 60.0 s
         return f"{seconds:.1f} s"
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60

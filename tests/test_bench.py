@@ -1,10 +1,12 @@
 """bench/: what is timed is the training step, what is counted is right, verdicts are seldom wrong."""
 
+import contextlib
 import dataclasses
 import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.bench import measure as bench
+from fastres.bench import roofline
 from fastres.bench.cells import Cell, matrix
-from fastres.bench.measure import Bench, measure
+from fastres.bench.measure import Bench, _alive, _Chunks, measure
 from fastres.bench.parts import PARTS
 from fastres.bench.report import compare
 from fastres.bench.roofline import Ceilings, Work, measure_ceilings, work_of
@@ -22,6 +25,7 @@ from fastres.data.dali import DaliLoader, dali_available
 from fastres.data.synthetic import make_synthetic
 from fastres.data.table import TableLoader
 from fastres.models.cifar import CifarNet
+from fastres.runtime import Runtime
 from fastres.step import Replica, TrainStep
 from tests.runs import tiny
 
@@ -317,3 +321,66 @@ def test_replicas_on_frozen_batches_of_one_pipeline(tmp_path: Path, monkeypatch:
     assert not torch.equal(*batches)
     assert closed  # its threads would go on beside what is timed
     alive.close()
+
+
+def test_the_floor_of_a_launch() -> None:
+    assert Ceilings(100.0, 10.0, launch_seconds=3.0).floor(Work(200, 10)) == 3
+    assert Ceilings(100.0, 10.0, launch_seconds=3.0).floor(Work(400, 10)) == 4
+
+
+def test_ceilings_count_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of its own: a product of 2048 x 2048, a convolution of 16 maps, a copy of 256 MB read and written."""
+    for of_product, best in ((1.0, 2048**3), (1e3, 16 * 1024 * 64 * 64 * 9)):
+        seconds = iter([of_product, 1.0, 0.5])
+        monkeypatch.setattr(roofline, "_best", lambda *_, seconds=seconds: next(seconds))
+        assert measure_ceilings(torch.device("cpu"), torch.float32) == Ceilings(best, 2 * 4 * 2**26 / 0.5)
+
+
+def test_the_best_of_some_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two are thrown away, as is the slower half of the rest."""
+    times = [0.0]
+    for seconds in (0.1, 0.2, 9.0, 3.0, 8.0, 4.0, 7.0, 5.0, 6.0):
+        times += [times[-1] + seconds, times[-1] + seconds]
+    clock = iter(times)
+    monkeypatch.setattr(roofline, "perf_counter", lambda: next(clock))
+    assert roofline._best(lambda: None, CPU) == pytest.approx(4.5)  # of 3, 4, 5, 6
+
+
+def test_what_a_report_makes_of_its_chunks(tmp_path: Path) -> None:
+    one: Any = SimpleNamespace(
+        cell=cell(tmp_path), runtime=Runtime(CPU, "fp32"), work=Work(200, 10), images=32, compile_seconds=1.0,
+        peak_memory=None,
+    )  # fmt: skip
+    parts = [dict.fromkeys((*PARTS, "gaps"), 0.5) for _ in range(3)]
+    found = _Chunks(one, 10, [2.0, 4.0, 2.5], parts, joules=96.0).report(Ceilings(100.0, 10.0))
+    assert (found["images_per_second"], found["over_floor"]) == (32 / 2.5, 2.5 / 2)
+    assert found["joules_per_image"] == pytest.approx(96 / (3 * 10 * 32))
+    assert found["joules_per_paper_run"] == pytest.approx(96 / (3 * 10 * 32) * 64_000 * 128)
+    assert found["profiled_over_step"] == pytest.approx(1.2)  # of 1.5, 0.75, 1.2
+    assert _Chunks(one, 10, [2.0], parts[:1]).report(Ceilings(1.0, 1.0))["joules_per_image"] is None
+
+
+def test_cells_of_equal_data_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str | None] = []
+
+    def load(_: object, execution: Any, **__: object) -> object:
+        loaded.append(execution.data_dir)
+        return execution.data_dir
+
+    class Alive:
+        def __init__(self, _: Cell, images: object, **__: object) -> None:
+            self.images = images
+
+        def close(self) -> None:
+            pass
+
+    for name, double in (("load_images", load), ("Bench", Alive), ("prepare_unchecked", lambda _: None)):
+        monkeypatch.setattr(bench, name, double)
+    cells = [
+        Cell(str(k), tiny(tmp_path, data={"dataset": "cifar10"}, execution={"data_dir": folder}))
+        for k, folder in enumerate(("a", "a", "b"))
+    ]
+
+    with contextlib.ExitStack() as stack:
+        assert [bench.images for bench in _alive(cells, stack, lambda _: None)] == ["a", "a", "b"]  # type: ignore[comparison-overlap]
+    assert loaded == ["a", "b"]

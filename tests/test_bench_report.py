@@ -500,3 +500,15 @@ def test_files_that_are_no_reports(content: str, tmp_path: Path) -> None:
         InputError, match=r"a\.json (cannot be read|is not a benchmark report|has schema (99|True)|is damaged)"
     ):
         read_json(path)
+
+
+def test_a_larger_batch_is_foreseen_from_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second of a batch of 8 makes two of 16, which are few enough, and four of 32."""
+
+    def measured(cells: list[Cell], **_: Any) -> Any:
+        size = cells[0].config.recipe.batch_size
+        return {"cells": [{"label": cells[0].label, "step_seconds": {"median": size / 8}, "images_per_second": 8.0}]}
+
+    monkeypatch.setattr(scaling, "measure", measured)
+    found = scaling.measure_scaling(tiny(tmp_path), [8], [8, 16, 32], step_seconds=3, say=lambda _: None)
+    assert [cell["label"] for cell in found["cells"]] == ["ResNet8 batch 8", "ResNet8 batch 16"]

@@ -24,9 +24,9 @@ import typer.main
 import fastres
 from fastres import cli
 from fastres.cli import app, run
-from fastres.cli.flags import parse_model
+from fastres.cli.flags import parse_model, parse_percent
 from fastres.config import RunConfig, make_config
-from fastres.errors import InputError, Stop
+from fastres.errors import Diverged, InputError, MachineError, Stop
 from fastres.reproduce.paper import FIGURE_7, STAGES
 from fastres.rundir import RunDir
 
@@ -181,6 +181,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
      {"recipe": {"steps": 450, "batch_size": 100}, "data": {"val_split": True}}),
     ("--warmup-steps 50", {"recipe": {"warmup": "constant", "warmup_steps": 50}}),
     ("--warmup-epochs 2", {"recipe": {"warmup": "constant", "warmup_steps": 782}}),
+    ("--warmup ramp --warmup-epochs 2", {"recipe": {"warmup": "ramp", "warmup_steps": 782}}),
     ("--depth 110 --warmup error", {"model": {"depth": 110}, "recipe": {"warmup": "error"}}),
     ("--milestones 10,20 --lr 0.2", {"recipe": {"milestones": [10, 20], "lr": 0.2}}),
     ("--no-amp", {"execution": {"precision": "fp32"}}),
@@ -275,6 +276,15 @@ def test_a_run_is_a_config_too(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 
 BAD = [
+    ("--warmup none --warmup-epochs 1", "contradict"),
+    ("--warmup error --warmup-epochs 1", "leave that out"),
+    ("--seed 1 --seeds 2", "contradict"),
+    ("--seeds 2 --overwrite", "--seeds and --overwrite contradict"),
+    ("--resume a --config b", "--resume and --config contradict"),
+    ("--resume a --preset smoke", "--resume and --preset contradict"),
+    ("--resume a --overwrite", "contradict"),
+    ("--continue --resume a", "contradict"),
+    ("--continue --overwrite --out a", "contradict"),
     ("--depth 21", "20 and 26"),
     ("--depth twenty", "depth"),
     ("--dpeth 20", "did you mean --depth? (see fastres train --help)"),
@@ -671,3 +681,42 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug(monkeypatch: pytest.Monkey
 def test_more_than_anybody_means_is_refused(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(argv) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_folder_of_data_is_found_from_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert resolved(capsys, "--data-dir", "data").execution.data_dir == str(Path("data").absolute())
+
+
+def test_a_preset_that_is_given_wins_over_the_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('preset = "smoke"\n[recipe]\nlr = 0.2\n')
+    both = resolved(capsys, "--config", str(tmp_path / "a.toml"), "--preset", "fast")
+    assert both == make_config("fast", recipe={"lr": 0.2})
+
+
+def test_what_a_line_hands_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: dict[str, Any] = {}
+
+    def take(*args: Any, **how: Any) -> Any:
+        taken.update(how, args=args)
+        raise MachineError("enough")
+
+    monkeypatch.setattr("fastres.loop.train", take)
+    monkeypatch.setattr("fastres.sweep.train_seeds", take)
+    assert run(["train", "--preset", "smoke", "--out", "x", "--overwrite"]) == MachineError.exit_code
+    assert taken["overwrite"] is True
+    assert run(["train", "--preset", "smoke", "--out", "x"]) == MachineError.exit_code
+    assert taken["overwrite"] is False
+    assert run(["train", "--preset", "smoke", "--seeds", "2-3", "--side-by-side", "2"]) == MachineError.exit_code
+    assert (taken["args"][1], taken["side_by_side"]) == ([2, 3], 2)
+
+
+def test_seeds_that_all_diverge_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastres.sweep.train_seeds", lambda *_, **__: [Diverged("nan"), Diverged("nan")])
+    assert run(["train", "--preset", "smoke", "--seeds", "2", "--json"]) == Diverged.exit_code
+    assert capsys.readouterr().out == '[{"diverged": "nan"}, {"diverged": "nan"}]\n'
+
+
+def test_per_cent() -> None:
+    assert [parse_percent("--x", text) for text in ("0", "5%", "2.5")] == [0.0, 5.0, 2.5]

@@ -249,3 +249,43 @@ def test_curves_without_records_and_without_room(tmp_path: Path) -> None:
     draw_curves([], "empty", tmp_path)
     with pytest.raises(MachineError, match="cannot write"):
         draw_curves(RECORDS, "nowhere", tmp_path / "curves.png" / "below-a-file")
+
+
+def test_time_left_never_falls_below_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, stream = on("live", terminal=True)
+    console.show(Progress(*vars(HALF_WAY).values()))
+    monkeypatch.setattr("fastres.console.perf_counter", lambda: console._shown_at + 200)
+    assert console._live is not None
+    console._live.refresh()
+    assert "6:00  0.0 s left" in stream.getvalue()
+    console.close()
+
+
+def test_a_notice_is_of_the_runs_it_came_before(tmp_path: Path) -> None:
+    console, _ = on("lines")
+    console.say("before the first")
+    for name in ("first", "second"):
+        console.attach(RunDir.create(tmp_path / name))
+        console.attach()
+    assert (tmp_path / "first/console.log").read_text() == "before the first\n"
+    assert (tmp_path / "second/console.log").read_text() == ""
+
+
+def test_training_is_shown_after_a_download(tmp_path: Path) -> None:
+    console, stream = on("live", terminal=True)
+    console.download(170_000_000, 170_000_000)
+    before = len(stream.getvalue())
+    console.show(Progress(*vars(HALF_WAY).values()))
+    assert console._live is not None
+    console._live.refresh()
+    console.close()
+    assert "1000/2000" in stream.getvalue()[before:]
+    assert "downloading" not in stream.getvalue()[before:]
+
+
+def test_a_table_takes_the_display_down() -> None:
+    console, _ = on("live", terminal=True)
+    console.count(1, 3)
+    assert console._live is not None
+    console.print(Table())
+    assert console._live is None

@@ -20,7 +20,7 @@ from fastres.cli import run
 from fastres.cli.doctor import plain, table
 from fastres.data import cifar
 from fastres.errors import InputError, MachineError
-from fastres.machine import checks, doctor, driver, host
+from fastres.machine import checks, doctor, driver, host, memory
 from fastres.machine.checks import Finding
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,6 +181,8 @@ def test_torch_that_is_too_old_or_not_built_for_the_gpu(monkeypatch: pytest.Monk
         ((9, 0), "ok", "bf16"),
         ((12, 0), "ok", "bf16"),
         ((7, 5), "note", "no bf16"),
+        ((7, 0), "note", "no bf16"),
+        ((8, 0), "ok", "bf16"),
         ((7, 2), "note", "no bf16"),  # what is built for 7.0 runs on it
         ((6, 1), "error", "this torch has no kernels for it"),
         ((10, 0), "error", "this torch has no kernels for it"),
@@ -462,3 +464,70 @@ def test_tritons_cache(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "mine"))
     _, found = checks.compile_cache()
     assert (found.mark, found.value) == ("error", f"{tmp_path}/mine cannot be written")
+
+
+def test_what_linux_tells_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Data-centre GPUs are 3D controllers (0x0302), desktop ones VGA; the open kernel module has a name of its own."""
+    monkeypatch.undo()
+    monkeypatch.setattr(driver, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert (driver.version(), driver.has_gpu()) == (None, False)
+    proc, device = tmp_path / "proc/driver/nvidia/version", tmp_path / "sys/bus/pci/devices/0000:17:00.0"
+    proc.parent.mkdir(parents=True)
+    for module in (
+        "NVIDIA UNIX x86_64 Kernel Module  580.65.06",
+        "NVIDIA UNIX Open Kernel Module for x86_64  580.65.06",
+    ):
+        proc.write_text(f"NVRM version: {module}  Sun Jul 27 07:19:59 UTC 2025\nGCC version:  gcc version 12.3.0\n")
+        assert driver.version() == "580.65.06"
+    device.mkdir(parents=True)
+    for vendor, kind, found in (
+        ("0x10de", "0x030000", True),  # VGA
+        ("0x10de", "0x030200", True),  # 3D controller: an H200
+        ("0x10de", "0x040300", False),  # its sound
+        ("0x8086", "0x030000", False),
+    ):
+        (device / "vendor").write_text(f"{vendor}\n")
+        (device / "class").write_text(f"{kind}\n")
+        assert driver.has_gpu() == found
+
+
+def test_the_cpp_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("g++", "clang++", "mine"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for wanted, found in (("mine", "mine"), ("nowhere", "g++")):
+        monkeypatch.setenv("CXX", wanted)
+        assert host.cpp_compiler() == str(tmp_path / found)
+
+
+def test_writable_is_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert host.writable(tmp_path / "new" / "newer")
+    assert not host.writable(tmp_path / "file")
+    assert not host.writable(tmp_path / "file" / "below")
+
+
+def test_torchs_cache_is_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "here")
+    assert host.make_inductor_cache() == tmp_path / "here"
+
+
+def test_cpu_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "cpu_info", {"cpu family": "6", "model": "207", "stepping": "2"}.__getitem__)
+    assert host.cpu_id() == "6/207/2"
+    monkeypatch.setattr(host, "cpu_info", lambda _: "")
+    assert host.cpu_id() == ""
+
+
+def test_both_dalis_stop_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "version_of", lambda _: "2.4.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = one(checks.dali())
+    assert (found.mark, found.stops) == ("error", False)
+
+
+def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for usable, mark in ((None, "note"), (3_900_000_000, "note"), (4_100_000_000, "ok")):
+        monkeypatch.setattr(memory, "usable_memory", lambda _, usable=usable: usable)
+        assert one(checks.memory()).mark == mark

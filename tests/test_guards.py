@@ -16,16 +16,18 @@ from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from fastres import checkpoint, guards
 from fastres.config import RunConfig, make_config
-from fastres.errors import Interrupted, MachineError, OutOfMemory
+from fastres.errors import DiskFull, Interrupted, MachineError, OutOfMemory
 from fastres.guards import (
     Interrupt,
     check_memory,
     explained_compilation,
+    explained_full_disk,
     explained_memory_errors,
     interrupts,
     memory_of_a_step,
 )
 from fastres.machine import memory
+from fastres.rundir import CONFIG
 from fastres.runtime import Runtime
 
 SAID = (
@@ -337,3 +339,38 @@ def failing(error: Exception) -> Callable[[], None]:
         raise error
 
     return fail
+
+
+def test_usable_memory_counts_what_the_process_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import resource
+
+    page, cpu = resource.getpagesize(), torch.device("cpu")
+    (tmp_path / "meminfo").write_text("MemTotal: 64000000 kB\nMemAvailable:  1000000 kB\n")
+    (tmp_path / "statm").write_text("5000 1000 200 1 0 300 0\n")  # pages: mapped, held, ...
+    files = {"/proc/meminfo": tmp_path / "meminfo", "/proc/self/statm": tmp_path / "statm"}
+    monkeypatch.setattr(memory, "Path", files.__getitem__)
+    monkeypatch.setattr(memory, "CGROUP_LIMITS", ())
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert memory.usable_memory(cpu) == 1_000_000 * 1024 + 1000 * page
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (10_000 * page, resource.RLIM_INFINITY))
+    assert memory.usable_memory(cpu) == (10_000 - 5000 + 1000) * page
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    block = torch.ones(64_000_000, dtype=torch.uint8)
+    assert memory.peak_memory(torch.device("cpu")) > block.nbytes
+
+
+def test_a_full_disk_before_all_have_begun_offers_no_way_on(tmp_path: Path) -> None:
+    interrupt = Interrupt("resume with: x", folders=[tmp_path / "a", tmp_path / "b"])
+    for folder, resumable in zip(interrupt.folders, (False, True), strict=True):
+        folder.mkdir()
+        (folder / CONFIG).write_text("{}")
+        with pytest.raises(DiskFull) as caught, explained_full_disk(interrupt):
+            raise DiskFull("no room")
+        assert ("resume with: x" in str(caught.value)) == resumable
+
+
+@pytest.mark.parametrize(("said", "gb"), [("800000000 bytes", "0.8"), ("512.00 MiB", "0.5"), ("524288 KiB", "0.5")])
+def test_what_was_asked_for_in_any_unit(said: str, gb: str) -> None:
+    assert f"{gb} GB of them at once" in explained(RuntimeError(f"CUDA out of memory. Tried to allocate {said}."))

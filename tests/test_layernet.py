@@ -551,6 +551,7 @@ def test_a_launch_as_the_driver_sees_it(monkeypatch: pytest.MonkeyPatch) -> None
         (128, 128, True),
         (137, 137, True),  # a prime number: two rounds
         (256, 128, True),
+        (301, 43, False),
         (997, 1, False),
         (1000, 125, True),
         (8192, 128, True),

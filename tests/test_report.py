@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from fastres.errors import MachineError
 from fastres.evaluator import Evaluation
 from fastres.plots.runs import read_runs
 from fastres.plots.series import Curve, Line, curve_of
-from fastres.reproduce import markup, report
+from fastres.reproduce import markup, report, sections
 from fastres.reproduce.answers import NUM_MISTAKES, Answers, Mistake, answers_of, png
 from fastres.reproduce.charts import line_chart, ticks
 from fastres.reproduce.report import MAX_BYTES, render, write_report
@@ -517,3 +518,38 @@ def test_bad_input(line: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_no_room(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert command(["report", str(run), "--no-eval", "--out", str(tmp_path / "file" / "x.html")]) == 3
+
+
+def test_the_newest_test_and_the_best_one() -> None:
+    records = [
+        {"kind": "test", "step": 12, "error": 0.4},
+        {"kind": "train", "step": 20, "error": 0.1},
+        {"kind": "test", "step": 24, "error": 0.5},
+    ]
+    run: Any = SimpleNamespace(records=records)
+    subject = Subject(run, None, "not tested")
+    assert (subject.last_test["step"], subject.test_error, subject.best) == (24, 0.5, (0.4, 12))
+
+
+def text_of(html: str) -> str:
+    return " ".join(re.sub(r"<[^>]*>", " ", html).split())
+
+
+def test_where_the_time_went() -> None:
+    """In a fixed order, unknown clocks behind, and none that is too short to tell."""
+    run: Any = SimpleNamespace(records=[])
+    result: Any = SimpleNamespace(seconds={"strange": 2.0, "import": 0.04, "compile": 7.0, "train": 60.0})
+    text = text_of(sections.clocks(Subject(run, result, "")))
+    assert "importing" not in text
+    assert text.index("train") < text.index("compiling") < text.index("strange")
+
+
+def test_only_what_changed_is_told_of_a_resumed_run() -> None:
+    first = {"torch": "2.15.0", "gpu": "NVIDIA A"}
+    folder = SimpleNamespace(
+        environments=lambda: [first, {**first, "gpu": "NVIDIA B", "resumed": True, "step": 7}], data=dict
+    )
+    run: Any = SimpleNamespace(folder=folder)
+    text = text_of(sections.environment(Subject(run, None, "")))
+    assert "at step 7 gpu NVIDIA B" in text
+    assert text.count("2.15.0") == 1

@@ -239,9 +239,9 @@ def test_the_time_left_counts_layers_and_runs_side_by_side(tmp_path: Path) -> No
 
 def test_an_ablation_has_a_folder_of_its_own(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = [*REPRODUCE, "--runs", str(whole), "--dry-run"]
-    flags = ["--shortcut", "B", "--norm-batch", "64", "--lr-in-velocity", "--init", "fan_in", "--warmup", "none"]
+    flags = ["--shortcut", "B", "--norm-batch", "64", "--lr-in-velocity", "--init", "fan_in"]
     assert run([*line, *flags]) == 0
-    folder = whole / "shortcut-B-norm-batch-64-warmup-none-lr-in-velocity"
+    folder = whole / "shortcut-B-norm-batch-64-lr-in-velocity"
     places = [text.split()[-1] for text in capsys.readouterr().out.splitlines()[:-1]]
     assert places == [str(folder / name) for name in ("resnet8/seed0", "resnet8/seed1", "plainnet8/seed0")]
     assert run([*line, "--shortcut", "B"]) == 0  # plain nets have none: theirs are the runs that are there

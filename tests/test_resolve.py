@@ -17,7 +17,7 @@ from fastres.native import fusednet
 from fastres.native.fusednet import layers_of
 from fastres.native.layernet import LayerInference, LayerNet, kind_of
 from fastres.resolve import Verdict, check_kernels, prepare_for
-from fastres.runtime import Runtime
+from fastres.runtime import Runtime, prepare
 from tests.test_fusednet import Double, needs_triton
 from tests.test_layernet import folder, launched, needs_compiler, roomy_gpu, weights_of  # noqa: F401 (fixtures)
 
@@ -85,6 +85,7 @@ def without_a_tap(grads: Tensor) -> Tensor:
     [
         ("layer3.0.conv2.weight", {"weight_grads": without_a_tap}),
         ("", {"weight_grads": lambda grads: grads * 1.3}),
+        ("", {"weight_grads": lambda grads: grads * 1.1}),
         ("conv1.weight", {"weight_grads": lambda grads: grads + torch.nan}),
         ("bn1.weight", {"norm_grads": lambda grads: grads.flip(0)}),
         ("", {"maps": lambda maps: maps.flip(0)}),  # of other images
@@ -183,20 +184,11 @@ def test_torchs_kernels_take_the_place_of_those_with_a_fault(monkeypatch: pytest
         prepare_for(make_config(execution={"threads": 1, "layer_kernels": True}))
 
 
-def test_what_could_not_be_checked_is_used_and_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    roomy_gpu(monkeypatch)
-    asked: list[Any] = []
-
-    def compare(*which: Any) -> Verdict:
-        asked.append(which)
-        return Verdict(notes=("a note",))
-
-    monkeypatch.setattr(resolve, "_compare", compare)
-    for count in (1, 2):  # memory may have been short for a moment
-        runtime = prepare_for(make_config(execution={"threads": 1}))
-        assert runtime.native
-        assert runtime.notes == ("a note",)
-        assert len(asked) == count
+def test_what_could_not_be_checked_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may have been short for a moment."""
+    verdicts = [Verdict(notes=("a note",)), Verdict()]
+    monkeypatch.setattr(resolve, "_compare", lambda *_: verdicts.pop(0))
+    assert [check_kernels(RUNTIME, SMALL, 8).notes for _ in range(3)] == [("a note",), (), ()]
 
 
 def test_it_is_done_once_a_process_and_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,3 +242,14 @@ def test_the_small_network_has_every_kernel_of_a_deep_one(monkeypatch: pytest.Mo
     assert kernels_of(8, "resnet") < kernels_of(32, "resnet")
     kinds = [{kind_of(layer) for layer in layers_of(CifarNet(d), weights_of(CifarNet(d)), 16)} for d in (8, 32)]
     assert kinds[0] == kinds[1]  # of the layer kernels
+
+
+def test_what_there_was_to_say_before_the_check_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    roomy_gpu(monkeypatch)
+    prepared = prepare
+    monkeypatch.setattr(
+        resolve, "prepare", lambda *args, **how: replace(prepared(*args, **how), notes=("said before",))
+    )
+    for verdict in (Verdict(), Verdict("are wrong"), Verdict(notes=("could not be checked",))):
+        monkeypatch.setattr(resolve, "check_kernels", lambda *_, verdict=verdict: verdict)
+        assert prepare_for(make_config(execution={"threads": 1})).notes[0] == "said before"

@@ -22,7 +22,8 @@ from fastres import runtime
 from fastres.cli.flags import parse_channels
 from fastres.config import Execution
 from fastres.errors import InputError, MachineError, OutOfMemory, says_out_of_memory
-from fastres.machine import driver, gpu, host
+from fastres.machine import checks, driver, gpu, host
+from fastres.machine import environment as env
 from fastres.machine.environment import _commit, environment
 from fastres.runtime import prepare
 
@@ -161,6 +162,7 @@ def test_a_gpu_without_what_launches_kernels(monkeypatch: pytest.MonkeyPatch, la
         (None, True, None, "13.2", "there is an NVIDIA GPU, but no driver"),
         ((12, 4), True, None, "13.2", "the driver knows CUDA up to 12.4, and this torch needs 13.2"),
         ((13, 0), True, "", "13.2", "hidden by CUDA_VISIBLE_DEVICES=''"),
+        ((13, 0), True, "-1", "13.2", "hidden by CUDA_VISIBLE_DEVICES='-1'"),
         ((13, 0), True, None, None, "this torch was built for the CPU alone"),
         ((13, 0), True, "7", "13.2", "CUDA_VISIBLE_DEVICES is '7'"),
         ((13, 0), True, None, "13.2", ""),
@@ -232,6 +234,8 @@ def test_a_gpu_that_torch_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> 
         (["sm_75", "sm_80", "sm_90", "compute_90"], (11, 0), True),
         (["sm_86"], (8, 0), False),
         (["sm_100a"], (10, 0), True),
+        (["sm_100f"], (10, 0), True),
+        (["compute_120f"], (12, 1), True),
         (["gfx90a"], (9, 0), True),
         ([], (9, 0), True),
     ],
@@ -419,3 +423,30 @@ def test_channels_are_pixels_of_0_to_1(text: str) -> None:
             parse_channels(flag, text)
     with pytest.raises(InputError, match="--std is '0,1,1'; pixels are 0 to 1 here, so 0 cannot be"):
         parse_channels("--std", "0,1,1")
+
+
+def test_a_commit_has_a_plus_where_files_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Untracked files, as runs/, do not count; where git does not say, they may differ."""
+    module = tmp_path / "fastres" / "machine" / "environment.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(env, "__file__", str(module))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "config.json").touch()
+    commit = str(_commit())
+    assert len(commit) == 40
+    module.write_text("changed")
+    assert _commit() == f"{commit}+"
+    module.write_text("")
+    asked = env._git
+    monkeypatch.setattr(env, "_git", lambda root, *command: None if command[0] == "status" else asked(root, *command))
+    assert _commit() == f"{commit}+"
+
+
+def test_either_dali_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in checks.DALI:
+        monkeypatch.setattr(host, "version_of", {name: "2.4.0"}.get)
+        assert environment(prepare(Execution(device="cpu", threads=1)))["dali"] == "2.4.0"

@@ -22,6 +22,7 @@ from fastres import checkpoint, member, pace, sweep
 from fastres.build import load_images
 from fastres.cli import run
 from fastres.cli.flags import parse_seeds
+from fastres.clock import Clocks
 from fastres.console import Console
 from fastres.data.dali import dali_available
 from fastres.errors import Diverged, InputError, Interrupted, InUse, MachineError, OutOfTime
@@ -32,7 +33,7 @@ from fastres.rundir import CONFIG, RunDir
 from fastres.runfolders import find_runs
 from fastres.step import Replica, TrainStep
 from fastres.sweep import train_all, train_seeds
-from fastres.sweepdir import write_sweep
+from fastres.sweepdir import read_sweep, write_sweep
 from tests.runs import assert_same_run, tiny
 from tests.test_loop import interrupt_at, train_until
 
@@ -501,3 +502,51 @@ def test_one_seed_of_a_sweep_is_asked_for_otherwise(tmp_path: Path, capsys: pyte
     for more in ([], ["--dry-run"]):
         assert run(["train", "--resume", str(tmp_path / "sweep"), "--seed", "7", *more]) == 2
         assert "--seed 7: a sweep has several; --seeds 7-7 trains that one too" in capsys.readouterr().err
+
+
+def test_runs_side_by_side_have_one_step_in_common(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair of these has one, but not all three."""
+    saved = {"seed0": {10, 20}, "seed1": {20, 30}, "seed2": {10, 30}, "seed3": {20}}
+    monkeypatch.setattr(checkpoint, "steps", lambda path: saved[path.name])
+    folders = sweep.seed_folders(tmp_path, tiny(tmp_path), range(4))
+    group = sweep._next_group(folders, 4)
+    assert [path.name for path in group] == ["seed0", "seed1", "seed3"]
+
+
+def test_only_the_first_group_counts_what_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the seconds of importing and of the first runs would be in every later run's result too."""
+    taken: list[Clocks | None] = []
+
+    def take(folders: Any, *_: Any, clocks: Clocks | None, **__: Any) -> Sequence[Path]:
+        taken.append(clocks)
+        return list(folders)
+
+    monkeypatch.setattr(sweep, "train_together", take)
+    clocks = Clocks()
+    folders = sweep.seed_folders(tmp_path, tiny(tmp_path), range(3))
+    assert train_all(folders, Interrupt(""), console=Console("quiet"), clocks=clocks)
+    assert taken == [clocks, None, None]
+
+
+def test_seeds_that_are_added_come_last(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    write_sweep(tmp_path, config, [3, 1])
+    (tmp_path / "seed3").mkdir(exist_ok=True)
+    (tmp_path / "seed3" / CONFIG).write_text("{}")
+    write_sweep(tmp_path, config, [0, 1])
+    assert read_sweep(tmp_path)["seeds"] == [3, 1, 0]
+
+
+def test_a_run_is_found_once_by_all_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs/one").mkdir(parents=True)
+    (tmp_path / "runs/one" / CONFIG).write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "runs/one")
+    monkeypatch.chdir(tmp_path)
+    assert len(find_runs([Path("runs/one"), tmp_path / "runs/one", Path("link")])) == 1
+
+
+def test_too_many_seeds_in_all() -> None:
+    assert len(parse_seeds("0-499,500-999")) == 1_000
+    for text in ("1001", "0-1000", "0-999,1000"):
+        with pytest.raises(InputError, match="at most 1,000 in all"):
+            parse_seeds(text)
