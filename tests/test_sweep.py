@@ -538,8 +538,7 @@ def test_seeds_that_are_added_come_last(tmp_path: Path) -> None:
 
 
 def test_a_run_is_found_once_by_all_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "runs/one").mkdir(parents=True)
-    (tmp_path / "runs/one" / CONFIG).write_text("{}")
+    RunDir.create(tmp_path / "runs/one").write_json(CONFIG, tiny(tmp_path).to_dict())
     (tmp_path / "link").symlink_to(tmp_path / "runs/one")
     monkeypatch.chdir(tmp_path)
     assert len(find_runs([Path("runs/one"), tmp_path / "runs/one", Path("link")])) == 1
