@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,15 @@ needs_nvrtc = pytest.mark.skipif(
     not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.bindings"),
     reason="this torch came without cuda-bindings",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """What kernels are compared with, torch's bf16 on a CPU, rounds its sums by how many threads share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
