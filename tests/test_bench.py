@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,16 +27,9 @@ from fastres.models.cifar import CifarNet
 from fastres.runtime import Runtime
 from fastres.step import Replica, TrainStep
 from tests.runs import tiny
+from tests.test_step import one_thread  # noqa: F401 (a fixture for the whole file)
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- roofline

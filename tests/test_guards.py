@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,11 @@ from fastres.guards import (
 from fastres.machine import memory
 from fastres.rundir import CONFIG
 from fastres.runtime import Runtime
+from tests.test_step import one_thread  # noqa: F401 (a fixture for the whole file)
 
 SAID = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.50 GiB is free."
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(batch_size: int = 4096, **changes: Any) -> RunConfig:

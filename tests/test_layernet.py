@@ -6,7 +6,6 @@ import ctypes
 import importlib.util
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +34,7 @@ from tests import emulated
 from tests.interpreted import far, network
 from tests.test_fusednet import some_gpu
 from tests.test_shadow import everything, make
+from tests.test_step import one_thread  # noqa: F401 (a fixture for the whole file)
 
 BF16 = torch.bfloat16
 KINDS = [Kind(32, 1, 16, 16), Kind(16, 2, 16, 32), Kind(16, 1, 32, 32), Kind(8, 2, 32, 64), Kind(8, 1, 64, 64)]
@@ -52,15 +52,6 @@ needs_nvrtc = pytest.mark.skipif(
     not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.bindings"),
     reason="this torch came without cuda-bindings",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """What kernels are compared with, torch's bf16 on a CPU, rounds its sums by how many threads share them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

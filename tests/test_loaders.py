@@ -35,6 +35,7 @@ from fastres.errors import MachineError
 from fastres.runtime import Runtime, prepare
 from tests.fakecuda import FakeCuda, FakeStream, Recorded
 from tests.runs import tiny
+from tests.test_step import one_thread  # noqa: F401 (a fixture for the whole file)
 
 CPU, NUM, BATCH = torch.device("cpu"), 50, 16
 STEPS = 3 * NUM // BATCH + 2  # over three epochs; 16 does not divide 50, so batches straddle their edges
@@ -42,14 +43,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_dali = pytest.mark.skipif(not dali_available(), reason="DALI is not installed here")
 # Python 3.12 and later warn of any fork beside threads; worker processes are how people load data.
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

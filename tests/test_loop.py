@@ -457,10 +457,8 @@ def test_constant_warmup_ends_is_logged_and_kept(tmp_path: Path) -> None:
     assert checkpoint.load(out / checkpoint.NEWEST).meta["warmup_end"] == 8
 
 
-def test_warmup_by_error_waits_for_the_error_and_survives_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The paper's rule, its window and pace shrunk so that it fires within a tiny run, then resumed across it."""
+def answer_wrongly(monkeypatch: pytest.MonkeyPatch, *, until: int) -> None:
+    """15 of 16 answers are wrong up to a step, above 80 %, then 4; the warm-up's window and pace are shrunk."""
     monkeypatch.setattr("fastres.optim.WARMUP_WINDOW", 8)
     monkeypatch.setattr("fastres.runstate.WARMUP_WINDOW", 8)
     monkeypatch.setattr("fastres.optim.WARMUP_LOOK_EVERY", 4)
@@ -469,10 +467,17 @@ def test_warmup_by_error_waits_for_the_error_and_survives_a_stop(
 
     def scripted(self: TrainStep, step: int, stop: int | None = None) -> int:
         take(self, step, stop)
-        self.replicas[0].errors[step] = 15 if step < 10 else 4  # of 16: above 80 % for ten steps, then well below
+        self.replicas[0].errors[step] = 15 if step < until else 4
         return 1
 
     monkeypatch.setattr(TrainStep, "__call__", scripted)
+
+
+def test_warmup_by_error_waits_for_the_error_and_survives_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paper's rule, so that it fires within a tiny run, then resumed across it."""
+    answer_wrongly(monkeypatch, until=10)
     recipe = {"warmup": "error", "warmup_lr": 0.001}
     # Steps 5..12 hold 6 x 15 + 2 x 4 = 98 of 128 wrong, below 80 %: it ends when step 12 is looked at, not at step 8.
     assert fastres.train(tiny(tmp_path / "whole", recipe=recipe), verbosity="quiet").warmup_end == 12
@@ -484,17 +489,7 @@ def test_warmup_by_error_waits_for_the_error_and_survives_a_stop(
 def test_warmup_by_error_looks_at_its_own_window_and_not_at_the_last_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastres.config.FIRST_LOOK", 4)
-    monkeypatch.setattr("fastres.optim.WARMUP_WINDOW", 8)
-    monkeypatch.setattr("fastres.optim.WARMUP_LOOK_EVERY", 4)
-    take = TrainStep.__call__
-
-    def scripted(self: TrainStep, step: int, stop: int | None = None) -> int:
-        take(self, step, stop)
-        self.replicas[0].errors[step] = 15 if step < 11 else 4
-        return 1
-
-    monkeypatch.setattr(TrainStep, "__call__", scripted)
+    answer_wrongly(monkeypatch, until=11)
     # At step 12 the eight steps before it hold 109 wrong of 128; the two since the last log only 19 of 32.
     recipe = {"warmup": "error", "warmup_lr": 0.001}
     assert fastres.train(tiny(tmp_path / "run", recipe=recipe), verbosity="quiet").warmup_end == 16
