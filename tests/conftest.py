@@ -1,6 +1,5 @@
 """What all tests share: no network, no cache of the user's, no GPU tests without a GPU."""
 
-import functools
 import os
 import signal
 import socket
@@ -12,7 +11,17 @@ import pytest
 LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of the processes that share the tests its own cores: more threads than cores wait for each other."""
+    worker: dict[str, object] | None = getattr(config, "workerinput", None)
+    if worker and hasattr(os, "sched_setaffinity"):
+        place, count = int(str(worker["workerid"]).removeprefix("gw")), int(str(worker["workercount"]))
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[place::count])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Those that may take long go first, else one process might be at the last of them alone.
+    items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers("timeout")), default=0))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
@@ -45,12 +54,13 @@ def heeded_interrupt() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def synthetic_data_made_once() -> Iterator[None]:
-    """Dozens of runs train on the built-in data; it is the same each time, and two seconds each time."""
+def few_synthetic_images() -> Iterator[None]:
+    """Dozens of runs train on the built-in data, here and in what says so (tests/few.py)."""
     from fastres.data import synthetic
+    from tests.few import few_images
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "make_synthetic", functools.cache(synthetic.make_synthetic))
+        patch.setattr(synthetic, "make_synthetic", few_images)
         yield
 
 

@@ -25,7 +25,15 @@ from tests.runs import assert_same_run
 FLAGS = ["--threads", "1", "--log-every", "5", "--eval-every", "60", "--checkpoint-every", "3", "--no-amp", "--quiet"]
 
 
-def crash(kills: int, flags: list[str], folder: Path, *, seed: int, say: Callable[[str], None] = print) -> None:
+def crash(
+    kills: int,
+    flags: list[str],
+    folder: Path,
+    *,
+    seed: int,
+    program: str = "fastres",
+    say: Callable[[str], None] = print,
+) -> None:
     """Kill training processes until `kills` of them died, and compare every run they belonged to.
 
     Args:
@@ -33,6 +41,7 @@ def crash(kills: int, flags: list[str], folder: Path, *, seed: int, say: Callabl
         flags: Of `fastres train`.
         folder: Where the runs go.
         seed: Of the moments.
+        program: The module that trains.
         say: Takes a line for each kill and each comparison.
 
     Raises:
@@ -41,14 +50,14 @@ def crash(kills: int, flags: list[str], folder: Path, *, seed: int, say: Callabl
     chance = random.Random(seed)
     whole = folder / "whole"
     began = time.perf_counter()
-    _finish(flags, whole)
+    _finish(flags, whole, program)
     seconds = time.perf_counter() - began
     say(f"uninterrupted: {seconds:.1f} s")
     killed, runs = 0, 0
     while killed < kills:
         run, runs = folder / f"run{runs}", runs + 1
         for _ in range(min(3, kills - killed)):
-            process = _start(flags, run)
+            process = _start(flags, run, program)
             try:
                 process.wait(timeout=chance.uniform(0.2, 1.0) * seconds)
                 break  # it was faster than its killer
@@ -60,7 +69,7 @@ def crash(kills: int, flags: list[str], folder: Path, *, seed: int, say: Callabl
             left = sorted(p.name for p in run.iterdir() if p.suffix == ".tmp") if run.exists() else []
             say(f"kill {killed}: newest checkpoint at step {step}{', left behind ' + ', '.join(left) if left else ''}")
         if not (run / "result.json").exists():
-            _finish(flags, run)
+            _finish(flags, run, program)
         assert_same_run(whole, run)
         assert not [p for p in run.iterdir() if p.suffix == ".tmp"], "a temporary file was left behind"
         say(f"{run.name}: bit-identical after {killed} kills in all")
@@ -70,7 +79,15 @@ REPRODUCE = ["reproduce", "all", "--preset", "smoke", "--nets", "ResNet8,PlainNe
 REPRODUCE += ["--precision", "fp32"]
 
 
-def crash_reproduce(kills: int, whole: Path, folder: Path, *, seed: int, say: Callable[[str], None] = print) -> None:
+def crash_reproduce(
+    kills: int,
+    whole: Path,
+    folder: Path,
+    *,
+    seed: int,
+    program: str = "fastres",
+    say: Callable[[str], None] = print,
+) -> None:
     """Kill `fastres reproduce` at `kills` random moments, and compare the tables that it ends with.
 
     Args:
@@ -78,6 +95,7 @@ def crash_reproduce(kills: int, whole: Path, folder: Path, *, seed: int, say: Ca
         whole: A folder in which it was not killed.
         folder: Where the others go.
         seed: Of the moments.
+        program: The module that trains.
         say: Takes a line for each kill and each comparison.
 
     Raises:
@@ -87,7 +105,7 @@ def crash_reproduce(kills: int, whole: Path, folder: Path, *, seed: int, say: Ca
     killed, count = 0, 0
     while killed < kills:
         runs, count = folder / f"runs{count}", count + 1
-        command = [sys.executable, "-m", "fastres", *REPRODUCE, "--runs", str(runs), "--quiet"]
+        command = [sys.executable, "-m", program, *REPRODUCE, "--runs", str(runs), "--quiet"]
         for _ in range(min(5, kills - killed)):
             process = subprocess.Popen(command, start_new_session=True)
             try:
@@ -112,15 +130,15 @@ def timeless_table(path: Path) -> dict[str, Any]:
     return stored
 
 
-def _start(flags: list[str], run: Path) -> subprocess.Popen[bytes]:
+def _start(flags: list[str], run: Path, program: str) -> subprocess.Popen[bytes]:
     """A training process in a group of its own; it goes on with `run` where there is one."""
     where = ["--resume", str(run)] if (run / "config.json").exists() else ["--out", str(run), "--overwrite", *flags]
-    command = [sys.executable, "-m", "fastres", "train", *where, *(["--quiet"] if where[0] == "--resume" else [])]
+    command = [sys.executable, "-m", program, "train", *where, *(["--quiet"] if where[0] == "--resume" else [])]
     return subprocess.Popen(command, start_new_session=True)
 
 
-def _finish(flags: list[str], run: Path) -> None:
-    process = _start(flags, run)
+def _finish(flags: list[str], run: Path, program: str) -> None:
+    process = _start(flags, run, program)
     assert process.wait() == 0, f"exit code {process.returncode}"
 
 

@@ -81,6 +81,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return depths
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # where the tests have one core
 @pytest.mark.parametrize("side", [*throughput.BASELINES, "fastres"])
 def test_all_sides_train_the_depth_that_was_asked_for(
     side: str, asked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -518,7 +518,7 @@ def test_a_full_disk_under_stdout_loses_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_save_and_exit(tmp_path: Path, signum: signal.Signals) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "fastres", "train", *TINY, "--steps", "100000", "--out", str(out)]
+    command = [sys.executable, "-m", "tests.few", "train", *TINY, "--steps", "100000", "--out", str(out)]
     before = signal.signal(signum, signal.SIG_DFL)  # under nohup the child would ignore SIGHUP, as it should
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     signal.signal(signum, before)

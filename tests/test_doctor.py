@@ -352,6 +352,21 @@ def homeless() -> Path:
     raise MachineError("no cache folder: there is no home")
 
 
+def test_bytecode_that_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept or not, found there it is used."""
+    kept = tmp_path / "__init__.pyc"
+    monkeypatch.setattr(importlib.util, "cache_from_source", lambda _: str(kept))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = one(checks.bytecode())
+    assert (found.mark, found.stops) == ("note", False)
+    assert found.remedy.endswith(f" -m compileall -q -j 0 {Path(torch.__file__).parent.parent}")
+    kept.touch()
+    assert list(checks.bytecode()) == []
+    kept.unlink()
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert list(checks.bytecode()) == []
+
+
 def test_how_packages_are_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clone = tmp_path / "my clone"
     monkeypatch.setattr(sys, "prefix", str(clone / ".venv"))

@@ -15,9 +15,9 @@ import fastres
 from fastres import checkpoint
 from fastres.cli import run as run_command
 from fastres.config import NUM_TRAIN, Data, Execution
+from fastres.data import synthetic
 from fastres.data.cifar import BATCHES
 from fastres.data.imageset import ImageSet
-from fastres.data.synthetic import make_synthetic
 from fastres.errors import InputError
 from fastres.evaluate import Outcome, load_trained, report, score
 from fastres.models.cifar import CifarNet, init_he_
@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images() -> ImageSet:
-    return make_synthetic()
+    return synthetic.make_synthetic()
 
 
 def evaluate_target(target: Path, execution: dict[str, Any], **how: Any) -> Outcome:
@@ -57,9 +57,9 @@ def test_a_run_and_its_checkpoint_give_what_training_said(run: Path) -> None:
         assert list(outcome.to_dict()["class_errors"].values()) == result["class_errors"]
 
 
-def test_the_mean_image_comes_from_the_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_image_comes_from_the_checkpoint(run: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageSet, "mean_image", lambda _: pytest.fail("asked for the training images' mean"))
-    assert outcome_of(run).evaluation.num_images == 2_000
+    assert outcome_of(run).evaluation.num_images == len(images.test_images)
 
 
 def test_foreign_weights_see_the_per_pixel_mean(run: Path, tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_the_test_set_of_a_run_that_was_validated(run: Path, tmp_path: Path, mon
 
     def images(data: Data, *_: object, **__: object) -> ImageSet:
         asked.append(data.val_split)
-        return make_synthetic()
+        return synthetic.make_synthetic()
 
     monkeypatch.setattr("fastres.evaluate.load_images", images)
     for test_set, held_out in ((False, "validation"), (True, "test")):

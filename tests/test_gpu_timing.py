@@ -23,6 +23,7 @@ from fastres.evaluator import Evaluation, Evaluator
 from fastres.rundir import RunDir
 from fastres.runtime import Runtime
 from fastres.steptimer import StepTimer
+from tests.few import NUM_TEST
 
 CPU = torch.device("cpu")
 
@@ -133,7 +134,7 @@ def test_evaluations_share(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(gpu_files.TINY, "output", {"eval_every": 6})
     found = gpu_timing.evaluation(tiny, depth=110)
     each, first, training = found["seconds"]["median"], found["seconds"]["first"], 20 * found["step_seconds"]
-    assert (found["label"], found["images"], found["evaluations"]) == ("ResNet8", 2_000, 4)
+    assert (found["label"], found["images"], found["evaluations"]) == ("ResNet8", NUM_TEST, 4)
     assert each < first - 0.75
     assert found["share"]["found"] == pytest.approx((first + 3 * each) / training)
     assert found["seconds"]["warm_up"] >= 0.3

@@ -42,7 +42,10 @@ STEPS = 3 * NUM // BATCH + 2  # over three epochs; 16 does not divide 50, so bat
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_dali = pytest.mark.skipif(not dali_available(), reason="DALI is not installed here")
 # Python 3.12 and later warn of any fork beside threads; worker processes are how people load data.
-forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+forks = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning",
+    "ignore:This DataLoader will create 2 worker processes",  # where the tests have one core
+)
 
 
 @pytest.fixture(scope="module")
@@ -411,7 +414,7 @@ def test_torchvision_resumes_and_counts_no_workers(
 @forks
 def test_torchvision_leaves_this_process_alone(torchvision_loader: Callable[..., TorchvisionLoader]) -> None:
     state, before = torch.get_rng_state(), len(multiprocessing.active_children())
-    loader = torchvision_loader(dtype=torch.bfloat16, augment=False)
+    loader = torchvision_loader(dtype=torch.bfloat16, augment=False, num_workers=2)
     assert take(loader, 0)[0].dtype == torch.bfloat16
     assert len(multiprocessing.active_children()) == before + 2
     loader.close()

@@ -10,7 +10,7 @@ from PIL import Image
 
 import fastres
 from fastres import checkpoint
-from fastres.data.synthetic import make_synthetic
+from fastres.data import synthetic
 from fastres.errors import InputError
 from tests.runs import tiny
 
@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_answers_as_the_run_was_tested(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = make_synthetic()
+    images = synthetic.make_synthetic()
     monkeypatch.setattr("fastres.build.load_images", lambda *_, **__: pytest.fail("looked for data"))
     predictor = fastres.load(run, device="cpu")
     assert (predictor.step, predictor.class_names) == (16, images.class_names)
@@ -42,7 +42,7 @@ def test_it_answers_as_the_run_was_tested(run: Path, monkeypatch: pytest.MonkeyP
 
 def test_it_answers_alike_whatever_mode_its_network_is_in(run: Path) -> None:
     """In training mode it would answer by the batch's own statistics, and keep them."""
-    images, predictor = make_synthetic().test_images[:4], fastres.load(run, device=torch.device("cpu"))
+    images, predictor = synthetic.make_synthetic().test_images[:4], fastres.load(run, device=torch.device("cpu"))
     before, mean = predictor(images), predictor.net.state_dict()["bn1.running_mean"].clone()
     predictor.net.train()
     predictor.net.layer1.eval()  # as one freezes a part
@@ -54,7 +54,7 @@ def test_it_answers_alike_whatever_mode_its_network_is_in(run: Path) -> None:
 
 
 def test_it_takes_whatever_holds_pixels(run: Path) -> None:
-    images, predictor = make_synthetic().test_images[:2], fastres.load(run, device="cpu")
+    images, predictor = synthetic.make_synthetic().test_images[:2], fastres.load(run, device="cpu")
     expected = predictor(images)
     for same in (torch.from_numpy(images), list(images), [Image.fromarray(image) for image in images]):
         assert np.array_equal(predictor(same), expected)

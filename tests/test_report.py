@@ -18,7 +18,6 @@ from PIL import Image
 import fastres
 from fastres.cli import run as command
 from fastres.data import synthetic
-from fastres.data.synthetic import make_synthetic
 from fastres.errors import MachineError
 from fastres.evaluator import Evaluation
 from fastres.plots.runs import read_runs
@@ -163,7 +162,7 @@ def test_what_the_network_says_is_what_training_said(run: Path, tested: Answers)
 
 
 def test_the_sheet_shows_the_surest_wrong_answers(tested: Answers) -> None:
-    images = make_synthetic()
+    images = synthetic.make_synthetic()
     shown = tested.mistakes
     assert len(shown) == NUM_MISTAKES
     assert [one.probability for one in shown] == sorted((one.probability for one in shown), reverse=True)
@@ -360,7 +359,7 @@ def test_a_row_that_cannot_be_made_says_why_and_the_others_stand(sweep: Path) ->
 
 
 def test_images_that_were_not_the_runs_are_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = make_synthetic()
+    images = synthetic.make_synthetic()
     others = replace(images, test_images=images.test_images[::-1], official=False, name="cifar10")
     monkeypatch.setattr(synthetic, "make_synthetic", lambda: others)
     text = reported(run, evaluate=True).text

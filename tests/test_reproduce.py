@@ -60,7 +60,7 @@ def test_again_nothing_is_trained(whole: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_two_processes_share_the_work(whole: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastres", *REPRODUCE, "--runs", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.few", *REPRODUCE, "--runs", str(tmp_path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
@@ -183,7 +183,7 @@ def test_more_seeds_reuse_what_is_there(whole: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments_it_ends_with_the_same_table(whole: Path, tmp_path: Path) -> None:
-    crash_reproduce(2, whole, tmp_path, seed=int.from_bytes(os.urandom(4)))
+    crash_reproduce(2, whole, tmp_path, seed=int.from_bytes(os.urandom(4)), program="tests.few")
 
 
 def test_a_budget_stops_in_time_and_goes_on(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import fastres
 from fastres.cli import run as command
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.responses import Response, layer_responses
+from tests.few import NUM_TEST
 from tests.runs import tiny
 
 NETS = [(8, True, "A"), (14, True, "B"), (14, False, "A")]
@@ -164,7 +165,7 @@ def test_command_prints_a_table(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert command(["responses", str(run), "--device", "cpu", "--out", str(picture)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("ResNet8 at step 3: ")
-    assert lines[1] == "2,000 images of synthetic"
+    assert lines[1] == f"{NUM_TEST} images of synthetic"
     assert [line.split()[:2] for line in lines[2:4]] == [["1", "conv1"], ["2", "layer1.0.conv1"]]
     stds = [float(line.split()[2]) for line in lines[2:]]
     bars = [line.count("#") for line in lines[2:]]
@@ -179,7 +180,7 @@ def test_command_takes_foreign_weights_and_prints_json(tmp_path: Path, capsys: p
     line = f"responses {tmp_path / 'w.safetensors'} --arch plain --dataset synthetic --device cpu --json"
     assert command([*line.split(), "--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["model"], told["step"], told["precision"], told["num_images"]) == ("PlainNet8", None, "fp32", 2_000)
+    assert (told["model"], told["step"], told["precision"], told["num_images"]) == ("PlainNet8", None, "fp32", NUM_TEST)
     assert [(r["index"], r["layer"]) for r in told["responses"]][:2] == [(1, "conv1"), (2, "layer1.0.conv1")]
     assert all(r["std"] > 0 for r in told["responses"])
 

@@ -83,6 +83,16 @@ def torch_build() -> Iterable[Finding]:
     yield Finding("ok", "torch", f"{torch.__version__}, {build}")
 
 
+def bytecode() -> Iterable[Finding]:
+    """Whether Python keeps what it makes of torch's source. Nothing is said where it does."""
+    import torch
+
+    if sys.dont_write_bytecode and not Path(importlib.util.cache_from_source(torch.__file__)).exists():
+        value = "torch's is not kept, as containers often have it: every command takes seconds to make it anew"
+        packages = shlex.quote(str(Path(torch.__file__).parent.parent))
+        yield Finding("note", "bytecode", value, f"{shlex.quote(sys.executable)} -m compileall -q -j 0 {packages}")
+
+
 def packages() -> Iterable[Finding]:
     """What else fastres needs: whether it can be imported. Nothing is said where all can."""
     for module, name in PACKAGES.items():

@@ -36,6 +36,7 @@ def examine(data_dir: Path | None = None) -> Examination:
     looks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("system", checks.system),
         ("torch", checks.torch_build),
+        ("bytecode", checks.bytecode),
         ("packages", checks.packages),
         ("GPU", checks.gpus),
         ("driver", checks.nvidia_driver),
