@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastres.config import MAX_GRAPH_STEPS
 from fastres.cudagraph import WARM_UP_CALLS
 from fastres.models.cifar import CifarNet, init_he_
 from fastres.optim import make_sgd, momentum_buffers
@@ -213,6 +214,22 @@ def test_captured_steps_are_the_same_steps_one_or_several_at_a_time() -> None:
     for a, b in zip(plain.replicas[0].state(), captured.replicas[0].state(), strict=True):
         assert torch.equal(a, b)
     assert captured.replicas[0].loader.prepared == [0, *range(10)]  # type: ignore[attr-defined]
+
+
+def test_a_run_of_one_step_has_room_for_the_warm_up_of_the_longest_graph() -> None:
+    """On a GPU an index past the end ends the process."""
+    replica = make_replica(steps=1)
+    step, furthest = TrainStep([replica]), 0
+
+    def count() -> None:
+        nonlocal furthest
+        furthest = int(replica.counter)
+        replica.log(torch.zeros(()), torch.zeros((), dtype=torch.int32))
+
+    replica.step = count  # type: ignore[method-assign] # 192 of the real ones take long
+    step.warm_up(StandIn, graph_steps=MAX_GRAPH_STEPS)
+    assert furthest == WARM_UP_CALLS * MAX_GRAPH_STEPS - 1
+    assert len(replica.lrs) == len(replica.losses) == len(replica.errors) > furthest
 
 
 def test_several_steps_of_several_replicas_are_prepared_step_by_step() -> None:
