@@ -359,7 +359,7 @@ def test_bytecode_that_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     found = one(checks.bytecode())
     assert (found.mark, found.stops) == ("note", False)
-    assert found.remedy.endswith(f" -m compileall -q -j 0 {Path(torch.__file__).parent.parent}")
+    assert found.remedy.endswith(f" -m compileall -qq -j 0 {Path(torch.__file__).parent.parent}")
     kept.touch()
     assert list(checks.bytecode()) == []
     kept.unlink()

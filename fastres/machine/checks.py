@@ -89,8 +89,8 @@ def bytecode() -> Iterable[Finding]:
 
     if sys.dont_write_bytecode and not Path(importlib.util.cache_from_source(torch.__file__)).exists():
         value = "torch's is not kept, as containers often have it: every command takes seconds to make it anew"
-        packages = shlex.quote(str(Path(torch.__file__).parent.parent))
-        yield Finding("note", "bytecode", value, f"{shlex.quote(sys.executable)} -m compileall -q -j 0 {packages}")
+        packages = shlex.quote(str(Path(torch.__file__).parent.parent))  # -qq: some are for other Pythons
+        yield Finding("note", "bytecode", value, f"{shlex.quote(sys.executable)} -m compileall -qq -j 0 {packages}")
 
 
 def packages() -> Iterable[Finding]:
