@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -62,6 +63,13 @@ def few_synthetic_images() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synthetic, "make_synthetic", few_images)
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """What a test draws from torch's own generator does not depend on the tests before it, nor on who shares them."""
+    if torch := sys.modules.get("torch"):  # nobody has drawn from one that nobody has imported
+        torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -118,9 +118,10 @@ def test_the_step_around_it_is_the_plain_step(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(ours, theirs), name
 
 
-def test_the_head_written_out_is_the_last_layer() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_head_written_out_is_the_last_layer(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    maps = torch.randn(32, 8, 8, 64, generator=generator).bfloat16().requires_grad_()
+    maps = torch.randn(32, 8, 8, 64, generator=generator).to(dtype).requires_grad_()
     fc, labels = nn.Linear(64, 10), torch.randint(10, (32,), generator=generator)
     leaves = (maps, fc.weight, fc.bias)
     loss, wrong = predict_maps(*leaves, labels)
@@ -129,7 +130,8 @@ def test_the_head_written_out_is_the_last_layer() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert int(wrong) == int((logits.argmax(dim=1) != labels).sum())
     for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5 if ours.dtype == torch.float32 else 2**-8, atol=1e-8)
+        # Sums in another order, and where bf16 rounds them, they may fall on two neighbours: 2^-7 apart at most.
+        torch.testing.assert_close(ours, theirs, rtol=1e-5 if ours.dtype == torch.float32 else 2**-7, atol=1e-8)
 
 
 @pytest.mark.parametrize(
