@@ -36,6 +36,7 @@ NUM_CLUTTER = 4  # bars behind the pattern; two more lie over it
 CHUNK = 500  # images made at a time, to bound memory
 
 Ints = npt.NDArray[np.int32]
+Shorts = npt.NDArray[np.int16]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -74,10 +75,8 @@ def _draw_images(seed: int, split: int, num: int) -> tuple[Bytes, Bytes]:
         here = slice(start, min(start + CHUNK, num))
         raw = stream.random_raw((here.stop - start) * words).reshape(-1, words).astype("<u8")
         draws = raw[:, : NUM_DRAWS // 2].copy().view("<u4").astype(np.int64)
-        noise = (
-            raw[:, NUM_DRAWS // 2 :].copy().view(np.uint8).astype(np.int32).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3, 2)
-        )
-        images[here] = _compose(_Draws(draws), labels[here], noise.sum(axis=-1, dtype=np.int32) - 255)
+        noise = raw[:, NUM_DRAWS // 2 :].copy().view(np.uint8).astype(np.int16).reshape(-1, *images[0].shape, 2)
+        images[here] = _compose(_Draws(draws), labels[here], noise[..., 0] + noise[..., 1] - 255)
     return images, labels
 
 
@@ -98,26 +97,33 @@ class _Draws:
         return np.stack([self.between(low, high) for _ in range(3)], axis=-1)
 
 
-def _compose(draws: _Draws, labels: Bytes, noise: Ints) -> Bytes:
+def _compose(draws: _Draws, labels: Bytes, noise: Shorts) -> Bytes:
     """Paint a chunk of images: shaded background, clutter, the pattern, clutter over it, noise. Values 0 to 255."""
     rows, columns = np.arange(IMAGE_SIZE, dtype=np.int32)[:, None], np.arange(IMAGE_SIZE, dtype=np.int32)[None, :]
     slope = (columns - 16) * draws.between(-2, 2) + (rows - 16) * draws.between(-2, 2)
-    background = draws.colour(70, 186)
-    image = background + slope[..., None]
+    colours = [draws.colour(70, 186)]  # the background's first
+    uppermost = np.zeros(slope.shape, np.uint8)  # which of the colours each pixel has
 
-    def clutter(over: Ints) -> Ints:
+    def paint(where: Mask, colour: Ints) -> None:
+        np.putmask(uppermost, where, len(colours))
+        colours.append(colour)
+
+    def clutter() -> None:
         left, top, width, height = (draws.between(*span) for span in ((0, 30), (0, 30), (2, 7), (2, 7)))
         bar = (columns >= left) & (columns < left + width) & (rows >= top) & (rows < top + height)
-        return np.where(bar[..., None], draws.colour(20, 235), over)
+        paint(bar, draws.colour(20, 235))
 
     for _ in range(NUM_CLUTTER):
-        image = clutter(image)
+        clutter()
     contrast = draws.colour(30, 90) * (2 * draws.between(0, 1) - 1)[..., None]
-    pattern = _patterns(draws, labels, rows, columns)
-    image = np.where(pattern[..., None], background + contrast, image)
+    paint(_patterns(draws, labels, rows, columns), colours[0] + contrast)
     for _ in range(2):
-        image = clutter(image)
-    return np.clip(image + noise * draws.between(4, 10)[..., None] // 32, 0, 255).astype(np.uint8)
+        clutter()
+    palette = np.concatenate(colours, axis=1).astype(np.int16).reshape(-1, 3)  # the first image's colours, the second's
+    image = palette[uppermost + np.arange(len(labels))[:, None, None] * len(colours)]
+    image += (slope * (uppermost == 0)).astype(np.int16)[..., None]
+    image += noise * draws.between(4, 10).astype(np.int16)[..., None] // 32
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 def _patterns(draws: _Draws, labels: Bytes, rows: Ints, columns: Ints) -> Mask:
