@@ -120,7 +120,7 @@ def _compose(draws: _Draws, labels: Bytes, noise: Shorts) -> Bytes:
     for _ in range(2):
         clutter()
     palette = np.concatenate(colours, axis=1).astype(np.int16).reshape(-1, 3)  # the first image's colours, the second's
-    image = palette[uppermost + np.arange(len(labels))[:, None, None] * len(colours)]
+    image: Shorts = palette[uppermost + np.arange(len(labels))[:, None, None] * len(colours)]
     image += (slope * (uppermost == 0)).astype(np.int16)[..., None]
     image += noise * draws.between(4, 10).astype(np.int16)[..., None] // 32
     return np.clip(image, 0, 255).astype(np.uint8)
