@@ -272,7 +272,6 @@ class TrainStep:
                 now.copy_(was)
         for replica, scaler in zip(self.replicas, scalers, strict=True):
             replica.scaler.load_state_dict(scaler)
-            replica.optimizer.zero_grad(set_to_none=True)
 
     def check(self) -> None:
         """Raise RuntimeError where a tensor that a graph uses has moved."""

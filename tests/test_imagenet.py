@@ -21,6 +21,7 @@ from fastres.errors import InputError
 from fastres.evaluate import load_trained
 from fastres.models.cifar import init_he_, num_parameters
 from fastres.models.imagenet import ImageNetNet
+from fastres.models.norm import BatchNorm
 from fastres.responses import layer_responses
 from fastres.step import compile_blocks
 from fastres.weights import read_weights
@@ -82,8 +83,9 @@ def test_the_small_stem_keeps_the_map() -> None:
 
 
 @pytest.mark.parametrize("depth", [18, 50])
-def test_option_a_has_no_parameters_and_carries_the_old_channels(depth: int) -> None:
-    net = made(depth, shortcut="A")
+@pytest.mark.parametrize("pad", ["both", "after"])
+def test_option_a_has_no_parameters_and_carries_the_old_channels(depth: int, pad: Any) -> None:
+    net = made(depth, shortcut="A", pad=pad)
     assert not [name for name in net.state_dict() if "downsample" in name]
     for stage in (net.layer1, net.layer2):
         block = stage[0]
@@ -94,11 +96,22 @@ def test_option_a_has_no_parameters_and_carries_the_old_channels(depth: int) -> 
     with torch.no_grad():
         out = net.layer1[0](x)
         down = net.layer2[0](out)
-    extra = out.shape[1] - 64
-    torch.testing.assert_close(out[:, extra // 2 : extra // 2 + 64], x)
+
+    def place(num_new: int) -> int:  # of the first old channel
+        return num_new // 2 if pad == "both" else 0
+
+    first = place(out.shape[1] - 64)
+    torch.testing.assert_close(out[:, first : first + 64], x)
     assert out.sum() == pytest.approx(float(x.sum()), rel=1e-5)
-    kept = down[:, (down.shape[1] - out.shape[1]) // 2 :][:, : out.shape[1]]
+    kept = down[:, place(down.shape[1] - out.shape[1]) :][:, : out.shape[1]]
     torch.testing.assert_close(kept, out[:, :, ::2, ::2])
+
+
+def test_options_reach_every_norm() -> None:
+    for depth, num_norms in ((18, 20), (50, 53)):
+        net = ImageNetNet(depth, bn_eps=1e-3, bn_momentum=0.25, norm_batch=4)
+        norms = [(m.eps, m.momentum, m.group) for m in net.modules() if isinstance(m, BatchNorm)]
+        assert norms == [(1e-3, 0.25, 4)] * num_norms
 
 
 @pytest.mark.parametrize(("depth", "shortcut"), [(18, "B"), (50, "B"), (50, "A")])

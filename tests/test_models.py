@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.errors import InputError
-from fastres.models.cifar import Block, CifarNet, init_he_, num_parameters, shortcut_of
+from fastres.models.cifar import Block, CifarNet, init_he_, logits_of, num_parameters, shortcut_of
 from fastres.models.depth import check_depth
 from fastres.models.imagenet import ImageNetNet
 from fastres.models.norm import BatchNorm
@@ -208,6 +208,21 @@ def test_running_statistics_follow_the_batch() -> None:
     torch.testing.assert_close(net.bn1.running_var, 0.75 + 0.25 * maps.var(dim=(0, 2, 3)))
     norms = [m for m in CifarNet(8, bn_eps=1e-3).modules() if isinstance(m, nn.BatchNorm2d)]
     assert {m.eps for m in norms} == {1e-3}
+
+
+def test_pooling_and_logits_are_fp32_in_half_precision() -> None:
+    maps = (3 + torch.randn(4, 64, 8, 8, generator=torch.Generator().manual_seed(0))).bfloat16()
+    fc = make(8, num_classes=7).fc
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = logits_of(maps, fc)
+    exact = maps.double().mean(dim=(2, 3)) @ fc.weight.double().T + fc.bias.double()
+    assert logits.shape == (4, 7)
+    torch.testing.assert_close(logits, exact.float(), rtol=1e-5, atol=1e-5)  # a pooling in bf16 is some 1e-3 off
+
+
+def test_a_plain_net_has_no_shortcuts_of_either_kind() -> None:
+    nets = [CifarNet(8, residual=False, shortcut=shortcut) for shortcut in ("A", "B")]
+    assert list(nets[0].state_dict()) == list(nets[1].state_dict())
 
 
 # --- batch norm over groups of the batch
