@@ -147,7 +147,7 @@ def test_any_prefetch_depth_is_the_same(
 @pytest.mark.parametrize(("kind", "how"), EXACT)
 def test_any_step_may_be_asked_for(images: ImageSet, references: list[Tensor], kind: type, how: dict[str, Any]) -> None:
     loader = make(kind, images, **how)
-    for step in (7, 8, 2, 2, 10, 0, 1, 5):
+    for step in (7, 8, 2, 2, 6, 7, 8, 6, 10, 0, 1, 5):  # the second 6 where DALI's ring, of four runs, has had a 10
         batch, labels = take(loader, step)
         assert torch.equal(batch, references[step]), step
         assert torch.equal(labels, labels_of(images, step))
@@ -313,6 +313,9 @@ def test_a_run_of_dali_has_no_more_frames_than_a_gpu_takes(images: ImageSet, mon
     monkeypatch.setattr(dali, "dali_available", lambda: True)
     with pytest.raises(MachineError, match=r"at most 65,535 images at once, and these need 65,536 \(--graph-steps 64"):
         make(DaliLoader, images, batch_size=1024, ahead=64, device=torch.device("cuda"))
+    others = [EpochPlan(seed, NUM) for seed in (2, 3, 4)]
+    with pytest.raises(MachineError, match=r"need 65,536 \(--graph-steps 16, 4 of 1,024\)"):
+        make(DaliLoader, images, batch_size=1024, ahead=16, others=others, device=torch.device("cuda"))
 
 
 def test_dali_that_is_not_there_says_what_to_do(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,6 @@ class DaliLoader:
     def _drain(self) -> None:
         while self._under_way:
             self._take()
-        self._asked.clear()  # what it was fed and not told to make: a signal came between the two
 
     def _ask(self, run: int) -> None:
         """Have the pipeline make a run, behind those it is at."""
