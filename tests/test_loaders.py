@@ -170,10 +170,11 @@ def test_dali_makes_many_steps_in_a_run_and_works_ahead(images: ImageSet, monkey
         assert taken == list(range(step // 3 + 3))  # its own and the two after it
         assert loader._asked == [step // 3 + 3]  # under way meanwhile
     loader.close()
-    for frames, steps in ((BATCH * 4, 4), (BATCH - 1, 1)):
+    assert taken == list(range(6))  # nothing reads the data any longer
+    for frames, num_others, steps in ((BATCH * 4, 0, 4), (BATCH * 4, 1, 2), (BATCH - 1, 0, 1)):
         monkeypatch.setattr(dali, "FRAMES_PER_RUN", frames)
-        loader = make(DaliLoader, images)
-        assert loader.steps_per_run == steps
+        loader = make(DaliLoader, images, others=[EpochPlan(2, NUM)] * num_others, num_threads=3)
+        assert (loader.steps_per_run, loader._pipeline.num_threads) == (steps, 3)
         loader.close()
 
 
@@ -656,6 +657,7 @@ def test_a_pipeline_that_fails_is_an_error_and_no_hang(images: ImageSet, fails_a
     with pytest.raises(MachineError, match=r"DALI failed at its run \d: Critical error.*--loader resident"):
         all_steps()
     loader.close()
+    assert len(calls) == fails_at + 1  # it is asked for nothing more
 
 
 @needs_dali
