@@ -409,7 +409,7 @@ def test_torchvision_resumes_and_counts_no_workers(
     monkeypatch.setattr(TorchvisionLoader, "_start", counted)
     whole, resumed = torchvision_loader(), torchvision_loader(num_workers=num_workers)
     batches = [take(whole, step)[0] for step in range(6)]
-    for step in (3, 4, 5, 1):
+    for step in (3, 3, 4, 5, 1):
         assert torch.equal(take(resumed, step)[0], batches[step])
     assert starts == [0, 3, 1]  # workers live on from step to step
     assert not torch.equal(take(torchvision_loader(seed=2), 0)[0], batches[0])
@@ -421,6 +421,7 @@ def test_torchvision_leaves_this_process_alone(torchvision_loader: Callable[...,
     loader = torchvision_loader(dtype=torch.bfloat16, augment=False, num_workers=2)
     assert take(loader, 0)[0].dtype == torch.bfloat16
     assert len(multiprocessing.active_children()) == before + 2
+    assert loader.prefetched == 2 * torchvision.PREFETCH_FACTOR
     loader.close()
     loader.close()
     assert torch.equal(torch.get_rng_state(), state)
@@ -431,6 +432,16 @@ def test_torchvision_leaves_this_process_alone(torchvision_loader: Callable[...,
 def test_torchvision_has_workers(images: ImageSet, num_workers: int) -> None:
     with pytest.raises(ValueError, match=f"num_workers is {num_workers}; it must be at least 1"):
         make(TorchvisionLoader, images, num_workers=num_workers)
+
+
+def test_torchvision_draws_by_seed_and_position(images: ImageSet) -> None:
+    with torch.random.fork_rng(devices=[]):
+        views = {}
+        for seed in (1, 2):
+            dataset = make(TorchvisionLoader, images, seed=seed)._dataset
+            for position in range(20):
+                views[seed, position] = dataset[position, 0][0].numpy().tobytes()
+    assert len(set(views.values())) > 25  # of 40 draws from 162
 
 
 def test_torchvision_can_send_its_images_to_workers_that_are_no_forks(images: ImageSet) -> None:
@@ -503,7 +514,7 @@ def test_a_graph_of_more_steps_than_a_run_would_have(images: ImageSet, first: in
     config = make_config(execution={"loader": "dali", "graph_steps": 7, "device": "cpu", "threads": 1})
     config = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, batch_size=2_048))
     (built,) = build_loaders([config], images, images.mean_image(), Runtime(CPU, "fp32", threads=1))
-    assert built._loader.steps_per_run == 7  # type: ignore[attr-defined]
+    assert built._loader.steps_per_run == built.period == 7  # type: ignore[attr-defined]
     built.close()
 
 
@@ -511,12 +522,14 @@ def test_the_device_plan_moves_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deviceplan, "CHUNK", 4)
     plan = EpochPlan(3, NUM)
     ours = DevicePlan(plan, BATCH, CPU)
-    for step in (*range(30), 7, 1000, 1001, 0):
-        ours.prepare(step)
-        index, dy, dx, flip = deviceplan.decode(deviceplan.look_up(ours.codes, torch.tensor([step])))
-        expected = plan.at(step * BATCH, BATCH)
-        for got, wanted in ((index, expected.index), (dy, expected.dy), (dx, expected.dx), (flip, expected.flip)):
-            assert got.tolist() == wanted.tolist()
+    for launch in (*([step] for step in (*range(30), 7, 1000, 1001, 0)), *(range(n, n + 4) for n in range(2, 30, 4))):
+        for step in launch:
+            ours.prepare(step)
+        for step in launch:
+            index, dy, dx, flip = deviceplan.decode(deviceplan.look_up(ours.codes, torch.tensor([step])))
+            expected = plan.at(step * BATCH, BATCH)
+            for got, wanted in ((index, expected.index), (dy, expected.dy), (dx, expected.dx), (flip, expected.flip)):
+                assert got.tolist() == wanted.tolist()
     with pytest.raises(ValueError, match="at most"):
         DevicePlan(EpochPlan(0, 2**20 + 1), 1, CPU)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastres.data.plan import EpochPlan, Samples
 
 CHUNK = 256  # steps that are copied at a time
-CHUNKS = 3  # in use, next, and the one before, whose last steps may not have been launched yet
+CHUNKS = 2  # in use, and the one before, whose last steps may not have been launched yet
 INDEX_BITS, OFFSET_BITS = 20, 4  # over a million images; offsets 0 to 8
 
 
@@ -30,25 +30,21 @@ class DevicePlan:
         self.plan, self.batch_size, self.device = plan, batch_size, device
         self.codes = torch.zeros(CHUNKS * CHUNK, batch_size, dtype=torch.int32, device=device)
         self._have = [-1] * CHUNKS  # the chunk that each place holds
-        self._at = -1  # the chunk of the last step prepared
 
     def prepare(self, step: int) -> None:
-        """Have 0-based step `step` and the chunk after it on the device, behind all that was launched before.
+        """Have 0-based step `step` on the device, behind all that was launched before.
 
         Up to `CHUNK` steps may be prepared before the first of them is launched.
         """
         chunk = step // CHUNK
-        if chunk == self._at:
+        place = chunk % CHUNKS
+        if self._have[place] == chunk:
             return
-        self._at = chunk
-        for wanted in (chunk, chunk + 1):
-            place = wanted % CHUNKS
-            if self._have[place] != wanted:
-                codes = torch.from_numpy(self._chunk(wanted))
-                if self.device.type == "cuda":
-                    codes = codes.pin_memory()  # or the copy would wait for the device
-                self.codes[place * CHUNK : (place + 1) * CHUNK].copy_(codes, non_blocking=True)
-                self._have[place] = wanted
+        codes = torch.from_numpy(self._chunk(chunk))
+        if self.device.type == "cuda":
+            codes = codes.pin_memory()  # or the copy would wait for the device
+        self.codes[place * CHUNK : (place + 1) * CHUNK].copy_(codes, non_blocking=True)
+        self._have[place] = chunk
 
     def _chunk(self, chunk: int) -> npt.NDArray[np.int32]:
         count = CHUNK * self.batch_size
