@@ -154,6 +154,23 @@ def test_any_step_may_be_asked_for(images: ImageSet, references: list[Tensor], k
     loader.close()
 
 
+@pytest.mark.parametrize("kind", [TableLoader, ResidentLoader, pytest.param(DaliLoader, marks=needs_dali)])
+def test_loaders_of_several_plans_are_each_what_it_is_alone(images: ImageSet, kind: type) -> None:
+    others = [EpochPlan(seed, NUM) for seed in (2, 5)]
+    if kind is DaliLoader:
+        shared = make(DaliLoader, images, others=others).seats()
+    else:
+        first = make(kind, images)
+        shared = [first, *map(first.sharing, others)]
+    alone = [make(TableLoader, images, seed=seed) for seed in (1, 2, 5)]
+    for step in range(STEPS):
+        for ours, theirs in zip(shared, alone, strict=True):
+            for got, wanted in zip(take(ours, step), take(theirs, step), strict=True):
+                assert torch.equal(got, wanted)
+    for loader in shared:
+        loader.close()
+
+
 @needs_dali
 def test_dali_makes_many_steps_in_a_run_and_works_ahead(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
