@@ -16,7 +16,7 @@ from fastres.build import build_net
 from fastres.config import Execution, make_config
 from fastres.errors import InputError, MachineError, says_out_of_memory
 from fastres.machine import host
-from fastres.models.layer import layer
+from fastres.models.layer import _weight_grad_fits, layer
 from fastres.models.norm import BatchNorm
 from fastres.native import kernels as native
 from fastres.runtime import Runtime, prepare
@@ -220,34 +220,82 @@ def test_what_is_not_finite_stays_so(value: float, dtype: torch.dtype) -> None:
     assert found["running mean"].isfinite().logical_not().all()
 
 
+def test_maps_in_another_layout_are_brought_into_theirs() -> None:
+    """What is added, the gradient, and what hooks on saved tensors give back."""
+    x, grad, add = (randn(4, 16, 8, 8, seed=seed) for seed in (1, 2, 3))
+    expected = run(make(16, 16), x, add, grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved.contiguous()):
+        found = run(make(16, 16), x, add.contiguous(), grad.contiguous())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_it_can_be_differentiated_once() -> None:
+    x = randn(4, 16, 8, 8, seed=1).requires_grad_()
+    (grad,) = torch.autograd.grad(layer(*make(16, 16), x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+def test_which_weights_gradients_fit() -> None:
+    weight, x = torch.empty(16, 32, 3, 3, dtype=BF16), torch.empty(2, 32, 8, 8, dtype=BF16)
+    assert _weight_grad_fits(weight, x, (1, 1), (1, 1))
+    for others in (
+        (weight, x, (2, 2), (1, 1)),
+        (weight, x, (1, 1), (0, 0)),
+        (weight, x.float(), (1, 1), (1, 1)),
+        (weight, x[..., :7], (1, 1), (1, 1)),
+        (weight[..., :1, :1], x, (1, 1), (1, 1)),
+        (weight[:, :8], x[:, :8], (1, 1), (1, 1)),
+        (weight[:8], x, (1, 1), (1, 1)),
+    ):
+        assert not _weight_grad_fits(*others)
+
+
 OTHERS = [
-    "evaluation", "groups", "NCHW", "float64", "float32 under autocast", "24 channels", "one value", "dilation",
-    "strided statistics",
+    "evaluation", "groups", "NCHW", "float64", "float32 under autocast", "float16 under autocast", "bf16 weights",
+    "bf16 norm", "24 channels", "9 pixels", "one value", "dilation", "two convolutions", "mirrored edges", "bias",
+    "strided statistics", "one map added to all", "float32 added to bf16",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_what_the_kernels_do_not_take_is_torchs(what: str) -> None:
+    channels = {"24 channels": 24, "one value": 64}.get(what, 16)
     x = randn(4, 16, 8, 8, seed=1)
-    x = {"NCHW": x.contiguous(), "float64": x.double(), "one value": x[:1, :, :1, :1]}.get(what, x)
+    x = {"NCHW": x.contiguous(), "9 pixels": randn(1, 16, 3, 3, seed=1), "one value": x[:1, :, :1, :1]}.get(what, x)
+    types = {"float64": torch.float64, "float16 under autocast": torch.float16, "float32 under autocast": FP32}
+    low = {"bf16 weights", "bf16 norm", "float32 added to bf16"}
+    x = x.to(types.get(what, BF16 if what in low else FP32))
+    add = {
+        "one map added to all": randn(1, channels, 8, 8, seed=5),
+        "float32 added to bf16": randn(4, channels, 8, 8, seed=5),
+    }.get(what)
+    autocast = torch.float16 if x.dtype == torch.float16 else BF16
     found = []
     for use in (False, True):
-        conv, norm = make(16, 24 if what == "24 channels" else 16, use=use)
+        conv, norm = make(16, channels, use=use)
         norm.group = 2 if what == "groups" else 0
         norm.train(what != "evaluation")
         if what == "dilation":
             conv.dilation = conv.padding = (2, 2)
+        if what == "two convolutions":
+            conv.groups, conv.weight = 2, nn.Parameter(conv.weight[:, :8].contiguous())
+        if what == "mirrored edges":
+            conv.padding_mode = "reflect"
+        if what == "bias":
+            conv.bias = nn.Parameter(randn(16, seed=6))
         if what == "strided statistics":
             norm.running_mean = torch.zeros(16, 2)[:, 0]
-        if what == "float64":
-            conv.double()
-            norm.double()
+        if what in ("float64", "bf16 weights"):
+            conv.to(x.dtype)
+        if what in ("float64", "bf16 norm"):
+            norm.to(x.dtype)
         if what == "one value":
             with pytest.raises(ValueError, match="more than 1 value"):
                 layer(conv, norm, x)
         else:
-            with torch.autocast("cpu", BF16, enabled=what == "float32 under autocast"):
-                found.append((layer(conv, norm, x), *statistics(norm)))
+            with torch.autocast("cpu", autocast, enabled=what in low or "under autocast" in what):
+                found.append((layer(conv, norm, x, add), *statistics(norm)))
     assert all(map(torch.equal, *found)) if found else what == "one value"
 
 
