@@ -69,7 +69,7 @@ def train(
         MachineError: No data and no network, no GPU where one was asked for, a full disk.
         OutOfMemory: The batch does not fit.
         Diverged: The loss became NaN or Inf; the last good checkpoint is kept.
-        Interrupted: SIGINT, SIGTERM or SIGHUP (main thread only); the state was saved.
+        Interrupted: SIGINT, SIGTERM, SIGHUP or SIGUSR1 (main thread only); the state was saved.
         OutOfTime: The deadline has come; the state was saved.
     """
     check_config(config)

@@ -107,9 +107,11 @@ def crash_reproduce(
         runs, count = folder / f"runs{count}", count + 1
         command = [sys.executable, "-m", program, *REPRODUCE, "--runs", str(runs), "--quiet"]
         for _ in range(min(5, kills - killed)):
-            process = subprocess.Popen(command, start_new_session=True)
-            try:
-                process.wait(timeout=chance.uniform(1, 15))  # from before torch is imported
+            process, finished = subprocess.Popen(command, start_new_session=True), chance.randrange(4)
+            while process.poll() is None and len(list(runs.glob("*/*/result.json"))) < finished:
+                time.sleep(0.05)
+            try:  # from when so many runs are finished; with none, from before torch is imported
+                process.wait(timeout=chance.uniform(1, 8))
                 break  # it was faster than its killer
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
